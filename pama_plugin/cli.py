@@ -1,0 +1,31 @@
+"""``pama``: the explicit launcher, for sites that ban ``.pth`` lines, and the report on a finished run."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pama_plugin import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command ``pama``."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # train passes everything on to the host's own parser, --help included, so ours must not see it.
+    if arguments[:1] == ["train"]:
+        from pama_plugin.host.hook import train
+
+        return train(arguments[1:])
+
+    parser = argparse.ArgumentParser(prog="pama", description="Pareto multi-objective alignment for OpenRLHF.")
+    parser.add_argument("--version", action="version", version=f"pama_plugin {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="run OpenRLHF's PPO command with the plugin: same flags, plus --loss and --pama.*")
+    report = commands.add_parser("report", help="summarise a run from its TensorBoard folder: a table and a picture")
+    report.add_argument("folder", type=Path, help="what --logger.tensorboard_dir was, or one run's folder in it")
+    report.add_argument("--png", type=Path, help="where the curves go (default: curves.png in the folder)")
+    options = parser.parse_args(arguments)
+
+    from pama_plugin.report import report_run
+
+    report_run(options.folder, options.png)

@@ -1,0 +1,274 @@
+"""What the user asked for: parsed and validated once, before Ray starts, then frozen.
+
+The same settings come from flags or from YAML, and flags win:
+
+    --loss pama --pama.objective "sentiment=rm:./reward-model" --pama.objective "length=builtin:length,scale=140"
+
+    loss: pama
+    objectives:
+      sentiment: rm:./reward-model
+      length: {kind: builtin, location: length, scale: 140}
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pama_plugin.aggregation import LEVELS, available_rules
+from pama_plugin.errors import ConfigError
+from pama_plugin.rewards import check_location, load_builtin, split_location
+
+Kind = Literal["rm", "py", "builtin"]
+
+# A name becomes a part of metric keys such as reward/NAME, which trackers split at "/".
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+STOCK = "ppo"
+
+
+class Objective(BaseModel):
+    """One named reward: ``NAME=KIND:LOCATION[,key=value…]``.
+
+    >>> objective = parse_objective("polite=builtin:length,weight=0.5,scale=140")
+    >>> objective.name, objective.weight, objective.options
+    ('polite', 0.5, {'scale': '140'})
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    kind: Kind
+    location: str = Field(min_length=1)
+    weight: float = Field(1.0, gt=0, lt=math.inf)
+    options: dict[str, Any] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_metric_key(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError("must be a letter followed by letters, digits, '_', '.' or '-': it becomes a metric key")
+        return name
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _is_known(cls, kind: str) -> str:
+        if kind not in get_args(Kind):
+            raise ValueError(f"unknown kind {kind!r}; known: {', '.join(get_args(Kind))}")
+        return kind
+
+    @model_validator(mode="after")
+    def _can_be_scored(self) -> "Objective":
+        if self.kind == "builtin":
+            load_builtin(self.location, self.options)
+        elif self.kind == "py":
+            check_location(self.location)
+            self._take_options()
+        else:
+            _check_model(self.location)
+            self._take_options("value_head_prefix")
+        return self
+
+    def _take_options(self, *known: str) -> None:
+        unknown = sorted(set(self.options) - set(known))
+        if unknown:
+            takes = f"it takes {', '.join(('weight', *known))}"
+            raise ValueError(f"kind {self.kind!r} has no option {', '.join(unknown)}; {takes}")
+
+    def absolute(self) -> "Objective":
+        """The same objective with local paths made absolute: workers need not share the driver's folder."""
+        if self.kind == "py":
+            path, function = split_location(self.location)
+            return self.model_copy(update={"location": f"{path}:{function}"})
+        if self.kind == "rm" and Path(self.location).exists():
+            return self.model_copy(update={"location": str(Path(self.location).absolute())})
+        return self
+
+
+class PamaConfig(BaseModel):
+    """The whole run: which rule combines which objectives, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    loss: str
+    objectives: tuple[Objective, ...]
+    level: Literal["token", "sequence", "batch"] = "token"
+    noon: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(objective.name for objective in self.objectives)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(objective.weight for objective in self.objectives)
+
+    def of_kind(self, *kinds: Kind) -> tuple[Objective, ...]:
+        return tuple(objective for objective in self.objectives if objective.kind in kinds)
+
+
+def parse_objective(text: str) -> Objective:
+    """Parse ``NAME=KIND:LOCATION[,key=value…]``; anything else raises ``ConfigError``."""
+    name, equals, rest = text.partition("=")
+    return _objective(name, rest if equals else "", f"--pama.objective {text!r}")
+
+
+def load_config(
+    loss: str | None,
+    objectives: Iterable[str],
+    file: str | None,
+    level: str | None,
+    noon: bool | None,
+    *,
+    default_level: str,
+) -> PamaConfig:
+    """Merge flags and file. A flag replaces what the file says of the same setting, an objective the same name's.
+
+    Raises:
+        ConfigError: the first thing that cannot be run, with the flag or file, the rule and what was found.
+    """
+    content = _read(file) if file else {}
+    merged = {name: _objective(name, spec, f"{file}: objective {name!r}") for name, spec in _listed(content, file)}
+    flagged: dict[str, Objective] = {}
+    for text in objectives:
+        objective = parse_objective(text)
+        if objective.name in flagged:
+            raise ConfigError(f"--pama.objective {text!r}: objective names must differ, found {objective.name!r} twice")
+        flagged[objective.name] = objective
+    merged |= flagged
+    if not merged:
+        raise ConfigError("at least one --pama.objective NAME=KIND:LOCATION is needed, found none")
+
+    loss = loss or str(content.get("loss", ""))
+    if loss not in available_rules():
+        raise ConfigError(f"--loss must be {STOCK} or one of {', '.join(available_rules())}, found {loss!r}")
+    level = level or content.get("level")
+    noon = content.get("noon") if noon is None else noon
+    if level is not None and level not in LEVELS:
+        raise ConfigError(f"--pama.level must be one of {', '.join(LEVELS)}, found {level!r}")
+    if not isinstance(noon, bool | None):
+        raise ConfigError(f"{file}: noon must be true or false, found {noon!r}")
+    if loss == "linear" and (level is not None or noon is not None):
+        raise ConfigError("--pama.level and --pama.no_noon have no meaning with --loss linear: leave them out")
+    return PamaConfig.model_validate(
+        {
+            "loss": loss,
+            "objectives": tuple(merged.values()),
+            "level": level or default_level,
+            "noon": True if noon is None else noon,
+        }
+    )
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the plugin's group to a parser, the host's or our own."""
+    group = parser.add_argument_group(
+        "PAMA",
+        "Multi-objective alignment (arXiv 2508.07768). One --pama.objective per reward; without --loss, or with "
+        f"--loss {STOCK}, the host runs as it is.",
+    )
+    group.add_argument(
+        "--loss",
+        dest="pama.loss",
+        metavar="RULE",
+        help=f"how the objectives' advantages are combined: {STOCK} (stock, one reward), {', '.join(available_rules())}",
+    )
+    group.add_argument(
+        "--pama.objective",
+        action="append",
+        default=[],
+        metavar="NAME=KIND:LOCATION[,key=value...]",
+        help="a reward, once per objective. KIND is rm (a value-head reward model of the host: path or hub name), py "
+        "(FILE.py:FUNCTION with the host's reward_func signature) or builtin (length, with scale=, min=, max=). Every "
+        "kind takes weight= (default 1).",
+    )
+    group.add_argument("--pama.config", metavar="FILE.yaml", help="the same settings as YAML; flags win over it")
+    group.add_argument(
+        "--pama.level",
+        metavar="LEVEL",
+        help=f"what pama projects: {', '.join(LEVELS)} (default: token with gae, sequence with any other estimator)",
+    )
+    group.add_argument(
+        "--pama.no_noon",
+        dest="pama.noon",
+        action="store_const",
+        const=False,
+        help="keep negative advantages too (default: Noon, 'No Negative', Eq. 5 of the paper)",
+    )
+    group.add_argument(
+        "--pama.allow_unsupported_host",
+        action="store_true",
+        help="run on an OpenRLHF release that this version of the plugin was not tested with",
+    )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML as SafeLoader reads it, except that a repeated key is an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"keys must differ, found {', '.join(repeated)} twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        content = yaml.load(Path(file).read_text(), _UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"--pama.config: cannot read {file}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--pama.config: {file} is not valid YAML: {error}") from error
+    known = sorted(PamaConfig.model_fields)
+    if not isinstance(content, dict) or set(content) - set(known):
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ConfigError(f"--pama.config: {file} must be a mapping of {', '.join(known)}, found {found}")
+    return content
+
+
+def _listed(content: dict[str, Any], file: str | None) -> Iterable[tuple[str, Any]]:
+    listed = content.get("objectives", {})
+    if not isinstance(listed, dict):
+        raise ConfigError(
+            f"--pama.config: {file}: objectives must map names to specifications, found {type(listed).__name__}"
+        )
+    return listed.items()
+
+
+def _objective(name: str, spec: Any, source: str) -> Objective:
+    """Build one objective from its name and either the rest of a flag or a mapping; errors name their ``source``."""
+    if isinstance(spec, str):
+        kind, colon, rest = spec.partition(":")
+        location, *pairs = rest.split(",")
+        options = dict(pair.partition("=")[::2] for pair in pairs)
+        broken = [pair for pair in pairs if "=" not in pair]
+        if not colon or broken or len(options) < len(pairs):
+            found = f"{broken[0]!r} without '='" if broken else "an option twice" if colon else repr(spec)
+            raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found {found}")
+        fields: dict[str, Any] = options | {"kind": kind, "location": location}
+    elif isinstance(spec, dict):
+        fields = {str(key): value for key, value in spec.items()}
+    else:
+        raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found {spec!r}")
+    shared = {key: fields.pop(key) for key in ("kind", "location", "weight") if key in fields}
+    try:
+        return Objective.model_validate(shared | {"name": name, "options": fields}).absolute()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+        found = f", found {first['input']!r}" if first["loc"] else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{source}: {where}{message}{found}") from error
+
+
+def _check_model(location: str) -> None:
+    """A location that reads like a path must be there; anything else is a name on the hub, which the host resolves."""
+    if location.startswith((".", "/", "~")) and not (Path(location).expanduser() / "config.json").is_file():
+        raise ValueError(f"no reward model at {location}: a folder with config.json is needed")

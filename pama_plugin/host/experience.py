@@ -1,0 +1,136 @@
+"""K rewards per response in, one advantage per token out: the host's experience maker, run once per objective."""
+
+import itertools
+from typing import Any
+
+import torch
+from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pama_plugin.aggregation import aggregate
+from pama_plugin.config import PamaConfig
+from pama_plugin.errors import RewardError
+
+
+class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
+    """Adds the columns ``info["reward/<name>"]``, then aggregates what the host's own estimator makes of each.
+
+    Everything else (forwards, KL, length penalties, baselines, whitening) is the host's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.config: PamaConfig = self.args.pama
+
+    @torch.no_grad()
+    def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
+        """Score every response with every objective: all reward groups at once, beside the host's forwards."""
+        # Where models share GPUs the host runs them one after the other, and frees the cache in between.
+        one_by_one = self.args.train.colocate_all or self.args.train.colocate_critic_reward
+        refs = {
+            objective.name: self._dispatch_forward(
+                self.reward_model_group.groups[objective.name],
+                one_by_one,
+                sequences=[samples.sequences for samples in samples_list],
+                attention_mask=[samples.attention_mask for samples in samples_list],
+                pad_sequence=[True] * len(samples_list),
+            )
+            for objective in self.config.of_kind("rm")
+        }
+        for samples in samples_list:
+            # Rewards that are there already keep the host from asking its one reward group. Nothing reads these.
+            samples.rewards = torch.zeros(len(samples.sequences))
+        experiences: list[Experience] = super().make_experience(samples_list)
+
+        copies = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size
+        for name, group_refs in refs.items():
+            for experience, rewards_B in zip(experiences, self._flatten_results(group_refs, copies), strict=True):
+                experience.info[f"reward/{name}"] = rewards_B.float()
+        for name, experience in itertools.product(self.config.names, experiences):
+            self._check_rewards(name, experience)
+        return experiences
+
+    def _check_rewards(self, name: str, experience: Experience) -> None:
+        rewards_B = experience.info.get(f"reward/{name}")
+        missing_B = torch.ones(len(experience.sequences)) if rewards_B is None else ~rewards_B.isfinite()
+        if missing_B.any():
+            row = int(missing_B.nonzero()[0])
+            found = "nothing" if rewards_B is None else rewards_B[row].item()
+            tokens = experience.sequences[row][experience.attention_mask[row].bool()]
+            raise RewardError(name, f"returned {found}", self.tokenizer.decode(tokens))
+
+    @torch.no_grad()
+    def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
+        """Run the host's estimator with each objective's rewards, and give the actor the aggregate of the K results.
+
+        ``reward``, ``return`` and ``group_reward_std`` of ``info``, ``rewards`` and ``returns`` become the sums of the
+        objectives' own, times their weights: the host shows and logs them. With one objective of weight 1 and the rule
+        ``linear`` every tensor is the stock one, bit for bit.
+        """
+        before = [(experience.kl, experience.info) for experience in experiences]
+        runs = [self._estimate(name, experiences, before) for name in self.config.names]
+
+        mask_BA = _join([experience.action_mask for experience in experiences]).bool()
+        advantages_KBA = torch.stack([_join([run.advantages for run in row]) for row in runs])
+        rewards_KB = torch.stack([torch.cat([info[f"reward/{name}"] for _, info in before]) for name in self.config.names])
+        result = aggregate(
+            self.config.loss,
+            advantages_KBA,
+            mask_BA,
+            level=self.config.level,
+            noon=self.config.noon,
+            weights=self.config.weights,
+            active=rewards_KB.amin(1) < rewards_KB.amax(1),
+        )
+        metrics = self._name_metrics(result.metrics, result.coefficients)
+
+        sizes = [len(experience.sequences) for experience in experiences]
+        for index, (experience, advantages_BA) in enumerate(zip(experiences, result.advantages.split(sizes))):
+            own = [row[index] for row in runs]
+            # Padding keeps what the host put there.
+            valid_BA = experience.action_mask.bool()
+            advantages_BA = advantages_BA[:, : valid_BA.shape[1]]
+            experience.advantages = torch.where(valid_BA, advantages_BA, own[0].advantages)
+            experience.returns = self._weighted([run.returns for run in own])
+            experience.rewards = self._weighted([run.rewards for run in own])
+            info = before[index][1]
+            written = [key for key, value in own[0].info.items() if value is not info.get(key)]
+            experience.info = info | {key: self._weighted([run.info[key] for run in own]) for key in written}
+            # One value per rollout batch, as a column: the host averages columns over samples and ranks into its logs.
+            experience.info |= {key: torch.full((sizes[index],), value) for key, value in metrics.items()}
+        return experiences
+
+    def _estimate(
+        self, name: str, experiences: list[Experience], before: list[tuple[Tensor, dict[str, Any]]]
+    ) -> list[Experience]:
+        """The host's estimator on this objective's rewards: shallow copies that share all but what it writes."""
+        copies = []
+        for experience, (kl, info) in zip(experiences, before):
+            # The host applies penalties to the rewards in place and drops the KL, so each run gets its own.
+            rewards_B = info[f"reward/{name}"].clone()
+            copies.append(_replace(experience, kl=kl, rewards=rewards_B, info=info | {"reward": rewards_B}))
+        return super().compute_advantages_and_returns(copies)
+
+    def _weighted(self, tensors: list[Tensor]) -> Tensor:
+        return sum(tensor * weight for tensor, weight in zip(tensors, self.config.weights))
+
+    def _name_metrics(self, metrics: dict[str, float], coefficients_K: Tensor) -> dict[str, float]:
+        """``gain/1`` → ``pama/gain/<name of objective 1>``."""
+        named = {f"pama/coefficient/{name}": float(c) for name, c in zip(self.config.names, coefficients_K)}
+        for key, value in metrics.items():
+            stem, _, index = key.partition("/")
+            named[f"pama/{stem}/{self.config.names[int(index)]}" if index else f"pama/{key}"] = value
+        return named
+
+
+def _replace(experience: Experience, **changes: Any) -> Experience:
+    copy = Experience(**{**vars(experience), **changes})
+    return copy
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    """Micro-batches (B_i, A_i) → (ΣB_i, max A_i), padded on the right with 0."""
+    length = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([pad(tensor, (0, length - tensor.shape[1])) for tensor in tensors])

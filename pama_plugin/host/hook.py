@@ -1,0 +1,52 @@
+"""Both ways in: the literal host command (armed by ``pama_plugin.pth`` at interpreter start) and ``pama train``.
+
+The host has neither a registry nor an entry point, and builds its parser inside ``if __name__ == "__main__"``. What
+every run does pass through is ``ArgumentParser.parse_args``: wrapped once, for the host's parser alone, it is where our
+flags are added and, the host's modules being imported by then, where ``seam.install`` swaps what has to be swapped.
+"""
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+
+HOST_COMMAND = "openrlhf.cli.train_ppo_ray"
+
+
+def arm() -> None:
+    """Wrap ``ArgumentParser.parse_args`` until the host's parser has used it.
+
+    Once only: in a virtual environment the interpreter runs the lines of a ``.pth`` file more than once.
+    """
+    stock = argparse.ArgumentParser.parse_args
+    if stock.__module__ == __name__:
+        return
+
+    def parse_args(parser, args=None, namespace=None):  # type: ignore[no-untyped-def]  # argparse's own signature
+        if not _is_host_parser(parser):
+            return stock(parser, args, namespace)
+        argparse.ArgumentParser.parse_args = stock  # type: ignore[method-assign]
+        from pama_plugin.config import add_flags
+        from pama_plugin.errors import ConfigError
+        from pama_plugin.host.seam import install
+
+        add_flags(parser)
+        parsed = stock(parser, args, namespace)
+        try:
+            return install(parsed)
+        except ConfigError as error:
+            parser.error(str(error))
+
+    argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign, assignment]
+
+
+def _is_host_parser(parser: argparse.ArgumentParser) -> bool:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name == HOST_COMMAND and parser.get_default("algo.advantage.estimator") is not None
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Run the host's command in this process, armed, exactly as ``python -m openrlhf.cli.train_ppo_ray`` would."""
+    sys.argv = [HOST_COMMAND, *arguments]
+    arm()
+    runpy.run_module(HOST_COMMAND, run_name="__main__", alter_sys=True)

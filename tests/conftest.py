@@ -1,0 +1,27 @@
+"""Shared by every kind of test: call a function and fail if it wrote to a tensor it was given."""
+
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+# A deadline would time torch's first call, not ours.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture
+def immutable_call() -> Callable[..., Any]:
+    """``immutable_call(f, *args, **kwargs)``: like ``f(*args, **kwargs)``, but no tensor argument may change."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        before = [tensor.clone() for tensor in tensors]
+        result = function(*args, **kwargs)
+        for tensor, copy in zip(tensors, before):
+            assert torch.equal(tensor.nan_to_num(), copy.nan_to_num()), "an input was modified"
+        return result
+
+    return call

@@ -1,0 +1,71 @@
+"""The real host's arguments, and rollouts of made-up tokens, for tests that run the host's code without its cluster."""
+
+import argparse
+import runpy
+import sys
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from pama_plugin.host.hook import HOST_COMMAND
+
+
+class _Parsed(Exception):
+    pass
+
+
+def parse_host_flags(*flags: str) -> argparse.Namespace:
+    """What the host's own parser makes of ``flags``, flat, without running the host any further."""
+    stock = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
+        raise _Parsed(stock(parser, list(flags)))
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), mock.patch.object(sys, "argv", [HOST_COMMAND]):
+        try:
+            runpy.run_module(HOST_COMMAND, run_name="__main__", alter_sys=True)
+        except _Parsed as parsed:
+            return parsed.args[0]
+    raise AssertionError("the host did not parse its arguments")
+
+
+def host_args(*flags: str) -> SimpleNamespace:
+    """The same, nested as the host nests it."""
+    from openrlhf.utils.config import hierarchize
+
+    return hierarchize(parse_host_flags(*flags))
+
+
+def make_rollout(samples: int, seed: int = 0, names: tuple[str, ...] = ()) -> list[Any]:
+    """Single-sample experiences of ragged length, as the host's sample generator returns them.
+
+    ``names`` get a column ``reward/<name>`` each, as our rollout executor sends them.
+    """
+    from openrlhf.trainer.ppo_utils.experience import Experience
+
+    generator = torch.Generator().manual_seed(seed)
+    rollout = []
+    for index in range(samples):
+        prompt, response = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((2, 5), (1, 9)))
+        length = prompt + response
+        action_mask = torch.zeros(1, length - 1, dtype=torch.long)
+        action_mask[:, prompt - 1 :] = 1
+        columns = {f"reward/{name}": torch.randn(1, generator=generator) for name in names}
+        rollout.append(
+            Experience(
+                sequences=torch.randint(3, 50, (1, length), generator=generator),
+                attention_mask=torch.ones(1, length, dtype=torch.long),
+                action_mask=action_mask,
+                prompts=[f"prompt {index}"],
+                labels=[""],
+                images=[None],
+                mm_train_inputs=[None],
+                response_length=torch.tensor([response]),
+                truncated=torch.tensor([index % 3 == 0]),
+                total_length=torch.tensor([float(length)]),
+                info={"response_clip_ratio": torch.tensor([False])} | columns,
+            )
+        )
+    return rollout

@@ -1,0 +1,148 @@
+"""What must hold for every rule and level, whatever the advantages."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import advantages
+
+from pama_plugin import aggregate
+
+pytestmark = pytest.mark.property
+
+VARIANTS = [
+    dict(rule="linear"),
+    *(dict(rule="pama", level=level, noon=noon) for level in ("token", "sequence", "batch") for noon in (True, False)),
+]
+variants = st.sampled_from(VARIANTS)
+
+
+def call(variant, advantages_KBA, mask_BA, **more):
+    return aggregate(advantages_KBA=advantages_KBA, mask_BA=mask_BA, **variant, **more)
+
+
+@given(advantages(), variants)
+def test_padding_enters_nothing(case, variant) -> None:
+    advantages_KBA, mask_BA = case  # NaN wherever the mask is false
+    result = call(variant, advantages_KBA, mask_BA)
+    assert result.advantages.isfinite().all() and (result.advantages[~mask_BA] == 0).all()
+    other = call(variant, advantages_KBA.nan_to_num(nan=1e6), mask_BA)
+    assert torch.equal(result.advantages, other.advantages) and result.metrics == other.metrics
+
+    wider = torch.nn.functional.pad(advantages_KBA, (0, 3, 0, 2), value=float("inf"))
+    padded = call(variant, wider, torch.nn.functional.pad(mask_BA, (0, 3, 0, 2)))
+    torch.testing.assert_close(padded.advantages[: mask_BA.shape[0], : mask_BA.shape[1]], result.advantages)
+    assert padded.metrics == pytest.approx(result.metrics, abs=1e-5)
+
+
+@given(advantages(), variants, st.randoms(use_true_random=False))
+def test_order_of_objectives_does_not_matter(case, variant, random) -> None:
+    advantages_KBA, mask_BA = case
+    order = list(range(len(advantages_KBA)))
+    random.shuffle(order)
+    weights = torch.arange(1.0, len(order) + 1)
+    result = call(variant, advantages_KBA, mask_BA, weights=weights)
+    permuted = call(variant, advantages_KBA[order], mask_BA, weights=weights[order])
+    torch.testing.assert_close(permuted.advantages, result.advantages, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(permuted.coefficients, result.coefficients[order], atol=1e-5, rtol=1e-4)
+
+
+@given(advantages(max_objectives=1), st.sampled_from([v for v in VARIANTS if v["rule"] == "pama"]))
+def test_a_duplicated_objective_changes_nothing(case, variant) -> None:
+    advantages_KBA, mask_BA = case
+    single = call(variant, advantages_KBA, mask_BA)
+    double = call(variant, advantages_KBA.repeat(2, 1, 1), mask_BA)
+    torch.testing.assert_close(double.advantages, single.advantages)
+    torch.testing.assert_close(double.coefficients, single.coefficients / 2 * torch.ones(2))
+
+
+@pytest.mark.parametrize("variant", [dict(rule="linear"), dict(rule="pama", noon=False)])
+@given(case=advantages(max_objectives=1))
+def test_one_objective_is_itself_bit_for_bit(variant, case) -> None:
+    advantages_KBA, mask_BA = case
+    result = call(variant, advantages_KBA, mask_BA)
+    assert torch.equal(result.advantages[mask_BA], advantages_KBA[0][mask_BA])
+
+
+@given(advantages(), variants)
+def test_coefficients_are_shares(case, variant) -> None:
+    result = call(variant, *case)
+    assert (result.coefficients >= 0).all()
+    anything = variant["rule"] == "linear" or bool((result.advantages != 0).any())
+    assert result.coefficients.sum().item() == pytest.approx(1.0 if anything else 0.0, abs=1e-5)
+
+
+@given(advantages(), variants, st.integers(2, 4))
+def test_scaling_every_weight_alike_changes_no_pama(case, variant, factor) -> None:
+    weights = torch.linspace(0.5, 2, len(case[0]))
+    one, other = (call(variant, *case, weights=w) for w in (weights, weights * factor))
+    scale = factor if variant["rule"] == "linear" else 1
+    torch.testing.assert_close(other.advantages, one.advantages * scale, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_shift_the_gains() -> None:
+    """Two objectives that agree: the projection equalises ``A_i / w_i``, so the heavier one binds."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(1, 4, 64, generator=generator) + 0.5
+    both = base + 0.1 * torch.rand(2, 4, 64, generator=generator)
+    result = aggregate("pama", both, torch.ones(4, 64), weights=[3.0, 1.0])
+    assert result.coefficients.tolist() == [1.0, 0.0]  # A_1 / 1.5 < A_2 / 0.5 everywhere
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "batch"])
+@pytest.mark.parametrize("noon", [True, False])
+def test_a_constant_objective_does_not_veto(level, noon) -> None:
+    generator = torch.Generator().manual_seed(1)
+    live = torch.randn(1, 6, 5, generator=generator)
+    mask_BA = torch.ones(6, 5)
+    alone = aggregate("pama", live, mask_BA, level=level, noon=noon)
+    for constant in (0.0, -2.0, 0.7):
+        both = aggregate("pama", torch.cat([live, torch.full_like(live, constant)]), mask_BA, level=level, noon=noon)
+        assert torch.equal(both.advantages, alone.advantages)
+        assert both.metrics["inactive/0"] == 0 and both.metrics["inactive/1"] == 1
+        assert both.coefficients[1] == 0
+
+
+def test_an_objective_known_to_be_inactive_leaves() -> None:
+    """Whitening blows the rounding error of a constant reward up to a signal: the caller knows better."""
+    generator = torch.Generator().manual_seed(2)
+    live, noise = torch.randn(2, 1, 6, 5, generator=generator)
+    both = aggregate("pama", torch.cat([live, noise]), torch.ones(6, 5), active=[True, False])
+    assert torch.equal(both.advantages, aggregate("pama", live, torch.ones(6, 5)).advantages)
+
+
+def test_if_no_objective_is_active_none_is_dropped() -> None:
+    constants = torch.tensor([2.0, 3.0]).reshape(2, 1, 1).expand(2, 3, 4)
+    result = aggregate("pama", constants, torch.ones(3, 4))
+    assert (result.advantages == 2).all() and result.metrics["inactive/0"] == result.metrics["inactive/1"] == 0
+
+
+def test_full_conflict_is_zero_at_token_level() -> None:
+    row = torch.randn(1, 8, 8)
+    for noon in (True, False):
+        result = aggregate("pama", torch.cat([row, -row]), torch.ones(8, 8), noon=noon)
+        assert (result.advantages == 0).all() and result.metrics["conflict_rate"] == 1
+        assert (result.coefficients == 0).all()
+
+
+@given(advantages(), variants)
+def test_inputs_are_not_modified(case, variant) -> None:
+    advantages_KBA, mask_BA = case
+    before = advantages_KBA.clone(), mask_BA.clone()
+    call(variant, advantages_KBA, mask_BA, weights=torch.ones(len(advantages_KBA)))
+    assert torch.equal(advantages_KBA.nan_to_num(), before[0].nan_to_num()) and torch.equal(mask_BA, before[1])
+
+
+@given(advantages(), variants)
+def test_metrics_are_what_they_say(case, variant) -> None:
+    advantages_KBA, mask_BA = case
+    result = call(variant, advantages_KBA, mask_BA)
+    valid_KN, out_N = advantages_KBA[:, mask_BA], result.advantages[mask_BA]
+    expected = {
+        "active_fraction": (out_N != 0).float().mean().item(),
+        "conflict_rate": ((valid_KN > 0).any(0) & (valid_KN < 0).any(0)).float().mean().item(),
+        "rms": out_N.square().mean().sqrt().item(),
+        **{f"gain/{k}": (row * out_N).mean().item() for k, row in enumerate(valid_KN)},
+    }
+    assert {key: result.metrics[key] for key in expected} == pytest.approx(expected, abs=1e-4)
+    assert set(result.metrics) == set(expected) | {f"inactive/{k}" for k in range(len(valid_KN))}

@@ -1,0 +1,31 @@
+"""The four tokens of two objectives on which every rule's outcome was worked out by hand."""
+
+import pytest
+import torch
+
+from pama_plugin import aggregate
+
+pytestmark = pytest.mark.property
+
+ADVANTAGES_KBA = torch.tensor([[[1.0, -0.5, -1.2, 0.7]], [[0.4, 0.8, -0.6, -0.6]]])
+MASK_BA = torch.ones(1, 4, dtype=torch.bool)
+
+# rule and options, token advantages, coefficients, gains
+ROWS = {
+    "linear": (dict(rule="linear", weights=[0.5, 0.5]), [0.70, 0.15, -0.90, 0.05], [0.5, 0.5], [0.435, 0.2275]),
+    "token, Noon": (dict(rule="pama"), [0.40, 0, 0, 0], [0, 1], [0.100, 0.040]),
+    "token, signed": (dict(rule="pama", noon=False), [0.40, 0, -0.60, 0], [0, 1], [0.280, 0.130]),
+    "batch, Noon": (dict(rule="pama", level="batch"), [0.40, 0.80, 0, 0], [0, 1], [0.0, 0.200]),
+    # both means are 0: (1 - .5 - 1.2 + .7)/4 = 0 and (.4 + .8 - .6 - .6)/4 = 0, so every c is a minimiser
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_row(row: str, immutable_call) -> None:
+    options, advantages, coefficients, gains = ROWS[row]
+    result = immutable_call(aggregate, options.pop("rule"), ADVANTAGES_KBA, MASK_BA, **options)
+    torch.testing.assert_close(result.advantages, torch.tensor([advantages]))
+    torch.testing.assert_close(result.coefficients, torch.tensor(coefficients, dtype=torch.float32))
+    assert [result.metrics["gain/0"], result.metrics["gain/1"]] == pytest.approx(gains, abs=1e-6)
+    assert result.metrics["conflict_rate"] == 0.5
+    assert result.metrics["active_fraction"] == sum(value != 0 for value in advantages) / 4

@@ -1,0 +1,18 @@
+"""What hypothesis draws: advantages of K objectives over a ragged batch, with rubbish wherever the mask is false."""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+@st.composite
+def advantages(draw: st.DrawFn, min_objectives: int = 1, max_objectives: int = 8) -> tuple[Tensor, Tensor]:
+    """(K, B, A) float32 advantages and a (B, A) mask with at least one valid token; padding is NaN."""
+    shape = draw(st.integers(min_objectives, max_objectives)), draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    values_KBA = torch.randn(shape, generator=generator)
+    if draw(st.booleans()):  # few distinct values, so that ties and exact zeros happen
+        values_KBA = values_KBA.round()
+    mask_BA = torch.rand(shape[1:], generator=generator) < 0.7
+    mask_BA[0, 0] = True
+    return values_KBA.masked_fill(~mask_BA, float("nan")), mask_BA

@@ -3,6 +3,8 @@
 import argparse
 import runpy
 import sys
+import zlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -16,11 +18,13 @@ class _Parsed(Exception):
     pass
 
 
-def parse_host_flags(*flags: str) -> argparse.Namespace:
-    """What the host's own parser makes of ``flags``, flat, without running the host any further."""
+def parse_host_flags(*flags: str, extend: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
+    """What the host's own parser, ``extend``-ed, makes of ``flags``: flat, without running the host any further."""
     stock = argparse.ArgumentParser.parse_args
 
     def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
+        if extend is not None:
+            extend(parser)
         raise _Parsed(stock(parser, list(flags)))
 
     with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), mock.patch.object(sys, "argv", [HOST_COMMAND]):
@@ -69,3 +73,24 @@ def make_rollout(samples: int, seed: int = 0, names: tuple[str, ...] = ()) -> li
             )
         )
     return rollout
+
+
+def fixed_group(name: str, **placement: Any) -> Any:
+    """The host's own ``RayActorGroup`` of one rank, whose "model" is a fixed function of the tokens.
+
+    ``actor``, ``critic`` and ``reference`` give one number per token; any other name is a reward model. Different names
+    give different numbers.
+    """
+    import ray
+    from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup
+
+    seed = 0.5 + zlib.crc32(name.encode()) % 97
+
+    class Fixed(BaseModelActor):
+        strategy = SimpleNamespace(is_rank_0=lambda: False)
+
+        def forward(self, sequences, action_mask=None, attention_mask=None, **_):
+            values = torch.sin(sequences * attention_mask * seed)
+            return values.sum(-1) if action_mask is None else values[:, 1:] * action_mask
+
+    return RayActorGroup(1, 1, ray.remote(Fixed), **({"num_gpus_per_actor": 0.2} | placement))

@@ -9,7 +9,7 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pama_plugin.aggregation import aggregate
+from pama_plugin.aggregation import Aggregation, aggregate
 from pama_plugin.config import PamaConfig
 from pama_plugin.errors import RewardError
 
@@ -69,65 +69,53 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         objectives' own, times their weights: the host shows and logs them. With one objective of weight 1 and the rule
         ``linear`` every tensor is the stock one, bit for bit.
         """
-        before = [(experience.kl, experience.info) for experience in experiences]
-        runs = [self._estimate(name, experiences, before) for name in self.config.names]
-
-        mask_BA = _join([experience.action_mask for experience in experiences]).bool()
-        advantages_KBA = torch.stack([_join([run.advantages for run in row]) for row in runs])
-        rewards_KB = torch.stack([torch.cat([info[f"reward/{name}"] for _, info in before]) for name in self.config.names])
+        runs = [self._estimate(name, experiences) for name in self.config.names]
+        rewards_KB = [torch.cat([e.info[f"reward/{name}"] for e in experiences]) for name in self.config.names]
         result = aggregate(
             self.config.loss,
-            advantages_KBA,
-            mask_BA,
+            torch.stack([_join([experience.advantages for experience in run]) for run in runs]),
+            _join([experience.action_mask for experience in experiences]),
             level=self.config.level,
             noon=self.config.noon,
             weights=self.config.weights,
-            active=rewards_KB.amin(1) < rewards_KB.amax(1),
+            active=[bool(rewards_B.min() < rewards_B.max()) for rewards_B in rewards_KB],
         )
-        metrics = self._name_metrics(result.metrics, result.coefficients)
+        metrics = self._name_metrics(result)
 
         sizes = [len(experience.sequences) for experience in experiences]
-        for index, (experience, advantages_BA) in enumerate(zip(experiences, result.advantages.split(sizes))):
-            own = [row[index] for row in runs]
+        for stock, advantages_BA, own in zip(experiences, result.advantages.split(sizes), zip(*runs)):
+            combined = own[0]
             # Padding keeps what the host put there.
-            valid_BA = experience.action_mask.bool()
+            valid_BA = combined.action_mask.bool()
             advantages_BA = advantages_BA[:, : valid_BA.shape[1]]
-            experience.advantages = torch.where(valid_BA, advantages_BA, own[0].advantages)
-            experience.returns = self._weighted([run.returns for run in own])
-            experience.rewards = self._weighted([run.rewards for run in own])
-            info = before[index][1]
-            written = [key for key, value in own[0].info.items() if value is not info.get(key)]
-            experience.info = info | {key: self._weighted([run.info[key] for run in own]) for key in written}
+            combined.advantages = torch.where(valid_BA, advantages_BA, combined.advantages)
+            combined.returns = self._weighted([experience.returns for experience in own])
+            combined.rewards = self._weighted([experience.rewards for experience in own])
+            for key in [key for key, value in combined.info.items() if value is not stock.info.get(key)]:
+                combined.info[key] = self._weighted([experience.info[key] for experience in own])
             # One value per rollout batch, as a column: the host averages columns over samples and ranks into its logs.
-            experience.info |= {key: torch.full((sizes[index],), value) for key, value in metrics.items()}
-        return experiences
+            combined.info |= {key: torch.full((len(valid_BA),), value) for key, value in metrics.items()}
+        return runs[0]
 
-    def _estimate(
-        self, name: str, experiences: list[Experience], before: list[tuple[Tensor, dict[str, Any]]]
-    ) -> list[Experience]:
-        """The host's estimator on this objective's rewards: shallow copies that share all but what it writes."""
+    def _estimate(self, name: str, experiences: list[Experience]) -> list[Experience]:
+        """What the host's estimator makes of this objective's rewards, in copies that share all it does not write."""
         copies = []
-        for experience, (kl, info) in zip(experiences, before):
-            # The host applies penalties to the rewards in place and drops the KL, so each run gets its own.
-            rewards_B = info[f"reward/{name}"].clone()
-            copies.append(_replace(experience, kl=kl, rewards=rewards_B, info=info | {"reward": rewards_B}))
-        return super().compute_advantages_and_returns(copies)
+        for experience in experiences:
+            rewards_B = experience.info[f"reward/{name}"].clone()  # the host applies penalties to it in place
+            copies.append(Experience(**vars(experience) | {"rewards": rewards_B, "info": experience.info | {"reward": rewards_B}}))
+        estimated: list[Experience] = super().compute_advantages_and_returns(copies)
+        return estimated
 
     def _weighted(self, tensors: list[Tensor]) -> Tensor:
         return sum(tensor * weight for tensor, weight in zip(tensors, self.config.weights))
 
-    def _name_metrics(self, metrics: dict[str, float], coefficients_K: Tensor) -> dict[str, float]:
+    def _name_metrics(self, result: Aggregation) -> dict[str, float]:
         """``gain/1`` → ``pama/gain/<name of objective 1>``."""
-        named = {f"pama/coefficient/{name}": float(c) for name, c in zip(self.config.names, coefficients_K)}
-        for key, value in metrics.items():
+        named = {f"pama/coefficient/{name}": float(c) for name, c in zip(self.config.names, result.coefficients)}
+        for key, value in result.metrics.items():
             stem, _, index = key.partition("/")
             named[f"pama/{stem}/{self.config.names[int(index)]}" if index else f"pama/{key}"] = value
         return named
-
-
-def _replace(experience: Experience, **changes: Any) -> Experience:
-    copy = Experience(**{**vars(experience), **changes})
-    return copy
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

@@ -1,0 +1,52 @@
+"""Show a training command's progress: its output goes to a log, its steps to one bar.
+
+    COMMAND 2>&1 | python examples/quickstart/watch.py LOG [STEPS]
+
+With STEPS it follows the global steps of OpenRLHF's PPO command; without, the bars of train_sft and train_rm. If the
+command ends without having finished, its last lines are shown and the exit status is 1.
+"""
+
+import re
+import sys
+from collections import deque
+from pathlib import Path
+
+from tqdm import tqdm
+
+# OpenRLHF prints "Global step 3: {'reward/length': 1.02, …}"; tqdm prints "Train step of epoch 0:  12%|…| 36/307 [".
+GLOBAL_STEP = re.compile(r"Global step (\d+): (\{.*\})")
+EPOCH_STEP = re.compile(r"Train step of epoch (\d+): .*\| (\d+)/(\d+) \[.*?((?:gpt_loss|loss|acc)=[-\d.]+)")
+REWARD = re.compile(r"'reward/([^']+)': ([-\d.e]+)")
+FINISHED = re.compile(r"Writing model shards: 100%|Prompt dataloader is exhausted")
+
+
+def main(log: Path, steps: int | None) -> int:
+    last_lines: deque[str] = deque(maxlen=40)
+    finished = False
+    with log.open("w") as file, tqdm(total=steps, unit="step", mininterval=1) as bar:
+        for line in sys.stdin:
+            file.write(line)
+            file.flush()
+            for part in line.replace("\r", "\n").splitlines():
+                last_lines.append(part)
+                finished |= bool(FINISHED.search(part))
+                if match := GLOBAL_STEP.search(part):
+                    rewards = {name: f"{float(value):.2f}" for name, value in sorted(REWARD.findall(match[2]))}
+                    bar.set_postfix(rewards, refresh=False)
+                    bar.update(int(match[1]) - bar.n)
+                elif (match := EPOCH_STEP.search(part)) and steps is None:
+                    bar.total = int(match[3])
+                    bar.set_description(f"epoch {int(match[1]) + 1}")
+                    bar.n = int(match[2])
+                    bar.set_postfix_str(match[4])
+                elif "PAMA " in part:
+                    bar.write(part[part.index("PAMA ") :])
+    if not finished:
+        print(*last_lines, f"-- the command did not finish; all of its output is in {log}", sep="\n", file=sys.stderr)
+    return 0 if finished else 1
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        raise SystemExit(__doc__)
+    raise SystemExit(main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else None))

@@ -1,0 +1,120 @@
+"""K objectives through the whole experience maker: what reaches the actor, what is logged, and what stops the run."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hosttools import host_args, make_rollout
+
+from pama_plugin import aggregate
+from pama_plugin.config import load_config
+from pama_plugin.errors import RewardError
+
+pytestmark = pytest.mark.contract
+
+MODELS = ("helpful", "harmless")
+OBJECTIVES = ("helpful=rm:org/a,weight=2", "harmless=rm:org/b", "length=builtin:length")
+WEIGHTS = {"helpful": 2.0, "harmless": 1.0, "length": 1.0}
+COLUMNS = ("length",)
+
+
+def build(groups: dict[str, Any], *flags: str, objectives=OBJECTIVES, loss="pama", level=None, models=MODELS) -> Any:
+    from pama_plugin.host.experience import MultiObjectiveExperienceMaker
+
+    args = host_args("--algo.advantage.estimator", "reinforce_baseline", "--rollout.n_samples_per_prompt", "4", *flags)
+    args.pama = load_config(loss, objectives, None, level, None, default_level="token")
+    return MultiObjectiveExperienceMaker(
+        groups["actor"],
+        None,
+        SimpleNamespace(groups={name: groups[name] for name in models}),
+        groups["reference"],
+        SimpleNamespace(value=args.algo.kl.init_coef),
+        SimpleNamespace(args=args),
+        SimpleNamespace(pad_token_id=0, decode=lambda tokens: f"tokens {tokens.tolist()}"),
+    )
+
+
+@pytest.mark.parametrize("loss", ["pama", "linear"])
+def test_the_aggregate_of_k_stock_runs_reaches_the_actor(loss, groups) -> None:
+    flags = ["--rollout.micro_batch_size", "3", "--reward.overlong_buffer_len", "4", "--rollout.max_new_tokens", "8"]
+    found = build(groups, *flags, loss=loss).make_experience_batch(make_rollout(8, names=COLUMNS))
+
+    # By hand: each objective alone, with weight 1, is the stock run, as the parity tests show.
+    alone = {}
+    for objective in OBJECTIVES:
+        name, _, spec = objective.partition("=")
+        alone_only = [f"{name}={spec.partition(',')[0]}"]
+        single = build(groups, *flags, objectives=alone_only, loss="linear", models=[m for m in MODELS if m == name])
+        alone[name] = single.make_experience_batch(make_rollout(8, names=COLUMNS))
+    for index, experience in enumerate(found):
+        own = {name: run[index].info for name, run in alone.items()}
+        for name in alone:
+            assert torch.equal(experience.info[f"reward/{name}"], own[name][f"reward/{name}"])
+        for key in ("reward", "return", "group_reward_std"):
+            torch.testing.assert_close(experience.info[key], sum(WEIGHTS[name] * own[name][key] for name in own))
+        assert experience.kl is None and experience.advantages.shape == experience.action_mask.shape
+
+    lengths = [experience.action_mask.shape[1] for experience in found]
+    width = max(lengths)
+
+    def whole(experiences: list[Any], field: str) -> torch.Tensor:
+        rows = [getattr(experience, field) for experience in experiences]
+        return torch.cat([torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])
+
+    stacked = torch.stack([whole(run, "advantages") for run in alone.values()])
+    mask = whole(found, "action_mask").bool()
+    expected = aggregate(loss, stacked, mask, weights=list(WEIGHTS.values()))
+    torch.testing.assert_close(whole(found, "advantages")[mask], expected.advantages[mask])
+    for name, share in zip(WEIGHTS, expected.coefficients):
+        for experience in found:
+            column = experience.info[f"pama/coefficient/{name}"]
+            torch.testing.assert_close(column, share.expand(len(experience.sequences)))
+
+
+def test_the_metric_keys_are_frozen(groups) -> None:
+    (experience,) = build(groups, "--rollout.micro_batch_size", "8").make_experience_batch(make_rollout(8, names=COLUMNS))
+    ours = {key for key in experience.info if "/" in key}
+    per_objective = {f"{stem}/{n}" for n in ("helpful", "harmless", "length") for stem in ("reward", "pama/coefficient", "pama/gain", "pama/inactive")}
+    assert ours == per_objective | {"pama/active_fraction", "pama/conflict_rate", "pama/rms"}
+    assert all(len(experience.info[key]) == 8 for key in ours)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "batch"])
+def test_the_split_into_micro_batches_does_not_matter(level, groups) -> None:
+    runs = {}
+    for size in ("1", "3", "8"):
+        maker = build(groups, "--rollout.micro_batch_size", size, level=level)
+        rows = []
+        for experience in maker.make_experience_batch(make_rollout(8, names=COLUMNS)):
+            rows += [row[mask.bool()] for row, mask in zip(experience.advantages, experience.action_mask)]
+        runs[size] = torch.cat(rows)
+    torch.testing.assert_close(runs["1"], runs["8"])
+    torch.testing.assert_close(runs["3"], runs["8"])
+
+
+def test_a_constant_reward_does_not_veto(groups) -> None:
+    """0.7 minus the mean of 0.7s is not exactly 0; the host's whitening makes a signal of the rounding error."""
+    rollout = make_rollout(8, names=COLUMNS)
+    for sample in rollout:
+        sample.info["reward/length"] = torch.tensor([0.7])
+    with_constant = build(groups, "--rollout.micro_batch_size", "8").make_experience_batch(rollout)[0]
+    without = build(groups, "--rollout.micro_batch_size", "8", objectives=OBJECTIVES[:2]).make_experience_batch(make_rollout(8, names=COLUMNS))[0]
+    assert with_constant.info["pama/inactive/length"].unique() == 1
+    torch.testing.assert_close(with_constant.advantages, without.advantages)
+    assert (with_constant.advantages != 0).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_a_reward_that_is_missing_or_not_finite_stops_the_run(bad, groups) -> None:
+    rollout = make_rollout(8, names=COLUMNS)
+    if bad is None:
+        for sample in rollout:
+            del sample.info["reward/length"]
+    else:
+        rollout[5].info["reward/length"] = torch.tensor([bad])
+    with pytest.raises(RewardError, match="objective 'length': returned") as error:
+        build(groups, "--rollout.micro_batch_size", "8").make_experience_batch(rollout)
+    row = rollout[0 if bad is None else 5]
+    assert error.value.response == f"tokens {row.sequences[0].tolist()}"
+    assert "objective 'length' at step 4: returned" in str(error.value.at_step(4))

@@ -1,0 +1,70 @@
+"""K reward groups where the host expects one: placement, loading, and every rank its own settings."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from pama_plugin.config import load_config
+
+pytestmark = pytest.mark.contract
+
+THREE = ["a=rm:org/a", "b=rm:org/b,value_head_prefix=head", "c=rm:org/c"]
+
+
+@pytest.fixture
+def config():
+    return load_config("pama", THREE, None, None, None, default_level="token")
+
+
+def test_three_groups_fit_the_share_of_one(local_ray, config) -> None:
+    """With --train.colocate_all a GPU is full: 5 × 0.2. Three groups rounded up to 0.0667 would wait for ever."""
+    import ray
+    from openrlhf.trainer.ray.launcher import RayActorGroup
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from pama_plugin.host.rewards import group_builder
+
+    @ray.remote
+    class Rank:
+        def __init__(self, *_):
+            pass
+
+        def init_model_from_pretrained(self, strategy, pretrain):
+            return strategy.args.ds.value_head_prefix, pretrain
+
+    bundle = placement_group([{"GPU": 1, "CPU": 1}])
+    ray.get(bundle.ready(), timeout=60)
+    strategy = PlacementGroupSchedulingStrategy(placement_group=bundle, placement_group_bundle_index=0)
+    others = Rank.options(num_gpus=0.8, num_cpus=0.8, scheduling_strategy=strategy).remote()
+    build = group_builder(config, RayActorGroup, reward_actor=Rank)
+    groups = build(1, 1, Rank, pg=bundle, num_gpus_per_actor=0.2, duplicate_actors=1)
+
+    strategy = SimpleNamespace(args=SimpleNamespace(ds=SimpleNamespace(value_head_prefix="score")))
+    loaded = ray.get(groups.async_init_model_from_pretrained(strategy, "org/a"), timeout=120)
+    assert loaded == [("score", "org/a"), ("head", "org/b"), ("score", "org/c")]
+    assert list(groups.groups) == ["a", "b", "c"]
+    assert strategy.args.ds.value_head_prefix == "score"
+    del others, groups
+    remove_placement_group(bundle)
+
+
+def test_any_other_group_is_the_hosts_own(config) -> None:
+    from pama_plugin.host.rewards import group_builder
+
+    def stock(*positional, **placement):
+        return positional, placement
+
+    build = group_builder(config, stock, reward_actor=object())
+    policy = object()
+    assert build(2, 4, policy, pg=None, num_gpus_per_actor=1) == ((2, 4, policy), {"pg": None, "num_gpus_per_actor": 1})
+
+
+def test_groups_with_gpus_of_their_own_keep_whole_ones(config) -> None:
+    from pama_plugin.host.rewards import group_builder
+
+    asked = []
+    reward_actor = object()
+    build = group_builder(config, lambda *_, **placement: asked.append(placement), reward_actor)
+    build(1, 2, reward_actor, pg=None, num_gpus_per_actor=1, duplicate_actors=1)
+    assert asked == [{"pg": None, "num_gpus_per_actor": 1, "duplicate_actors": 1}] * 3

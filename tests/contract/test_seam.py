@@ -1,0 +1,163 @@
+"""Both ways in, what they swap, what they leave alone, and what is refused before anything starts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hosttools import parse_host_flags
+
+from pama_plugin.config import PamaConfig
+from pama_plugin.host.hook import HOST_COMMAND
+
+pytestmark = pytest.mark.contract
+
+LENGTH = "length=builtin:length"
+LITERAL = [sys.executable, "-W", "ignore", "-m", HOST_COMMAND]
+
+# Put on the path as sitecustomize.py, this watches a real command from inside its own process. The flags are chosen
+# such that the host's validation fails right after parse_args, when all its modules are loaded and all swaps are done.
+OBSERVER = """
+import atexit, json, os, sys
+
+def describe(value):
+    kind = getattr(getattr(value, "__ray_metadata__", None), "modified_class", value)
+    bases = [f"{base.__module__}.{base.__qualname__}" for base in getattr(kind, "__mro__", [])]
+    return bases or f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', type(kind).__name__)}"
+
+def dump():
+    host = {name: module for name, module in sys.modules.items() if name.startswith("openrlhf") or name == "__main__"}
+    seen = {f"{name}:{key}": describe(value) for name, module in host.items() for key, value in vars(module).items()}
+    import argparse
+    seen["argparse"] = argparse.ArgumentParser.parse_args.__module__
+    ours = sorted(name for name in sys.modules if name.startswith("pama_plugin"))
+    with open(os.environ["OBSERVED"], "w") as file:
+        json.dump({"seen": seen, "ours": ours}, file)
+
+if os.environ.get("OBSERVED"):
+    atexit.register(dump)
+"""
+FAILS_VALIDATION = ["--algo.advantage.estimator", "rloo", "--rollout.n_samples_per_prompt", "1"]
+
+
+def observe(folder: Path, **commands: list[str]) -> dict[str, dict]:
+    """Run the literal command with each set of flags, side by side, and say what was loaded when it ended."""
+    (folder / "sitecustomize.py").write_text(OBSERVER)
+    running = {}
+    for name, flags in commands.items():
+        environment = os.environ | {"PYTHONPATH": str(folder), "OBSERVED": str(folder / f"{name}.json")}
+        command = [*LITERAL, *FAILS_VALIDATION, *flags]
+        running[name] = subprocess.Popen(command, env=environment, stdout=-3, stderr=subprocess.PIPE, text=True)
+    for process in running.values():
+        _, stderr = process.communicate(timeout=240)
+        assert "rloo requires n_samples_per_prompt > 1" in stderr, stderr
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in commands}
+
+
+def test_without_loss_nothing_of_the_host_differs(tmp_path) -> None:
+    objective = ["--pama.objective", LENGTH]
+    runs = observe(tmp_path, stock=[], named=["--loss", "ppo"], active=["--loss", "pama", *objective])
+    stock, named, active = (runs[name]["seen"] for name in ("stock", "named", "active"))
+    assert runs["stock"]["ours"] == [] and stock["argparse"] == "argparse"
+    assert named == stock
+
+    differ = {key for key, value in active.items() if value != stock.get(key, value) or "pama_plugin" in str(value)}
+    assert differ == {
+        "__main__:RayActorGroup",
+        "openrlhf.trainer.ppo_trainer:PPOTrainer",
+        "openrlhf.trainer.ppo_trainer_async:TrainingActor",
+        "openrlhf.trainer.ray.vllm_engine:RolloutRayActor",
+    }
+
+
+def test_help_shows_our_group_beside_the_hosts() -> None:
+    done = subprocess.run([*LITERAL, "--help"], capture_output=True, text=True, check=True, timeout=120)
+    for flag in ("--loss", "--pama.objective", "--pama.config", "--pama.level", "--pama.no_noon", "--actor.adam.lr"):
+        assert flag in done.stdout
+
+
+def test_pama_train_is_the_same_and_refuses_before_ray_starts() -> None:
+    pama = str(Path(sys.executable).with_name("pama"))
+    command = [pama, "train", "--loss", "pareto", "--pama.objective", LENGTH]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "error: --loss must be ppo or one of linear, pama, found 'pareto'" in done.stderr
+    assert "Started a local Ray instance" not in done.stderr
+
+
+def install(*flags: str):
+    """Parse with the host's real parser and our group, then install, without swapping anything in this process."""
+    from unittest import mock
+
+    from pama_plugin.config import add_flags
+    from pama_plugin.host import seam
+
+    with mock.patch.object(seam, "_swap") as swap:
+        installed = seam.install(parse_host_flags(*flags, extend=add_flags))
+    return installed, swap
+
+
+GROUPS = ["--algo.advantage.estimator", "reinforce_baseline", "--rollout.n_samples_per_prompt", "4"]
+
+
+def test_a_reward_model_makes_the_host_build_reward_groups() -> None:
+    args, swap = install(*GROUPS, "--loss", "pama", "--pama.objective", LENGTH, "--pama.objective", "r=rm:org/model")
+    assert isinstance(args.pama, PamaConfig) and args.pama.level == "sequence"
+    assert getattr(args, "reward.model_name_or_path") == "org/model" and getattr(args, "reward.remote_url") is None
+    assert not [key for key in vars(args) if key.startswith("pama.")]
+    swap.assert_called_once_with(args.pama)
+
+
+def test_without_a_reward_model_the_host_builds_no_group() -> None:
+    args, _ = install(*GROUPS, "--loss", "pama", "--pama.objective", LENGTH, "--pama.level", "batch", "--pama.no_noon")
+    assert getattr(args, "reward.model_name_or_path") is None and getattr(args, "reward.remote_url")
+    assert (args.pama.level, args.pama.noon) == ("batch", False)
+
+
+def test_gae_projects_tokens_unless_told() -> None:
+    args, _ = install("--algo.advantage.estimator", "gae", "--loss", "pama", "--pama.objective", LENGTH)
+    assert args.pama.level == "token"
+
+
+@pytest.mark.parametrize("flags", [(), ("--loss", "ppo")])
+def test_stock_flags_come_through_untouched(flags) -> None:
+    args, swap = install(*GROUPS, *flags)
+    assert vars(args) == vars(parse_host_flags(*GROUPS))
+    swap.assert_not_called()
+
+
+TWO = ("--loss", "pama", "--pama.objective", LENGTH, "--pama.objective", "r=rm:org/model")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--pama.objective", LENGTH), r"--pama.\* flags need --loss RULE other than ppo, found --loss None"),
+        (("--loss", "ppo", "--pama.level", "token"), "found --loss ppo"),
+        (("--loss", "pama"), "at least one --pama.objective"),
+        ((*TWO, "--algo.advantage.estimator", "gae"), "gae needs one value head per objective.*found 2 objectives"),
+        ((*TWO, *GROUPS, "--reward.model_name_or_path", "x"), "found the stock --reward.model_name_or_path x"),
+        ((*TWO, *GROUPS, "--reward.remote_url", "http://h"), "found the stock --reward.remote_url http://h"),
+        ((*TWO, *GROUPS, "--train.agent_func_path", "a.py"), "found the stock --train.agent_func_path a.py"),
+        ((*TWO, *GROUPS, "--eval.dataset", "x"), "--eval.dataset: evaluation scores in the rollout"),
+        ((*TWO, *GROUPS, "--algo.dynamic_filtering_enable"), "--algo.dynamic_filtering_enable: dynamic filtering"),
+    ],
+)
+def test_what_cannot_run_is_refused(flags, message) -> None:
+    from pama_plugin.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=message):
+        install(*flags)
+
+
+def test_an_unsupported_release_is_refused_unless_overridden(monkeypatch) -> None:
+    from pama_plugin.errors import ConfigError
+    from pama_plugin.host import seam
+
+    monkeypatch.setattr(seam, "version", lambda _: "0.12.0")
+    flags = (*TWO, *GROUPS)
+    with pytest.raises(ConfigError, match="one of 0.11.2, found 0.12.0; --pama.allow_unsupported_host"):
+        install(*flags)
+    assert install(*flags, "--pama.allow_unsupported_host")[0].pama

@@ -15,12 +15,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[:1] == ["train"]:
         from pama_plugin.host.hook import train
 
-        return train(arguments[1:])
+        train(arguments[1:])
+        return
 
     parser = argparse.ArgumentParser(prog="pama", description="Pareto multi-objective alignment for OpenRLHF.")
     parser.add_argument("--version", action="version", version=f"pama_plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("train", help="run OpenRLHF's PPO command with the plugin: same flags, plus --loss and --pama.*")
+    commands.add_parser(
+        "train", help="run OpenRLHF's PPO command with the plugin: same flags, plus --loss and --pama.*"
+    )
     report = commands.add_parser("report", help="summarise a run from its TensorBoard folder: a table and a picture")
     report.add_argument("folder", type=Path, help="what --logger.tensorboard_dir was, or one run's folder in it")
     report.add_argument("--png", type=Path, help="where the curves go (default: curves.png in the folder)")

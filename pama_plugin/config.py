@@ -175,7 +175,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--loss",
         dest="pama.loss",
         metavar="RULE",
-        help=f"how the objectives' advantages are combined: {STOCK} (stock, one reward), {', '.join(available_rules())}",
+        help=f"how the advantages are combined: {STOCK} (stock, one reward), {', '.join(available_rules())}",
     )
     group.add_argument(
         "--pama.objective",

@@ -18,7 +18,9 @@ class _Parsed(Exception):
     pass
 
 
-def parse_host_flags(*flags: str, extend: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
+def parse_host_flags(
+    *flags: str, extend: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
     """What the host's own parser, ``extend``-ed, makes of ``flags``: flat, without running the host any further."""
     stock = argparse.ArgumentParser.parse_args
 

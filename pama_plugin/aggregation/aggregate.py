@@ -93,7 +93,9 @@ def aggregate(
     accepted = inspect.signature(combine).parameters
     unknown = sorted(set(options) - set(accepted))
     if unknown:
-        raise ValueError(f"rule {rule!r} has no option {', '.join(unknown)}; it takes {', '.join(list(accepted)[4:]) or 'none'}")
+        raise ValueError(
+            f"rule {rule!r} has no option {', '.join(unknown)}; it takes {', '.join(list(accepted)[4:]) or 'none'}"
+        )
     shared = {key: value for key, value in (("level", level), ("noon", noon)) if key in accepted}
     combined_BA, coefficients_K = combine(advantages_KBA, mask_BA, weights_K, active_K, **shared, **options)
 

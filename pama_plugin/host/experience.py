@@ -102,7 +102,9 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         copies = []
         for experience in experiences:
             rewards_B = experience.info[f"reward/{name}"].clone()  # the host applies penalties to it in place
-            copies.append(Experience(**vars(experience) | {"rewards": rewards_B, "info": experience.info | {"reward": rewards_B}}))
+            copies.append(
+                Experience(**vars(experience) | {"rewards": rewards_B, "info": experience.info | {"reward": rewards_B}})
+            )
         estimated: list[Experience] = super().compute_advantages_and_returns(copies)
         return estimated
 

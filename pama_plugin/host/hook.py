@@ -9,6 +9,7 @@ import argparse
 import runpy
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 HOST_COMMAND = "openrlhf.cli.train_ppo_ray"
 
@@ -22,22 +23,23 @@ def arm() -> None:
     if stock.__module__ == __name__:
         return
 
-    def parse_args(parser, args=None, namespace=None):  # type: ignore[no-untyped-def]  # argparse's own signature
+    def parse_args(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         if not _is_host_parser(parser):
             return stock(parser, args, namespace)
-        argparse.ArgumentParser.parse_args = stock  # type: ignore[method-assign]
+        argparse.ArgumentParser.parse_args = stock
         from pama_plugin.config import add_flags
         from pama_plugin.errors import ConfigError
         from pama_plugin.host.seam import install
 
         add_flags(parser)
-        parsed = stock(parser, args, namespace)
+        parsed: argparse.Namespace = stock(parser, args, namespace)
         try:
-            return install(parsed)
+            parsed = install(parsed)
         except ConfigError as error:
             parser.error(str(error))
+        return parsed
 
-    argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign, assignment]
+    argparse.ArgumentParser.parse_args = parse_args
 
 
 def _is_host_parser(parser: argparse.ArgumentParser) -> bool:

@@ -68,7 +68,7 @@ def rollout_actor(config: PamaConfig) -> Any:
     travels to the actors by value.
     """
 
-    class RolloutRayActor(vllm_engine.RolloutRayActor.__ray_metadata__.modified_class):  # type: ignore[misc]
+    class RolloutRayActor(vllm_engine.RolloutRayActor.__ray_metadata__.modified_class):
         async def __init__(self, *args: Any, remote_rm_url: Any = None, **kwargs: Any) -> None:
             await super().__init__(*args, **kwargs)
             self.executor = ObjectiveExecutor(config)

@@ -3,8 +3,8 @@
 Relied on, release by release (see ``tests/contract``):
 
 - ``openrlhf.cli.train_ppo_ray`` as ``__main__``: calls ``parse_args`` once, looks ``RayActorGroup`` up in its own
-  globals, builds one group of ``RewardModelActor`` unless ``args.reward.remote_url`` is set, imports ``PPOTrainer`` from
-  ``openrlhf.trainer.ppo_trainer`` (``…_async``: its ``TrainingActor``) inside ``train``;
+  globals, builds one group of ``RewardModelActor`` unless ``args.reward.remote_url`` is set, and imports ``PPOTrainer``
+  from ``openrlhf.trainer.ppo_trainer`` inside ``train`` (``ppo_trainer_async`` looks up ``TrainingActor``);
 - ``openrlhf.trainer.ray.vllm_engine``: ``create_vllm_engines`` looks ``RolloutRayActor`` up in its module's globals;
 - the classes that ``trainer``, ``experience``, ``rewards`` and ``rollout`` of this package subclass.
 

@@ -91,7 +91,9 @@ def table_of(scalars: dict[str, Series]) -> Table:
         key: mean_of([value for _, value in scalars[f"pama/{key}"]]).value
         for key in ("active_fraction", "conflict_rate", "rms")
     }
-    table.caption = "over the run: " + ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in whole_run.items())
+    table.caption = "over the run: " + ", ".join(
+        f"{key.replace('_', ' ')} {value:.3f}" for key, value in whole_run.items()
+    )
     return table
 
 

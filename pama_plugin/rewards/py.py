@@ -38,7 +38,9 @@ def check_location(location: str) -> None:
     except SyntaxError as error:
         raise ValueError(f"{path} is not valid Python: {error}") from error
     defined = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    assigned = [name.id for node in body if isinstance(node, ast.Assign) for name in node.targets if isinstance(name, ast.Name)]
+    assigned = [
+        name.id for node in body if isinstance(node, ast.Assign) for name in node.targets if isinstance(name, ast.Name)
+    ]
     imported = [alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
     if function not in (*defined, *assigned, *imported) and "*" not in imported:
         raise ValueError(f"no function {function!r} in {path}; it defines {', '.join(defined) or 'none'}")

@@ -70,7 +70,10 @@ def main() -> None:
     mask = (torch.rand(options.shape[1:], generator=generator) < 0.8).to(options.device)
     size = advantages.numel() * advantages.element_size()
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{tuple(options.shape)} float32, {size / 2**20:.0f} MiB; {name}; torch {torch.__version__}, {platform.machine()}")
+    print(
+        f"{tuple(options.shape)} float32, {size / 2**20:.0f} MiB; {name} ({platform.machine()}); "
+        f"torch {torch.__version__}"
+    )
     print(f"{'rule':8} {'level':9} {'noon':6} {'ms':>8} {'peak':>7} {'total':>7}")
     for rule, settings in VARIANTS:
 

@@ -73,9 +73,15 @@ def test_the_aggregate_of_k_stock_runs_reaches_the_actor(loss, groups) -> None:
 
 
 def test_the_metric_keys_are_frozen(groups) -> None:
-    (experience,) = build(groups, "--rollout.micro_batch_size", "8").make_experience_batch(make_rollout(8, names=COLUMNS))
+    (experience,) = build(groups, "--rollout.micro_batch_size", "8").make_experience_batch(
+        make_rollout(8, names=COLUMNS)
+    )
     ours = {key for key in experience.info if "/" in key}
-    per_objective = {f"{stem}/{n}" for n in ("helpful", "harmless", "length") for stem in ("reward", "pama/coefficient", "pama/gain", "pama/inactive")}
+    per_objective = {
+        f"{stem}/{n}"
+        for n in ("helpful", "harmless", "length")
+        for stem in ("reward", "pama/coefficient", "pama/gain", "pama/inactive")
+    }
     assert ours == per_objective | {"pama/active_fraction", "pama/conflict_rate", "pama/rms"}
     assert all(len(experience.info[key]) == 8 for key in ours)
 
@@ -99,7 +105,9 @@ def test_a_constant_reward_does_not_veto(groups) -> None:
     for sample in rollout:
         sample.info["reward/length"] = torch.tensor([0.7])
     with_constant = build(groups, "--rollout.micro_batch_size", "8").make_experience_batch(rollout)[0]
-    without = build(groups, "--rollout.micro_batch_size", "8", objectives=OBJECTIVES[:2]).make_experience_batch(make_rollout(8, names=COLUMNS))[0]
+    without = build(groups, "--rollout.micro_batch_size", "8", objectives=OBJECTIVES[:2]).make_experience_batch(
+        make_rollout(8, names=COLUMNS)
+    )[0]
     assert with_constant.info["pama/inactive/length"].unique() == 1
     torch.testing.assert_close(with_constant.advantages, without.advantages)
     assert (with_constant.advantages != 0).any()

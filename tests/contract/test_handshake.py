@@ -62,7 +62,9 @@ def test_every_stranger_is_named(ask) -> None:
     with pytest.raises(HandshakeError) as error:
         shake_hands(CONFIG, ranks)
     text = str(error.value)
-    assert "policy 0, rank 1: stock code; rollout 0, rank 0: stock code; reward groups 0, rank 0: another config" in text
+    assert (
+        "policy 0, rank 1: stock code; rollout 0, rank 0: stock code; reward groups 0, rank 0: another config" in text
+    )
     assert "rank 0: stock code" not in text.partition("rollout")[0]
 
 

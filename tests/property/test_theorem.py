@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import advantages
 
 from pama_plugin import aggregate
-from strategies import advantages
 
 pytestmark = pytest.mark.property
 
@@ -82,7 +82,9 @@ def test_batch_level_takes_the_objective_with_the_smallest_positive_mean(case) -
         torch.testing.assert_close(result.advantages, torch.where(mask_BA, chosen, 0))
 
 
-@pytest.mark.parametrize(("means", "expected"), [((1.0, 3.0), (1, 0)), ((-1.0, -3.0), (1, 0)), ((-1.0, 3.0), (0.75, 0.25))])
+@pytest.mark.parametrize(
+    ("means", "expected"), [((1.0, 3.0), (1, 0)), ((-1.0, -3.0), (1, 0)), ((-1.0, 3.0), (0.75, 0.25))]
+)
 def test_signed_batch_means_of_one_sign_or_two(means, expected) -> None:
     wave = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
     result = aggregate(

@@ -16,7 +16,12 @@ def load(*objectives: str, loss: str | None = "pama", file: Path | None = None, 
 
 def test_the_grammar() -> None:
     objective = parse_objective(LENGTH + ",weight=0.5")
-    assert (objective.name, objective.kind, objective.location, objective.weight) == ("length", "builtin", "length", 0.5)
+    assert (objective.name, objective.kind, objective.location, objective.weight) == (
+        "length",
+        "builtin",
+        "length",
+        0.5,
+    )
     assert objective.options == {"scale": "140", "min": "0.5", "max": "1.5"}
 
 
@@ -35,7 +40,9 @@ def test_a_function_becomes_absolute(tmp_path, monkeypatch) -> None:
     assert parse_objective("p=py:rewards.py:polite").location == f"{tmp_path}/rewards.py:polite"
 
 
-@pytest.mark.parametrize("source", ["polite = lambda q, p, l: 1", "from elsewhere import polite", "from elsewhere import *"])
+@pytest.mark.parametrize(
+    "source", ["polite = lambda q, p, l: 1", "from elsewhere import polite", "from elsewhere import *"]
+)
 def test_a_function_may_come_in_other_ways(tmp_path, source) -> None:
     (tmp_path / "rewards.py").write_text(source)
     assert parse_objective(f"p=py:{tmp_path}/rewards.py:polite")
@@ -43,7 +50,13 @@ def test_a_function_may_come_in_other_ways(tmp_path, source) -> None:
 
 def test_defaults() -> None:
     config = load(LENGTH)
-    assert (config.loss, config.level, config.noon, config.names, config.weights) == ("pama", "sequence", True, ("length",), (1.0,))
+    assert (config.loss, config.level, config.noon, config.names, config.weights) == (
+        "pama",
+        "sequence",
+        True,
+        ("length",),
+        (1.0,),
+    )
 
 
 def test_yaml_says_the_same_and_flags_win(tmp_path) -> None:

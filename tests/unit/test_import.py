@@ -20,7 +20,9 @@ import {module}
 """
 
 
-@pytest.mark.parametrize("module", ["pama_plugin", "pama_plugin.aggregation", "pama_plugin.rewards", "pama_plugin.config"])
+@pytest.mark.parametrize(
+    "module", ["pama_plugin", "pama_plugin.aggregation", "pama_plugin.rewards", "pama_plugin.config"]
+)
 def test_core_imports_with_the_host_absent(module: str) -> None:
     code = HIDE_AND_IMPORT.format(hidden=sorted(HOST_PACKAGES), module=module)
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
@@ -37,7 +39,9 @@ def imported_packages(path: Path) -> set[str]:
 
 
 def test_only_the_host_package_imports_the_host() -> None:
-    importers = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py") if imported_packages(path) & HOST_PACKAGES}
+    importers = {
+        path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py") if imported_packages(path) & HOST_PACKAGES
+    }
     assert importers == {"host"}
 
 

@@ -18,7 +18,9 @@ def test_length_counts_tokens_by_default() -> None:
     assert load_builtin("length", {})(response(7)) == 7.0
 
 
-@pytest.mark.parametrize("body", ["[0.5]", "torch.tensor([0.5])", "{'rewards': torch.tensor([0.5]), 'scores': None}", "0.5"])
+@pytest.mark.parametrize(
+    "body", ["[0.5]", "torch.tensor([0.5])", "{'rewards': torch.tensor([0.5]), 'scores': None}", "0.5"]
+)
 def test_a_function_gets_what_the_host_gives_it(tmp_path, body) -> None:
     file = tmp_path / "rewards.py"
     file.write_text(

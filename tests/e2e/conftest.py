@@ -1,0 +1,147 @@
+"""A stack of its own for the end-to-end tests: Ray by its process id, models made on the fly, every run bounded."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+WORDS = "the a film plot actor scene was is never always dull bright slow warm and but of with".split()
+
+
+class Run(NamedTuple):
+    """A finished command: exit status, everything it printed, and the metrics of every global step."""
+
+    status: int
+    output: str
+    steps: list[dict[str, float]]
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    lines = (ROOT / "examples" / "cpu.env").read_text().splitlines()
+    settings = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    cache = BIN.parent / "cache" / "torch_extensions"  # DeepSpeed compiles its CPU operators once
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | settings | {"TORCH_EXTENSIONS_DIR": str(cache), "PYTHONWARNINGS": "ignore", "PATH": path}
+
+
+@pytest.fixture(scope="session")
+def ray_address(environment: dict[str, str]) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tempfile.mkdtemp(prefix="pama-", dir="/tmp")  # short: Ray keeps sockets in it
+    # Eight logical GPUs: the host asks for one per model, and Ray only counts them.
+    command = [BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-gpus=8", "--num-cpus=16"]
+    command += ["--include-dashboard=false", f"--temp-dir={folder}"]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    address = f"127.0.0.1:{port}"
+    try:
+        check = [BIN / "ray", "health-check", "--address", address]
+        deadline = time.monotonic() + 120
+        while subprocess.run(check, env=environment, capture_output=True).returncode:
+            assert server.poll() is None and time.monotonic() < deadline, "Ray did not start"
+            time.sleep(1)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``policy``, reward models ``helpful`` and ``harmless`` (untrained, tiny), and ``prompts.jsonl``."""
+    import torch
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<pad>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,  # head size 32, the smallest that vLLM's CPU attention takes
+        max_position_embeddings=128,
+        tie_word_embeddings=True,  # a tied head is what the weight sync must not leave behind
+        num_labels=1,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "policy")
+    for name in ("helpful", "harmless"):
+        LlamaForSequenceClassification(config).save_pretrained(folder / name)  # saves model.* and score.weight
+    for name in ("policy", "helpful", "harmless"):
+        fast.save_pretrained(folder / name)
+    prompts = [" ".join(WORDS[(index + shift * 3) % len(WORDS)] for shift in range(4)) for index in range(64)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return folder
+
+
+@pytest.fixture
+def run_host(environment: dict[str, str], ray_address: str, models: Path, tmp_path: Path) -> Callable[..., Run]:
+    """``run_host(flags, steps=…, command=…)``: the host's command on the small models, four prompts a step."""
+
+    def run(*flags: str, steps: int, command: list[str], limit: float = 300) -> Run:
+        common = f"""
+            --actor.model_name_or_path {models}/policy --data.prompt_dataset {models}/prompts.jsonl
+            --data.input_key prompt --data.max_len 64 --data.max_samples {4 * steps} --rollout.max_new_tokens 12
+            --rollout.batch_size 4 --rollout.micro_batch_size 4 --train.micro_batch_size 4
+            --actor.num_gpus_per_node 1 --ref.num_gpus_per_node 1 --critic.num_gpus_per_node 1
+            --reward.num_gpus_per_node 1 --vllm.num_engines 1 --vllm.enforce_eager --vllm.sync_backend gloo
+            --vllm.gpu_memory_utilization 0.1 --ds.attn_implementation eager --ds.zero_stage 2 --ds.param_dtype fp32
+            --actor.adam.lr 1e-2 --actor.lr_scheduler constant --ckpt.path {tmp_path}/checkpoints
+            --ckpt.output_dir {tmp_path}/model --logger.tensorboard_dir {tmp_path}/logs
+        """.split()
+        log = tmp_path / "output.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [*command, *common, *flags],
+                env=environment | {"RAY_ADDRESS": ray_address},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                status = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                stacks = what_the_actors_do()
+                os.killpg(process.pid, signal.SIGKILL)
+                pytest.fail(f"no end after {limit} s\n{log.read_text()[-5000:]}\n{stacks}")
+        output = log.read_text()
+        found = (line.partition("Global step ")[2] for line in output.splitlines() if "Global step " in line)
+        steps_seen = [eval(line.partition(": ")[2], {"nan": float("nan")}) for line in found]
+        return Run(status, output, steps_seen)
+
+    return run
+
+
+def what_the_actors_do() -> str:
+    """The Python stack of every Ray worker on this machine, from py-spy."""
+    listed = subprocess.run(["pgrep", "-f", "^ray::"], capture_output=True, text=True).stdout.split()
+    dumps = [subprocess.run([BIN / "py-spy", "dump", "--pid", pid], capture_output=True, text=True) for pid in listed]
+    return "\n".join(dump.stdout for dump in dumps)

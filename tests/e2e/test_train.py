@@ -1,0 +1,91 @@
+"""Whole runs on the real Ray, DeepSpeed and vLLM, a few steps each."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pama_plugin import __version__
+from pama_plugin.host.hook import HOST_COMMAND
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+
+LITERAL = [sys.executable, "-m", HOST_COMMAND]
+PAMA_TRAIN = [str(Path(sys.executable).with_name("pama")), "train"]
+GROUPS = [
+    "--algo.advantage.estimator",
+    "reinforce_baseline",
+    "--rollout.n_samples_per_prompt",
+    "4",
+    "--train.batch_size",
+    "16",
+]
+
+
+def test_four_objectives_of_every_kind_with_the_literal_command(run_host, models, tmp_path) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "import torch\n\n\ndef vowels(queries, prompts, labels):\n"
+        "    rewards = torch.tensor([float(sum(query.count(v) for v in 'aeiou')) for query in queries])\n"
+        "    return {'rewards': rewards, 'scores': rewards, 'extra_logs': {}}\n"
+    )
+    run = run_host(
+        *GROUPS,
+        *("--loss", "pama", "--pama.objective", f"helpful=rm:{models}/helpful,weight=2"),
+        *("--pama.objective", f"harmless=rm:{models}/harmless", "--pama.objective", "length=builtin:length,scale=4"),
+        *("--pama.objective", f"vowels=py:{tmp_path}/rewards.py:vowels"),
+        *("--algo.advantage.is_correction_level", "token", "--algo.advantage.is_correction_mode", "clip"),
+        steps=3,
+        command=LITERAL,
+    )
+    assert run.status == 0, run.output[-5000:]
+    line = "active: 4 objectives, policy 1/1, critic –, reward groups 2/2, reference 1/1, rollout 1/1"
+    assert f"PAMA {__version__} {line}" in run.output
+
+    names = ("helpful", "harmless", "length", "vowels")
+    assert len(run.steps) == 3
+    for step in run.steps:
+        assert all(f"{stem}/{name}" in step for stem in ("reward", "pama/coefficient", "pama/gain") for name in names)
+        assert 0.25 <= step["reward/length"] <= 3 and step["reward/vowels"] >= 1
+        total = 2 * step["reward/helpful"] + sum(step[f"reward/{name}"] for name in names[1:])
+        assert step["reward"] == pytest.approx(total, rel=1e-4)
+        assert sum(step[f"pama/coefficient/{name}"] for name in names) == pytest.approx(1, abs=1e-5)
+        # vLLM and the trained policy agree on every token: the weights of each step did arrive, the tied head's too
+        assert abs(step["vllm_kl"]) < 1e-3
+    assert run.steps[-1]["kl"] > 1e-4, "the policy did not move, so the agreement above shows nothing"
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_one_objective_with_gae_through_pama_train(run_host, models) -> None:
+    flags = ["--algo.advantage.estimator", "gae", "--train.batch_size", "4", "--ds.value_head_prefix", "score"]
+    objective = ["--loss", "pama", "--pama.no_noon", "--pama.objective", f"helpful=rm:{models}/helpful"]
+    run = run_host(*flags, *objective, steps=2, command=PAMA_TRAIN)
+    assert run.status == 0, run.output[-5000:]
+    assert "1 objectives, policy 1/1, critic 1/1, reward groups 1/1" in run.output
+    assert [step["pama/coefficient/helpful"] for step in run.steps] == [1, 1]
+    assert all("critic_loss" in step for step in run.steps)
+
+
+def test_a_reward_that_raises_stops_the_run_with_its_name_and_step(run_host, tmp_path) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "calls = 0\n\n\ndef fragile(queries, prompts, labels):\n"
+        "    global calls\n    calls += 1\n"
+        "    if calls > 16:\n        raise KeyError('no such label')\n    return [float(calls)]\n"
+    )
+    objective = ["--loss", "linear", "--pama.objective", f"fragile=py:{tmp_path}/rewards.py:fragile"]
+    run = run_host(*GROUPS, *objective, steps=3, command=LITERAL)
+    assert run.status != 0 and len(run.steps) == 1
+    assert "objective 'fragile' at step 2: KeyError: 'no such label'; the run was stopped" in run.output
+    assert "Response: '" in run.output
+
+
+def test_a_rank_that_runs_stock_code_stops_the_run_before_its_first_step(run_host, tmp_path) -> None:
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import sys\nimport openrlhf.trainer.ray.vllm_engine as vllm_engine\n"
+        "from pama_plugin.host import rollout\nfrom pama_plugin.host.hook import train\n"
+        "stock = vllm_engine.RolloutRayActor\nrollout.rollout_actor = lambda config: stock\ntrain(sys.argv[1:])\n"
+    )
+    objective = ["--loss", "linear", "--pama.objective", "length=builtin:length"]
+    run = run_host(*GROUPS, *objective, steps=2, command=[sys.executable, str(driver)])
+    assert run.status != 0 and run.steps == []
+    assert "found rollout 0, rank 0: stock code. The run was stopped before its first step" in run.output

@@ -1,0 +1,76 @@
+"""Every command and every piece of code in the README is real."""
+
+import re
+import shlex
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hosttools import parse_host_flags
+
+pytestmark = pytest.mark.contract
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for language, text in BLOCKS
+    if language == "bash"
+    for line in text.replace("\\\n", " ").splitlines()
+]
+HOST_RUNS = [command for command in COMMANDS if command[:2] == ["pama", "train"] or "-m" in command[:2]]
+
+
+def test_the_readme_has_what_is_tested_below() -> None:
+    assert len(HOST_RUNS) == 2 and {"examples/quickstart.sh", "tests/run.sh"} <= {command[0] for command in COMMANDS}
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command[0].endswith(".sh")])
+def test_scripts_exist_and_can_be_run(command) -> None:
+    assert (ROOT / command[0]).stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("command", HOST_RUNS, ids=" ".join)
+def test_host_commands_parse_and_install(command, tmp_path, monkeypatch) -> None:
+    from pama_plugin.config import add_flags
+    from pama_plugin.host import seam
+
+    (tmp_path / "reward-model").mkdir()
+    (tmp_path / "reward-model" / "config.json").write_text("{}")
+    (tmp_path / "rewards.py").write_text("def polite(queries, prompts, labels): ...\n")
+    monkeypatch.chdir(tmp_path)
+    flags = command[next(index for index, word in enumerate(command) if word.startswith("--")) :]
+    if "--algo.advantage.estimator" not in flags:
+        flags += ["--algo.advantage.estimator", "reinforce"]
+    with mock.patch.object(seam, "_swap"):
+        args = seam.install(parse_host_flags(*flags, extend=add_flags))
+    assert args.pama.loss == "pama"
+
+
+def test_the_yaml_loads(tmp_path, monkeypatch) -> None:
+    from pama_plugin.config import load_config
+
+    (text,) = (text for language, text in BLOCKS if language == "yaml")
+    (tmp_path / "reward-model").mkdir()
+    (tmp_path / "reward-model" / "config.json").write_text("{}")
+    (tmp_path / "run.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    config = load_config("pama", [], "run.yaml", None, None, default_level="token")
+    assert config.names == ("sentiment", "length") and config.level == "sequence"
+
+
+def test_the_python_runs() -> None:
+    (text,) = (text for language, text in BLOCKS if language == "python")
+    exec(text, {})
+
+
+def test_every_flag_of_ours_is_in_the_table() -> None:
+    import argparse
+
+    from pama_plugin.config import add_flags
+
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    flags = set(re.findall(r"--(?:loss|pama\.\w+)", parser.format_help()))
+    assert flags <= set(re.findall(r"^\| `(--[\w.]+)", README, flags=re.MULTILINE))

@@ -15,6 +15,7 @@ models="$work/models"
 out="$work/run"
 
 patches/make_venv.sh
+cores=$(nproc) # before cpu.env, whose OMP_NUM_THREADS nproc would obey
 export PATH="$PWD/.venv/bin:$PATH" TORCH_EXTENSIONS_DIR="$PWD/.venv/cache/torch_extensions" PYTHONWARNINGS=ignore
 set -a
 . examples/cpu.env
@@ -24,7 +25,7 @@ set +a
 train() { # train NAME MODULE FLAGS...: one of the host's own training commands, on every core; makes $models/NAME
     local name=$1
     shift
-    OMP_NUM_THREADS=$(nproc) RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$(free_port) \
+    OMP_NUM_THREADS=$cores RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$(free_port) \
         python -m "$@" --ds.zero_stage 0 --ds.param_dtype fp32 --ds.attn_implementation eager --data.max_len 48 \
         --train.batch_size 32 --train.micro_batch_size 32 --ckpt.output_dir "$models/$name.partial" 2>&1 |
         python examples/quickstart/watch.py "$work/$name.log"
@@ -59,7 +60,15 @@ ray start --head --block --port="$ray_port" --num-gpus=8 --num-cpus=16 --include
 ray=$!
 trap 'kill $ray 2>/dev/null; wait $ray 2>/dev/null || true; rm -rf "$ray_folder"' EXIT
 export RAY_ADDRESS="127.0.0.1:$ray_port"
-for _ in $(seq 60); do ray health-check --address "$RAY_ADDRESS" >/dev/null 2>&1 && break || sleep 1; done
+for try in $(seq 60); do
+    ray health-check --address "$RAY_ADDRESS" >/dev/null 2>&1 && break
+    if [ "$try" = 60 ] || ! kill -0 $ray 2>/dev/null; then
+        tail -n 20 "$work/ray.log" >&2
+        echo "examples/quickstart.sh: Ray did not start (log: $work/ray.log)" >&2
+        exit 1
+    fi
+    sleep 1
+done
 
 # -- the run: OpenRLHF's own command, plus --loss and one --pama.objective per reward ---------------------------------
 echo "== $steps steps of PPO with two objectives (starting takes about a minute; log: runs/quickstart/run.log)"

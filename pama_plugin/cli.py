@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.add_argument("--png", type=Path, help="where the curves go (default: curves.png in the folder)")
     options = parser.parse_args(arguments)
 
+    from pama_plugin.errors import ConfigError
     from pama_plugin.report import report_run
 
-    report_run(options.folder, options.png)
+    try:
+        report_run(options.folder, options.png)
+    except ConfigError as error:
+        parser.error(str(error))

@@ -54,6 +54,13 @@ class Objective(BaseModel):
             raise ValueError("must be a letter followed by letters, digits, '_', '.' or '-': it becomes a metric key")
         return name
 
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _is_a_number(cls, weight: Any) -> Any:
+        if isinstance(weight, bool):  # which Python, and so pydantic, takes for 0 or 1
+            raise ValueError("must be a number")
+        return weight
+
     @field_validator("kind", mode="before")
     @classmethod
     def _is_known(cls, kind: str) -> str:
@@ -84,8 +91,8 @@ class Objective(BaseModel):
         if self.kind == "py":
             path, function = split_location(self.location)
             return self.model_copy(update={"location": f"{path}:{function}"})
-        if self.kind == "rm" and Path(self.location).exists():
-            return self.model_copy(update={"location": str(Path(self.location).absolute())})
+        if self.kind == "rm" and (folder := Path(self.location).expanduser()).exists():
+            return self.model_copy(update={"location": str(folder.absolute())})
         return self
 
 
@@ -145,7 +152,8 @@ def load_config(
 
     loss = loss or str(content.get("loss", ""))
     if loss not in available_rules():
-        raise ConfigError(f"--loss must be {STOCK} or one of {', '.join(available_rules())}, found {loss!r}")
+        known = ", ".join(available_rules())
+        raise ConfigError(f"--loss must be one of {known}, or {STOCK} without objectives, found {loss!r}")
     level = level or content.get("level")
     noon = content.get("noon") if noon is None else noon
     if level is not None and level not in LEVELS:
@@ -224,7 +232,7 @@ def _read(file: str) -> dict[str, Any]:
         content = yaml.load(Path(file).read_text(), _UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"--pama.config: cannot read {file}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--pama.config: {file} is not valid YAML: {error}") from error
     known = sorted(PamaConfig.model_fields)
     if not isinstance(content, dict) or set(content) - set(known):
@@ -269,6 +277,9 @@ def _objective(name: str, spec: Any, source: str) -> Objective:
 
 
 def _check_model(location: str) -> None:
-    """A location that reads like a path must be there; anything else is a name on the hub, which the host resolves."""
-    if location.startswith((".", "/", "~")) and not (Path(location).expanduser() / "config.json").is_file():
-        raise ValueError(f"no reward model at {location}: a folder with config.json is needed")
+    """A folder must hold a model; what is no folder must read like a name on the hub, which the host resolves."""
+    folder = Path(location).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"no reward model in {location}: it has no config.json")
+    if not folder.exists() and (location.startswith((".", "/", "~")) or location.count("/") > 1):
+        raise ValueError(f"no such folder: {location}")

@@ -3,29 +3,47 @@
 #
 #   patches/make_venv.sh        (PYTHON=/path/to/python3.11 where python3.11 is not on PATH)
 #
-# The stack is installed once per state of its lock file, patch and build script; the plugin every time, in seconds.
+# The stack is installed once per state of its lock file, patch and build script, the plugin once per state of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+python=${PYTHON:-python3.11}
 release=patches/openrlhf-0.11.2
 torch="torch==2.13.0+cpu"
-stamp=".venv/.stack-$(cat "$0" "$release"/* patches/build_wheel.py | sha256sum | cut -c1-16)"
 
-if [ ! -e "$stamp" ]; then
-    echo "== making .venv (about two minutes; 3 GB of disk)"
-    [ -x .venv/bin/python ] || "${PYTHON:-python3.11}" -m venv .venv
-    pip="$PWD/.venv/bin/python -m pip --disable-pip-version-check install --quiet"
+fingerprint() { cat "$@" | sha256sum | cut -c1-16; }
+install() { .venv/bin/python -m pip --disable-pip-version-check install --quiet "$@"; }
+need() { echo "patches/make_venv.sh: needs $1" >&2 && exit 1; }
+
+stack=".venv/.stack-$(fingerprint patches/make_venv.sh patches/build_wheel.py "$release"/*)"
+if [ ! -e "$stack" ]; then
+    command -v "$python" >/dev/null || need "Python 3.11: '$python' is not on PATH, set PYTHON=/path/to/it"
+    command -v git >/dev/null || need "git"
+    # DeepSpeed compiles its CPU operators on first use.
+    command -v g++ >/dev/null || need "a C++ compiler (g++)"
+    headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    [ -e "$headers/Python.h" ] || need "Python's headers (python3.11-dev): no Python.h in $headers"
+
+    echo "== making .venv (two to five minutes; 3 GB of disk)"
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
     echo "-- $torch"
     # PyPI has the CUDA build alone, so the CPU build comes from PyTorch's own index unless pip finds it without.
-    $pip "$torch" 2>/dev/null || $pip --index-url https://download.pytorch.org/whl/cpu "$torch"
+    install "$torch" 2>/dev/null || install --index-url https://download.pytorch.org/whl/cpu "$torch"
     echo "-- Ray, DeepSpeed, vLLM and what they need"
-    $pip --no-deps --requirement "$release/requirements-cpu.txt"
+    install --no-deps --requirement "$release/requirements-cpu.txt"
     echo "-- OpenRLHF 0.11.2+cpu"
     wheels=$(mktemp -d)
     trap 'rm -rf "$wheels"' EXIT
     .venv/bin/python patches/build_wheel.py "$wheels"
-    $pip --no-deps --force-reinstall "$wheels"/openrlhf-*.whl
-    rm -f .venv/.stack-*
-    touch "$stamp"
+    install --no-deps --force-reinstall "$wheels"/openrlhf-*.whl
+    rm -f .venv/.stack-* .venv/.plugin-*
+    touch "$stack"
 fi
-.venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --force-reinstall .
+
+readarray -d '' sources < <(find pama_plugin pyproject.toml README.md LICENSE -type f -not -name '*.pyc' -print0 | sort -z)
+plugin=".venv/.plugin-$(fingerprint "${sources[@]}")"
+if [ ! -e "$plugin" ]; then
+    install --no-deps --no-build-isolation --force-reinstall .
+    rm -f .venv/.plugin-*
+    touch "$plugin"
+fi

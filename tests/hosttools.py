@@ -77,8 +77,8 @@ def make_rollout(samples: int, seed: int = 0, names: tuple[str, ...] = ()) -> li
     return rollout
 
 
-def fixed_group(name: str, **placement: Any) -> Any:
-    """The host's own ``RayActorGroup`` of one rank, whose "model" is a fixed function of the tokens.
+def fixed_group(name: str, ranks: int = 1) -> Any:
+    """The host's own ``RayActorGroup``, whose "model" is a fixed function of the tokens.
 
     ``actor``, ``critic`` and ``reference`` give one number per token; any other name is a reward model. Different names
     give different numbers.
@@ -95,4 +95,4 @@ def fixed_group(name: str, **placement: Any) -> Any:
             values = torch.sin(sequences * attention_mask * seed)
             return values.sum(-1) if action_mask is None else values[:, 1:] * action_mask
 
-    return RayActorGroup(1, 1, ray.remote(Fixed), **({"num_gpus_per_actor": 0.2} | placement))
+    return RayActorGroup(1, ranks, ray.remote(Fixed), num_gpus_per_actor=0.2)

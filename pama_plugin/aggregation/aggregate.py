@@ -12,7 +12,8 @@ from pama_plugin.aggregation.registry import get_rule
 
 LEVELS = ("token", "sequence", "batch")
 
-# Advantages of a whitened objective have a standard deviation of 1; one below this is a constant.
+# Advantages that vary less than this over the batch are a constant up to rounding. A caller that whitened them, which
+# blows rounding up, says so itself: ``active``.
 INACTIVE_STD = 1e-6
 
 
@@ -90,19 +91,19 @@ def aggregate(
     active_K = _find_active(active, advantages_KBA, mask_BA)
 
     combine = get_rule(rule)
-    accepted = inspect.signature(combine).parameters
+    parameters = inspect.signature(combine).parameters.values()
+    accepted = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(accepted))
     if unknown:
-        raise ValueError(
-            f"rule {rule!r} has no option {', '.join(unknown)}; it takes {', '.join(list(accepted)[4:]) or 'none'}"
-        )
+        takes = ", ".join(accepted) or "none"
+        raise ValueError(f"rule {rule!r} has no option {', '.join(unknown)}; it takes {takes}")
     shared = {key: value for key, value in (("level", level), ("noon", noon)) if key in accepted}
     combined_BA, coefficients_K = combine(advantages_KBA, mask_BA, weights_K, active_K, **shared, **options)
 
     combined_BA = combined_BA.masked_fill(~mask_BA, 0)
     metrics = _describe(advantages_KBA, mask_BA, combined_BA)
     metrics |= {f"inactive/{index}": float(not kept) for index, kept in enumerate(active_K.tolist())}
-    return Aggregation(combined_BA, coefficients_K, metrics)
+    return Aggregation(combined_BA, coefficients_K * bool((combined_BA != 0).any()), metrics)
 
 
 def _check_weights(weights: Sequence[float] | Tensor | None, advantages_KBA: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """PAMA: He & Maghsudi, "Pareto Multi-Objective Alignment for Language Models", arXiv 2508.07768, Theorem 1."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
@@ -26,47 +28,66 @@ def pama(
 
     Differs from the paper in: the importance ratio is gated by the PPO clip alone, so c is computed once per rollout.
     """
-    kept_KBA = advantages_KBA if bool(active_K.all()) else advantages_KBA[active_K]
-    kept_K = weights_K[active_K] / weights_K[active_K].mean()
-    values_KBA = kept_KBA if bool((kept_K == 1).all()) else kept_KBA / kept_K[:, None, None]
+    weights_K = weights_K / weights_K[active_K].mean()
+    kept = active_K.nonzero().flatten().tolist()
+
+    def rows() -> Iterable[Tensor]:
+        """One objective's ``a_i`` at a time: K of them at once would double the memory."""
+        return (advantages_KBA[index] / weights_K[index] for index in kept)
+
     if level == "batch":
-        combined_BA, shares_K = _project_batch(values_KBA, mask_BA, noon)
+        combined_BA, shares = _project_batch(rows, mask_BA, noon)
     elif level == "sequence":
         lengths_B1 = mask_BA.sum(-1, keepdim=True)
-        means_KB1 = values_KBA.masked_fill(~mask_BA, 0).sum(-1, keepdim=True) / lengths_B1.clamp(min=1)
-        combined_B1, shares_K = _project_units(means_KB1, lengths_B1 > 0, noon)
+        means = [row.masked_fill_(~mask_BA, 0).sum(-1, keepdim=True) / lengths_B1.clamp(min=1) for row in rows()]
+        combined_B1, shares = _project_units(lambda: means, lengths_B1, noon)
         combined_BA = combined_B1.expand_as(mask_BA)
     else:
-        combined_BA, shares_K = _project_units(values_KBA, mask_BA, noon)
-    return Combination(combined_BA, weights_K.new_zeros(len(weights_K)).masked_scatter_(active_K, shares_K))
+        combined_BA, shares = _project_units(rows, mask_BA, noon)
+    coefficients_K = torch.zeros_like(weights_K)
+    coefficients_K[active_K] = shares.to(coefficients_K.dtype)
+    return Combination(combined_BA, coefficients_K)
 
 
-def _project_units(values_KU: Tensor, valid_U: Tensor, noon: bool) -> tuple[Tensor, Tensor]:
-    """``s*`` of every unit, and the mean of c over the units where ``s* ≠ 0``."""
-    # Noon needs no copy of the clamped advantages: min_i max(a_i, 0) = max(min_i a_i, 0).
-    projection_U = values_KU.amin(0).clamp_(min=0)
-    if not noon:
-        projection_U += values_KU.amax(0).clamp_(max=0)
-    projection_U.masked_fill_(~valid_U, 0)
+Rows = Callable[[], Iterable[Tensor]]
+
+
+def _project_units(rows: Rows, tokens_U: Tensor, noon: bool) -> tuple[Tensor, Tensor]:
+    """``s*`` of every unit, and the mean of c over the tokens (``tokens_U`` in each unit) where ``s* ≠ 0``."""
+    low_U = high_U = None
+    for row_U in rows():
+        low_U = row_U.clone() if low_U is None else torch.minimum(low_U, row_U, out=low_U)
+        if not noon:  # Noon has no use for it: min_i max(a_i, 0) = max(min_i a_i, 0)
+            high_U = row_U.clone() if high_U is None else torch.maximum(high_U, row_U, out=high_U)
+    assert low_U is not None  # at least one objective is active
+    projection_U = low_U.clamp_(min=0)
+    if high_U is not None:
+        projection_U += high_U.clamp_(max=0)
+    projection_U.masked_fill_(tokens_U == 0, 0)
 
     # Where s* ≠ 0 it equals the extreme objective's own value, and c is 1 there: 1/m each for m objectives in a tie.
-    extreme_KU = (values_KU == projection_U) & (projection_U != 0)
-    ties_U = extreme_KU.sum(0, dtype=values_KU.dtype).clamp_(min=1)
-    shares_K = torch.stack([(extreme_U / ties_U).sum() for extreme_U in extreme_KU])
+    active_U = projection_U != 0
+    extreme = [(row_U == projection_U) & active_U for row_U in rows()]
+    ties_U = sum(hit_U.to(torch.uint8) for hit_U in extreme)
+    shares_K = torch.stack([(hit_U * tokens_U / ties_U).nan_to_num_(0).sum() for hit_U in extreme])
     return projection_U, shares_K / shares_K.sum().clamp(min=1)
 
 
-def _project_batch(values_KBA: Tensor, mask_BA: Tensor, noon: bool) -> tuple[Tensor, Tensor]:
+def _project_batch(rows: Rows, mask_BA: Tensor, noon: bool) -> tuple[Tensor, Tensor]:
     """``Σ_i c_i a_i`` with one c for the batch: on the lowest and the highest mean, such that their mix is ``s*``."""
-    used_KBA = values_KBA.masked_fill(~mask_BA, 0)
-    if noon:
-        used_KBA.clamp_(min=0)
-    means_K = used_KBA.sum((1, 2)) / mask_BA.sum().clamp(min=1)
+
+    def used() -> Iterable[Tensor]:
+        masked = (row_BA.masked_fill_(~mask_BA, 0) for row_BA in rows())
+        return (row_BA.clamp_(min=0) for row_BA in masked) if noon else masked
+
+    means_K = torch.stack([row_BA.sum() for row_BA in used()]) / mask_BA.sum().clamp(min=1)
     low, high = means_K.min(), means_K.max()
     at_low_K, at_high_K = means_K == low, means_K == high
     # c_low·low + (1 - c_low)·high = 0 unless both have one sign; if low = high, all tie and any c_low is right.
     spread = torch.where(high > low, high - low, 1)
     c_low = (high / spread).clamp(0, 1)
     shares_K = c_low * at_low_K / at_low_K.sum() + (1 - c_low) * at_high_K / at_high_K.sum()
-    combined_BA = used_KBA.mul_(shares_K[:, None, None]).sum(0)
-    return combined_BA, shares_K * bool((combined_BA != 0).any())
+    combined_BA = torch.zeros_like(mask_BA, dtype=means_K.dtype)
+    for row_BA, share in zip(used(), shares_K):
+        combined_BA += row_BA.mul_(share)
+    return combined_BA, shares_K

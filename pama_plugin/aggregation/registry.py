@@ -19,8 +19,9 @@ _RULES: dict[str, Rule] = {}
 
 
 def register_rule(name: str) -> Callable[[Rule], Rule]:
-    """Register ``rule(advantages_KBA, mask_BA, weights_K, active_K, *, level, noon, **options)`` under ``name``.
+    """Register ``rule(advantages_KBA, mask_BA, weights_K, active_K, *, …)`` under ``name``.
 
+    Its keyword-only parameters are its options; of those, ``level`` and ``noon`` are passed if it names them.
     A rule gets advantages that are finite wherever ``mask_BA`` is true and may hold anything elsewhere, weights that
     are positive, and the objectives that carry signal. It must not write to any of them.
 

@@ -6,12 +6,18 @@ from typing import Any
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+from openrlhf.utils.logging_utils import init_logger
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pama_plugin.aggregation import Aggregation, aggregate
 from pama_plugin.config import PamaConfig
 from pama_plugin.errors import RewardError
+
+logger = init_logger(__name__)
+
+# Estimators of the host that subtract something of the prompt's own group of responses.
+GROUP_ESTIMATORS = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
 
 
 class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
@@ -23,12 +29,14 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config: PamaConfig = self.args.pama
+        self.warned: set[str] = set()
 
     @torch.no_grad()
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
         """Score every response with every objective: all reward groups at once, beside the host's forwards."""
-        # Where models share GPUs the host runs them one after the other, and frees the cache in between.
-        one_by_one = self.args.train.colocate_all or self.args.train.colocate_critic_reward
+        # Models that share a GPU run one after the other and free the cache in between, as the host's own do.
+        shared_with_critic = self.args.train.colocate_critic_reward and self.critic_model_group is not None
+        one_by_one = self.args.train.colocate_all or shared_with_critic
         refs = {
             objective.name: self._dispatch_forward(
                 self.reward_model_group.groups[objective.name],
@@ -50,6 +58,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
                 experience.info[f"reward/{name}"] = rewards_B.float()
         for name, experience in itertools.product(self.config.names, experiences):
             self._check_rewards(name, experience)
+        self._warn_of_clipping(experiences)
         return experiences
 
     def _check_rewards(self, name: str, experience: Experience) -> None:
@@ -61,16 +70,28 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             tokens = experience.sequences[row][experience.attention_mask[row].bool()]
             raise RewardError(name, f"returned {found}", self.tokenizer.decode(tokens))
 
+    def _warn_of_clipping(self, experiences: list[Experience]) -> None:
+        """The host clamps every reward before its estimator, without a word: say so, once per objective."""
+        low, high = self.args.reward.clip_range
+        for name in self.config.names:
+            rewards_B = torch.cat([experience.info[f"reward/{name}"] for experience in experiences])
+            clipped = int(((rewards_B < low) | (rewards_B > high)).sum())
+            if clipped and name not in self.warned:
+                self.warned.add(name)
+                logger.warning(
+                    f"objective {name!r}: {clipped} of {len(rewards_B)} rewards lie outside --reward.clip_range "
+                    f"{low} {high} and are clipped by OpenRLHF; reward/{name} in the logs is the raw one"
+                )
+
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
         """Run the host's estimator with each objective's rewards, and give the actor the aggregate of the K results.
 
-        ``reward``, ``return`` and ``group_reward_std`` of ``info``, ``rewards`` and ``returns`` become the sums of the
-        objectives' own, times their weights: the host shows and logs them. With one objective of weight 1 and the rule
-        ``linear`` every tensor is the stock one, bit for bit.
+        ``reward`` and ``return`` of ``info``, and ``rewards``, become sums of the objectives' own, times their weights:
+        the host shows and logs them. With one objective of weight 1 and the rule ``linear`` every tensor is the stock
+        one, bit for bit.
         """
         runs = [self._estimate(name, experiences) for name in self.config.names]
-        rewards_KB = [torch.cat([e.info[f"reward/{name}"] for e in experiences]) for name in self.config.names]
         result = aggregate(
             self.config.loss,
             torch.stack([_join([experience.advantages for experience in run]) for run in runs]),
@@ -78,24 +99,37 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             level=self.config.level,
             noon=self.config.noon,
             weights=self.config.weights,
-            active=[bool(rewards_B.min() < rewards_B.max()) for rewards_B in rewards_KB],
+            active=[self._tells_responses_apart(name, experiences) for name in self.config.names],
         )
         metrics = self._name_metrics(result)
 
         sizes = [len(experience.sequences) for experience in experiences]
         for stock, advantages_BA, own in zip(experiences, result.advantages.split(sizes), zip(*runs)):
+            # The first run's copy goes on. Only a critic reads its returns, and with a critic it is the only run.
             combined = own[0]
-            # Padding keeps what the host put there.
             valid_BA = combined.action_mask.bool()
             advantages_BA = advantages_BA[:, : valid_BA.shape[1]]
-            combined.advantages = torch.where(valid_BA, advantages_BA, combined.advantages)
-            combined.returns = self._weighted([experience.returns for experience in own])
+            combined.advantages = torch.where(valid_BA, advantages_BA, combined.advantages)  # padding stays the host's
             combined.rewards = self._weighted([experience.rewards for experience in own])
             for key in [key for key, value in combined.info.items() if value is not stock.info.get(key)]:
                 combined.info[key] = self._weighted([experience.info[key] for experience in own])
+            if len(own) > 1:  # a sum of standard deviations is not one
+                combined.info.pop("group_reward_std", None)
             # One value per rollout batch, as a column: the host averages columns over samples and ranks into its logs.
             combined.info |= {key: torch.full((len(valid_BA),), value) for key, value in metrics.items()}
         return runs[0]
+
+    def _tells_responses_apart(self, name: str, experiences: list[Experience]) -> bool:
+        """Whether the rewards differ where the estimator compares them: in the batch, or in one prompt's group.
+
+        Where they do not, the advantages are 0 up to rounding, which whitening blows up to a signal.
+        """
+        order = torch.tensor(list(itertools.chain.from_iterable(experience.index for experience in experiences)))
+        rewards_B = torch.empty(len(order))
+        rewards_B[order] = torch.cat([experience.info[f"reward/{name}"] for experience in experiences]).float()
+        size = self.args.rollout.n_samples_per_prompt if self.advantage_estimator in GROUP_ESTIMATORS else len(order)
+        groups_GB = rewards_B.reshape(-1, size)
+        return bool((groups_GB.amin(1) < groups_GB.amax(1)).any())
 
     def _estimate(self, name: str, experiences: list[Experience]) -> list[Experience]:
         """What the host's estimator makes of this objective's rewards, in copies that share all it does not write."""

@@ -30,8 +30,7 @@ def shake_hands(config: PamaConfig, roles: dict[str, list[list[Any]]]) -> str:
 
     Args:
         config: what the driver runs.
-        roles: role → groups → a reference to the report of every rank. Where there is more than one group to a role
-            its name ends in "groups", and the line counts groups instead of ranks.
+        roles: role → what the line counts of it, ranks or groups of ranks → references to the reports of its ranks.
 
     Returns:
         One line, such as ``PAMA 0.1.0 active: 2 objectives, policy 1/1, critic –, reward groups 1/1``.
@@ -42,18 +41,15 @@ def shake_hands(config: PamaConfig, roles: dict[str, list[list[Any]]]) -> str:
     expected = Report(__version__, config.model_dump_json())
     parts = [f"PAMA {__version__} active: {len(config.objectives)} objectives"]
     strangers = []
-    for role, groups in roles.items():
-        for index, group in enumerate(groups):
-            for rank, reference in enumerate(group):
-                difference = _difference(reference, expected)
-                if difference:
-                    strangers.append(f"{role} {index}, rank {rank}: {difference}")
-        total = len(groups) if role.endswith("groups") else sum(map(len, groups))
-        parts.append(f"{role} {total}/{total}" if total else f"{role} –")
+    for role, units in roles.items():
+        differences = [[_difference(rank, expected) for rank in ranks] for ranks in units]
+        agreed = sum(not any(unit) for unit in differences)
+        parts.append(f"{role} {agreed}/{len(units)}" if units else f"{role} –")
+        strangers += [f"{role} {index}: {found}" for index, unit in enumerate(differences) for found in unit if found]
     if strangers:
         raise HandshakeError(
             f"every rank must run PAMA {__version__} with the driver's configuration, found {'; '.join(strangers)}. "
-            "The run was stopped before its first step"
+            f"The run was stopped before its first step ({', '.join(parts)})"
         )
     return ", ".join(parts)
 

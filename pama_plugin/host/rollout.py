@@ -26,14 +26,17 @@ class ObjectiveExecutor(SingleTurnAgentExecutor):
     host's own executor logs and swallows an exception of a reward; here it stops the run.
     """
 
-    def __init__(self, config: PamaConfig) -> None:
+    def __init__(self, config: PamaConfig, scalar_reward: bool) -> None:
         super().__init__(remote_rm_url=None)
         self.config = config
+        self.scalar_reward = scalar_reward
         self.scored = config.of_kind("py", "builtin")
         self.scorers = {objective.name: _scorer(objective) for objective in self.scored}
 
     async def execute(self, *, hf_tokenizer: Any, **request: Any) -> dict[str, Any]:
         output: dict[str, Any] = await super().execute(hf_tokenizer=hf_tokenizer, **request)
+        if not self.scorers:
+            return output
         response = Response(
             query=hf_tokenizer.decode(output["observation_tokens"], skip_special_tokens=False),
             prompt=output["prompt"],
@@ -44,8 +47,7 @@ class ObjectiveExecutor(SingleTurnAgentExecutor):
             *(asyncio.to_thread(_score, name, scorer, response) for name, scorer in self.scorers.items())
         )
         output["extra_logs"] = {f"reward/{name}": reward for name, reward in zip(self.scorers, rewards)}
-        if len(self.scored) == len(self.config.objectives):
-            # The host's evaluation and dynamic filtering read one number per response, before any training step.
+        if self.scalar_reward:
             total = sum(objective.weight * reward for objective, reward in zip(self.scored, rewards))
             output |= {"reward": total, "scores": total}
         return output
@@ -61,8 +63,8 @@ def _score(name: str, scorer: Scorer, response: Response) -> float:
     return reward
 
 
-def rollout_actor(config: PamaConfig) -> Any:
-    """The host's vLLM actor with our executor.
+def rollout_actor(config: PamaConfig, scalar_reward: bool) -> Any:
+    """The host's vLLM actor with our executor; with ``scalar_reward`` it also gives the weighted sum as *the* reward.
 
     The host gives this actor neither its arguments nor a hook, so the class carries the configuration: being local, it
     travels to the actors by value.
@@ -71,6 +73,6 @@ def rollout_actor(config: PamaConfig) -> Any:
     class RolloutRayActor(vllm_engine.RolloutRayActor.__ray_metadata__.modified_class):
         async def __init__(self, *args: Any, remote_rm_url: Any = None, **kwargs: Any) -> None:
             await super().__init__(*args, **kwargs)
-            self.executor = ObjectiveExecutor(config)
+            self.executor = ObjectiveExecutor(config, scalar_reward)
 
     return ray.remote(RolloutRayActor)

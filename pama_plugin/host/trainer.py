@@ -1,17 +1,18 @@
-"""The host's trainers, in their Ray actors, with our experience maker in place of the stock one."""
+"""The host's trainer, in its Ray actor, with our experience maker in place of the stock one."""
 
 from typing import Any
 
 import ray
-from openrlhf.trainer import ppo_trainer, ppo_trainer_async
+from openrlhf.trainer import ppo_trainer
 
 from pama_plugin.errors import RewardError
 from pama_plugin.host.experience import MultiObjectiveExperienceMaker
 from pama_plugin.host.handshake import report, shake_hands
 
 
-class MultiObjective:
-    """Mixed into a stock trainer class, which comes second in the bases."""
+@ray.remote
+class PPOTrainer(ppo_trainer.PPOTrainer.__ray_metadata__.modified_class):
+    """Swaps the experience maker, shakes hands before the first step and knows which step failed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -35,18 +36,20 @@ class MultiObjective:
             raise error.at_step(self.steps_done + 1) from error
 
     def shake_hands(self) -> str:
-        def ranks_of(*groups: Any) -> list[list[Any]]:
-            return [group.async_run_method("__ray_call__", report) for group in groups if group is not None]
+        def reports(group: Any) -> list[Any]:
+            return group.async_run_method("__ray_call__", report) if group is not None else []
 
-        reward_groups = self.reward_model_group.groups.values() if self.reward_model_group else ()
-        roles = {
-            "policy": ranks_of(self.actor_model_group),
-            "critic": ranks_of(self.critic_model_group),
-            "reward groups": ranks_of(*reward_groups),
-            "reference": ranks_of(self.reference_model_group),
-            "rollout": [[engine.__ray_call__.remote(report) for engine in self.vllm_engines]],
-        }
-        return shake_hands(self.experience_maker.config, roles)
+        reward_groups = self.reward_model_group.groups if self.reward_model_group is not None else {}
+        return shake_hands(
+            self.experience_maker.config,
+            {
+                "policy": [[rank] for rank in reports(self.actor_model_group)],
+                "critic": [[rank] for rank in reports(self.critic_model_group)],
+                "reward groups": [reports(group) for group in reward_groups.values()],
+                "reference": [[rank] for rank in reports(self.reference_model_group)],
+                "rollout": [[engine.__ray_call__.remote(report)] for engine in self.vllm_engines],
+            },
+        )
 
     def init_checkpoint_states(self) -> dict[str, Any]:
         states: dict[str, Any] = super().init_checkpoint_states()
@@ -56,13 +59,3 @@ class MultiObjective:
     def train_step(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], int]:
         status, self.steps_done = super().train_step(*args, **kwargs)
         return status, self.steps_done
-
-
-@ray.remote
-class PPOTrainer(MultiObjective, ppo_trainer.PPOTrainer.__ray_metadata__.modified_class):
-    """The synchronous trainer."""
-
-
-@ray.remote
-class TrainingActor(MultiObjective, ppo_trainer_async.TrainingActor.__ray_metadata__.modified_class):
-    """The training half of the asynchronous trainer."""

@@ -60,9 +60,9 @@ def read_scalars(folder: Path) -> dict[str, Series]:
 
 
 def names_in(scalars: dict[str, Series]) -> list[str]:
-    """The objectives, in the order in which they were logged."""
+    """The objectives, sorted: the host logs its metrics in an order of its own, another one in each run."""
     prefix = "pama/coefficient/"
-    return [tag.removeprefix(prefix) for tag in scalars if tag.startswith(prefix)]
+    return sorted(tag.removeprefix(prefix) for tag in scalars if tag.startswith(prefix))
 
 
 def start_and_end(series: Series) -> tuple[Mean, Mean]:

@@ -1,8 +1,12 @@
 """Kind ``py``: a function in the user's own file, with the signature that the host gives its ``reward_func``."""
 
 import ast
+import functools
+import hashlib
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -34,16 +38,42 @@ def check_location(location: str) -> None:
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
-        body = ast.parse(path.read_text()).body
-    except SyntaxError as error:
+        module = ast.parse(path.read_text())
+    except (SyntaxError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid Python: {error}") from error
-    defined = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    assigned = [
-        name.id for node in body if isinstance(node, ast.Assign) for name in node.targets if isinstance(name, ast.Name)
-    ]
-    imported = [alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
-    if function not in (*defined, *assigned, *imported) and "*" not in imported:
-        raise ValueError(f"no function {function!r} in {path}; it defines {', '.join(defined) or 'none'}")
+    functions, others = _top_level_names(module)
+    if function not in functions | others and "*" not in others:
+        raise ValueError(f"no function {function!r} in {path}; it defines {', '.join(sorted(functions)) or 'none'}")
+
+
+def _top_level_names(module: ast.Module) -> tuple[set[str], set[str]]:
+    """Functions and classes, and every other name, that the module binds, also inside ``if`` and ``try``."""
+    functions: set[str] = set()
+    others: set[str] = set()
+    pending: list[ast.AST] = list(module.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            functions.add(node.name)  # and not what it binds inside
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            others |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            others.add(node.id)
+        pending += ast.iter_child_nodes(node)
+    return functions, others
+
+
+@functools.cache  # two functions of one file share it, and the models it loads
+def _import(path: Path) -> ModuleType:
+    name = f"pama_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"cannot import {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_function(location: str) -> Scorer:
@@ -53,12 +83,7 @@ def load_function(location: str) -> Scorer:
     The host's other keys (``scores``, ``extra_logs``) are not used.
     """
     path, name = split_location(location)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"cannot import {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, name)
+    function = getattr(_import(path), name)
 
     def score(response: Response) -> float:
         result = function([response.query], [response.prompt], [response.label])

@@ -16,9 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from pama_plugin import aggregate
 
+LEVELS = ("token", "sequence", "batch")
 VARIANTS = [
     ("linear", {}),
-    *(("pama", {"level": level, "noon": noon}) for level in ("token", "sequence", "batch") for noon in (True, False)),
+    *(("pama", {"level": level, "noon": noon}) for level in LEVELS for noon in (True, False)),
+    *(("pama", {"level": level, "noon": False, "weights": "1, 2, …"}) for level in LEVELS),
 ]
 
 
@@ -74,17 +76,20 @@ def main() -> None:
         f"{tuple(options.shape)} float32, {size / 2**20:.0f} MiB; {name} ({platform.machine()}); "
         f"torch {torch.__version__}"
     )
-    print(f"{'rule':8} {'level':9} {'noon':6} {'ms':>8} {'peak':>7} {'total':>7}")
+    print(f"{'rule':8} {'level':9} {'noon':6} {'weights':8} {'ms':>8} {'peak':>7} {'total':>7}")
     for rule, settings in VARIANTS:
+        weights = range(1, options.shape[0] + 1) if "weights" in settings else None
+        arguments = {**settings, "weights": weights}
 
-        def call(rule=rule, settings=settings):
-            aggregate(rule, advantages, mask, **settings)
+        def call(rule=rule, arguments=arguments):
+            aggregate(rule, advantages, mask, **arguments)
 
         call()
         peak, total = (allocated_cuda if options.device == "cuda" else allocated)(call)
         took = seconds(call, options.device) * 1000
         level, noon = settings.get("level", "–"), str(settings.get("noon", "–"))
-        print(f"{rule:8} {level:9} {noon:6} {took:8.1f} {peak / size:6.2f}x {total / size:6.2f}x")
+        named = settings.get("weights", "1 each")
+        print(f"{rule:8} {level:9} {noon:6} {named:8} {took:8.1f} {peak / size:6.2f}x {total / size:6.2f}x")
 
 
 if __name__ == "__main__":

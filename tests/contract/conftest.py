@@ -23,3 +23,9 @@ def local_ray() -> Iterator[None]:
 def groups(local_ray: None) -> dict[str, Any]:
     """Groups of the host, one rank each, whose models are fixed functions of the tokens."""
     return {name: fixed_group(name) for name in ("actor", "critic", "reference", "helpful", "harmless")}
+
+
+@pytest.fixture(scope="session")
+def pairs(groups: dict[str, Any]) -> dict[str, Any]:
+    """An actor and a reward model of two ranks each."""
+    return {name: fixed_group(name, ranks=2) for name in ("actor", "helpful")}

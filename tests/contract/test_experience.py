@@ -28,7 +28,7 @@ def build(groups: dict[str, Any], *flags: str, objectives=OBJECTIVES, loss="pama
         groups["actor"],
         None,
         SimpleNamespace(groups={name: groups[name] for name in models}),
-        groups["reference"],
+        groups["reference"] if args.algo.kl.init_coef > 0 else None,
         SimpleNamespace(value=args.algo.kl.init_coef),
         SimpleNamespace(args=args),
         SimpleNamespace(pad_token_id=0, decode=lambda tokens: f"tokens {tokens.tolist()}"),
@@ -51,7 +51,7 @@ def test_the_aggregate_of_k_stock_runs_reaches_the_actor(loss, groups) -> None:
         own = {name: run[index].info for name, run in alone.items()}
         for name in alone:
             assert torch.equal(experience.info[f"reward/{name}"], own[name][f"reward/{name}"])
-        for key in ("reward", "return", "group_reward_std"):
+        for key in ("reward", "return"):
             torch.testing.assert_close(experience.info[key], sum(WEIGHTS[name] * own[name][key] for name in own))
         assert experience.kl is None and experience.advantages.shape == experience.action_mask.shape
 
@@ -99,18 +99,78 @@ def test_the_split_into_micro_batches_does_not_matter(level, groups) -> None:
     torch.testing.assert_close(runs["3"], runs["8"])
 
 
-def test_a_constant_reward_does_not_veto(groups) -> None:
-    """0.7 minus the mean of 0.7s is not exactly 0; the host's whitening makes a signal of the rounding error."""
+@pytest.mark.parametrize("n_samples", ["4", "5", "8"])
+@pytest.mark.parametrize("estimator", ["reinforce_baseline", "group_norm", "rloo", "dr_grpo"])
+def test_a_reward_that_compares_no_responses_does_not_veto(estimator, n_samples, groups) -> None:
+    """The mean of eight 0.7s is not 0.7: the host's whitening makes a signal of the rounding error.
+
+    So it does where the reward depends on the prompt alone.
+    """
+    flags = ("--algo.advantage.estimator", estimator, "--rollout.n_samples_per_prompt", n_samples)
+    flags += ("--rollout.micro_batch_size", "100", "--algo.kl.init_coef", "0.1")
+    size = 4 * int(n_samples)
+    without = build(groups, *flags, objectives=OBJECTIVES[:2]).make_experience_batch(make_rollout(size, names=COLUMNS))
+    for rewards in (torch.full((size,), 0.7), torch.tensor([0.1, 0.7, 0.3, 1.1]).repeat_interleave(int(n_samples))):
+        rollout = make_rollout(size, names=COLUMNS)
+        for sample, reward in zip(rollout, rewards):
+            sample.info["reward/length"] = reward.reshape(1)
+        (found,) = build(groups, *flags).make_experience_batch(rollout)
+        assert found.info["pama/inactive/length"].unique() == 1
+        torch.testing.assert_close(found.advantages, without[0].advantages)
+        assert (found.advantages != 0).any()
+
+
+@pytest.mark.parametrize("loss", ["pama", "linear"])
+def test_the_critic_learns_the_value_of_the_reward_whatever_its_weight(loss, groups) -> None:
+    """Returns times a weight would teach the critic another reward than the one its values are subtracted from."""
+    flags = (
+        "--algo.advantage.estimator",
+        "gae",
+        "--rollout.n_samples_per_prompt",
+        "1",
+        "--rollout.micro_batch_size",
+        "8",
+    )
+    runs = {}
+    for weight in ("1", "2"):
+        objectives = [f"helpful=rm:org/a,weight={weight}"]
+        maker = build(groups, *flags, objectives=objectives, loss=loss, models=("helpful",))
+        maker.critic_model_group = groups["critic"]
+        (runs[weight],) = maker.make_experience_batch(make_rollout(8))
+    assert torch.equal(runs["1"].returns, runs["2"].returns) and (runs["1"].returns != 0).any()
+
+
+@pytest.mark.property
+def test_with_whitening_the_scale_of_a_reward_does_not_matter(groups) -> None:
+    flags = ("--rollout.micro_batch_size", "8", "--algo.kl.init_coef", "0")
+    (plain,) = build(groups, *flags).make_experience_batch(make_rollout(8, names=COLUMNS))
+    scaled = make_rollout(8, names=COLUMNS)
+    for sample in scaled:
+        sample.info["reward/length"] = 3 * sample.info["reward/length"] - 1.5
+    (other,) = build(groups, *flags).make_experience_batch(scaled)
+    torch.testing.assert_close(plain.advantages, other.advantages, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ring", [1, 2], ids=["two data-parallel ranks", "one ring of two ranks"])
+def test_several_ranks_give_what_one_gives(ring, groups, pairs) -> None:
+    """Rewards come back in order from two ranks, and once from two ranks that hold the same sequences."""
+    flags = ("--rollout.micro_batch_size", "2", "--algo.kl.init_coef", "0")
+    settings = dict(objectives=(OBJECTIVES[0], OBJECTIVES[2]), models=("helpful",))
+    single = build(groups, *flags, **settings).make_experience_batch(make_rollout(8, names=COLUMNS))
+    for group in pairs.values():
+        group.duplicate_actors = ring
+    several = build(pairs, *flags, "--ds.ring_attn_size", str(ring), **settings)
+    for one, other in zip(single, several.make_experience_batch(make_rollout(8, names=COLUMNS)), strict=True):
+        assert torch.equal(one.advantages, other.advantages)
+        assert torch.equal(one.info["reward/helpful"], other.info["reward/helpful"])
+
+
+def test_rewards_that_the_host_clips_are_pointed_out_once(groups, caplog) -> None:
     rollout = make_rollout(8, names=COLUMNS)
-    for sample in rollout:
-        sample.info["reward/length"] = torch.tensor([0.7])
-    with_constant = build(groups, "--rollout.micro_batch_size", "8").make_experience_batch(rollout)[0]
-    without = build(groups, "--rollout.micro_batch_size", "8", objectives=OBJECTIVES[:2]).make_experience_batch(
-        make_rollout(8, names=COLUMNS)
-    )[0]
-    assert with_constant.info["pama/inactive/length"].unique() == 1
-    torch.testing.assert_close(with_constant.advantages, without.advantages)
-    assert (with_constant.advantages != 0).any()
+    rollout[3].info["reward/length"] = torch.tensor([12.0])
+    maker = build(groups, "--rollout.micro_batch_size", "8")
+    maker.make_experience_batch(rollout)
+    assert maker.warned == {"length"}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])

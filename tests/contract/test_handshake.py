@@ -46,7 +46,7 @@ def test_one_line_when_all_agree(ask) -> None:
     from pama_plugin.host.handshake import shake_hands
 
     ranks = {
-        "policy": [[ask(CONFIG), ask(CONFIG)]],
+        "policy": [[ask(CONFIG)], [ask(CONFIG)]],
         "critic": [],
         "reward groups": [[ask(CONFIG)], [ask(CONFIG), ask(CONFIG)]],
         "rollout": [[ask(CONFIG, vllm=True)]],
@@ -58,14 +58,16 @@ def test_one_line_when_all_agree(ask) -> None:
 def test_every_stranger_is_named(ask) -> None:
     from pama_plugin.host.handshake import shake_hands
 
-    ranks = {"policy": [[ask(CONFIG), ask(None)]], "rollout": [[ask(None, vllm=True)]], "reward groups": [[ask(OTHER)]]}
+    ranks = {
+        "policy": [[ask(CONFIG)], [ask(None)]],
+        "rollout": [[ask(None, vllm=True)]],
+        "reward groups": [[ask(OTHER)]],
+    }
     with pytest.raises(HandshakeError) as error:
         shake_hands(CONFIG, ranks)
     text = str(error.value)
-    assert (
-        "policy 0, rank 1: stock code; rollout 0, rank 0: stock code; reward groups 0, rank 0: another config" in text
-    )
-    assert "rank 0: stock code" not in text.partition("rollout")[0]
+    assert "found policy 1: stock code; rollout 0: stock code; reward groups 0: another configuration" in text
+    assert "policy 0" not in text and "policy 1/2, rollout 0/1, reward groups 0/1" in text
 
 
 def test_a_rank_that_died_is_named(ask) -> None:
@@ -77,5 +79,5 @@ def test_a_rank_that_died_is_named(ask) -> None:
     def broken():
         raise ModuleNotFoundError("No module named 'pama_plugin'")
 
-    with pytest.raises(HandshakeError, match="policy 0, rank 0: no answer .*No module named 'pama_plugin'"):
+    with pytest.raises(HandshakeError, match="policy 0: no answer .*No module named 'pama_plugin'"):
         shake_hands(CONFIG, {"policy": [[broken.remote()]]})

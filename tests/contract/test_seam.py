@@ -25,7 +25,9 @@ import atexit, json, os, sys
 def describe(value):
     kind = getattr(getattr(value, "__ray_metadata__", None), "modified_class", value)
     bases = [f"{base.__module__}.{base.__qualname__}" for base in getattr(kind, "__mro__", [])]
-    return bases or f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', type(kind).__name__)}"
+    members = vars(kind) if isinstance(kind, type) else {"": kind}
+    code = {name: getattr(getattr(member, "__func__", member), "__code__", None) for name, member in members.items()}
+    return bases, {name: f"{c.co_filename}:{c.co_firstlineno}" for name, c in code.items() if hasattr(c, "co_filename")}
 
 def dump():
     host = {name: module for name, module in sys.modules.items() if name.startswith("openrlhf") or name == "__main__"}
@@ -67,7 +69,6 @@ def test_without_loss_nothing_of_the_host_differs(tmp_path) -> None:
     assert differ == {
         "__main__:RayActorGroup",
         "openrlhf.trainer.ppo_trainer:PPOTrainer",
-        "openrlhf.trainer.ppo_trainer_async:TrainingActor",
         "openrlhf.trainer.ray.vllm_engine:RolloutRayActor",
     }
 
@@ -83,7 +84,7 @@ def test_pama_train_is_the_same_and_refuses_before_ray_starts() -> None:
     command = [pama, "train", "--loss", "pareto", "--pama.objective", LENGTH]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "error: --loss must be ppo or one of linear, pama, found 'pareto'" in done.stderr
+    assert "error: --loss must be one of linear, pama, or ppo without objectives, found 'pareto'" in done.stderr
     assert "Started a local Ray instance" not in done.stderr
 
 
@@ -107,7 +108,7 @@ def test_a_reward_model_makes_the_host_build_reward_groups() -> None:
     assert isinstance(args.pama, PamaConfig) and args.pama.level == "sequence"
     assert getattr(args, "reward.model_name_or_path") == "org/model" and getattr(args, "reward.remote_url") is None
     assert not [key for key in vars(args) if key.startswith("pama.")]
-    swap.assert_called_once_with(args.pama)
+    swap.assert_called_once_with(args.pama, scalar_reward=False)
 
 
 def test_without_a_reward_model_the_host_builds_no_group() -> None:
@@ -119,6 +120,29 @@ def test_without_a_reward_model_the_host_builds_no_group() -> None:
 def test_gae_projects_tokens_unless_told() -> None:
     args, _ = install("--algo.advantage.estimator", "gae", "--loss", "pama", "--pama.objective", LENGTH)
     assert args.pama.level == "token"
+
+
+def test_with_gae_the_critic_takes_the_head_of_the_model_it_starts_from() -> None:
+    objective = "r=rm:org/model,value_head_prefix=head"
+    args, _ = install("--algo.advantage.estimator", "gae", "--loss", "pama", "--pama.objective", objective)
+    assert getattr(args, "ds.value_head_prefix") == "head"
+
+
+def test_evaluation_gets_a_reward_where_every_objective_scores_in_the_rollout() -> None:
+    args, swap = install(*GROUPS, "--loss", "pama", "--pama.objective", LENGTH, "--eval.dataset", "x")
+    swap.assert_called_once_with(args.pama, scalar_reward=True)
+
+
+def test_the_host_looks_names_up_where_they_are_swapped() -> None:
+    """A body that bound them elsewhere would make our swap a silent no-op."""
+    import inspect
+
+    import openrlhf.cli.train_ppo_ray as command
+    import openrlhf.trainer.ray.vllm_engine as vllm_engine
+
+    assert {"RayActorGroup", "RewardModelActor"} <= set(command.train.__code__.co_names)
+    assert "from openrlhf.trainer.ppo_trainer import PPOTrainer" in inspect.getsource(command.train)
+    assert "RolloutRayActor" in vllm_engine.create_vllm_engines.__code__.co_names
 
 
 @pytest.mark.parametrize("flags", [(), ("--loss", "ppo")])
@@ -141,8 +165,10 @@ TWO = ("--loss", "pama", "--pama.objective", LENGTH, "--pama.objective", "r=rm:o
         ((*TWO, *GROUPS, "--reward.model_name_or_path", "x"), "found the stock --reward.model_name_or_path x"),
         ((*TWO, *GROUPS, "--reward.remote_url", "http://h"), "found the stock --reward.remote_url http://h"),
         ((*TWO, *GROUPS, "--train.agent_func_path", "a.py"), "found the stock --train.agent_func_path a.py"),
-        ((*TWO, *GROUPS, "--eval.dataset", "x"), "--eval.dataset: evaluation scores in the rollout"),
-        ((*TWO, *GROUPS, "--algo.dynamic_filtering_enable"), "--algo.dynamic_filtering_enable: dynamic filtering"),
+        ((*TWO, *GROUPS, "--eval.dataset", "x"), "--eval.dataset needs every reward in the rollout.*found r"),
+        ((*TWO, *GROUPS, "--algo.dynamic_filtering_enable"), "--algo.dynamic_filtering_enable needs every reward"),
+        ((*TWO, *GROUPS, "--train.async_enable"), "--train.async_enable is not supported with objectives yet"),
+        (("--loss", "ppo", "--pama.config", "run.yaml"), "found --loss ppo"),
     ],
 )
 def test_what_cannot_run_is_refused(flags, message) -> None:

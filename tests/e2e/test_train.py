@@ -83,9 +83,9 @@ def test_a_rank_that_runs_stock_code_stops_the_run_before_its_first_step(run_hos
     driver.write_text(
         "import sys\nimport openrlhf.trainer.ray.vllm_engine as vllm_engine\n"
         "from pama_plugin.host import rollout\nfrom pama_plugin.host.hook import train\n"
-        "stock = vllm_engine.RolloutRayActor\nrollout.rollout_actor = lambda config: stock\ntrain(sys.argv[1:])\n"
+        "stock = vllm_engine.RolloutRayActor\nrollout.rollout_actor = lambda *_: stock\ntrain(sys.argv[1:])\n"
     )
     objective = ["--loss", "linear", "--pama.objective", "length=builtin:length"]
     run = run_host(*GROUPS, *objective, steps=2, command=[sys.executable, str(driver)])
     assert run.status != 0 and run.steps == []
-    assert "found rollout 0, rank 0: stock code. The run was stopped before its first step" in run.output
+    assert "found rollout 0: stock code. The run was stopped before its first step" in run.output

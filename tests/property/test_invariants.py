@@ -68,7 +68,7 @@ def test_one_objective_is_itself_bit_for_bit(variant, case) -> None:
 def test_coefficients_are_shares(case, variant) -> None:
     result = call(variant, *case)
     assert (result.coefficients >= 0).all()
-    anything = variant["rule"] == "linear" or bool((result.advantages != 0).any())
+    anything = bool((result.advantages != 0).any())
     assert result.coefficients.sum().item() == pytest.approx(1.0 if anything else 0.0, abs=1e-5)
 
 
@@ -146,3 +146,13 @@ def test_metrics_are_what_they_say(case, variant) -> None:
     }
     assert {key: result.metrics[key] for key in expected} == pytest.approx(expected, abs=1e-4)
     assert set(result.metrics) == set(expected) | {f"inactive/{k}" for k in range(len(valid_KN))}
+
+
+def test_coefficients_are_means_over_tokens_at_sequence_level_too() -> None:
+    """Ten tokens follow the first objective, one the second: 10/11 and 1/11, not one half each."""
+    mask_BA = torch.zeros(2, 10, dtype=torch.bool)
+    mask_BA[0], mask_BA[1, 0] = True, True
+    advantages_KBA = torch.tensor([[1.0, 2.0], [2.0, 1.0]])[..., None].expand(2, 2, 10)
+    for level in ("token", "sequence"):
+        result = aggregate("pama", advantages_KBA, mask_BA, level=level)
+        torch.testing.assert_close(result.coefficients, torch.tensor([10 / 11, 1 / 11]))

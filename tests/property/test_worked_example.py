@@ -16,14 +16,14 @@ ROWS = {
     "token, Noon": (dict(rule="pama"), [0.40, 0, 0, 0], [0, 1], [0.100, 0.040]),
     "token, signed": (dict(rule="pama", noon=False), [0.40, 0, -0.60, 0], [0, 1], [0.280, 0.130]),
     "batch, Noon": (dict(rule="pama", level="batch"), [0.40, 0.80, 0, 0], [0, 1], [0.0, 0.200]),
-    # both means are 0: (1 - .5 - 1.2 + .7)/4 = 0 and (.4 + .8 - .6 - .6)/4 = 0, so every c is a minimiser
 }
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_row(row: str, immutable_call) -> None:
     options, advantages, coefficients, gains = ROWS[row]
-    result = immutable_call(aggregate, options.pop("rule"), ADVANTAGES_KBA, MASK_BA, **options)
+    rule, options = options["rule"], {key: value for key, value in options.items() if key != "rule"}
+    result = immutable_call(aggregate, rule, ADVANTAGES_KBA, MASK_BA, **options)
     torch.testing.assert_close(result.advantages, torch.tensor([advantages]))
     torch.testing.assert_close(result.coefficients, torch.tensor(coefficients, dtype=torch.float32))
     assert [result.metrics["gain/0"], result.metrics["gain/1"]] == pytest.approx(gains, abs=1e-6)

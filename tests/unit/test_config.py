@@ -41,11 +41,25 @@ def test_a_function_becomes_absolute(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["polite = lambda q, p, l: 1", "from elsewhere import polite", "from elsewhere import *"]
+    "source", ["polite = lambda q, p, l: 1", "from a import polite", "from a import *", "import a as polite"]
 )
 def test_a_function_may_come_in_other_ways(tmp_path, source) -> None:
     (tmp_path / "rewards.py").write_text(source)
     assert parse_objective(f"p=py:{tmp_path}/rewards.py:polite")
+
+
+def test_a_function_may_be_defined_in_a_branch(tmp_path) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "try:\n    import a\nexcept ImportError:\n    def polite(q, p, l): return [1]\n"
+    )
+    assert parse_objective(f"p=py:{tmp_path}/rewards.py:polite")
+
+
+def test_home_is_expanded(tmp_path, monkeypatch) -> None:
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "config.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_objective("r=rm:~/reward").location == str(tmp_path / "reward")
 
 
 def test_defaults() -> None:
@@ -94,7 +108,9 @@ BAD_OBJECTIVES = {
     "x=builtin:length,weight=nan": "weight: .*found 'nan'",
     "x=builtin:length,weight=inf": "weight: .*found 'inf'",
     "x=builtin:length,weight=much": "weight: .*valid number.*found 'much'",
-    "x=rm:./nowhere": "no reward model at ./nowhere",
+    "x=rm:./nowhere": "no such folder: ./nowhere",
+    "x=rm:runs/typo/model": "no such folder: runs/typo/model",
+    "x=rm:.": "no reward model in .: it has no config.json",
     "x=rm:org/model,head=1": "kind 'rm' has no option head; it takes weight, value_head_prefix",
     "x=py:nowhere.py:f": "no such file: .*nowhere.py",
     "x=py:rewards": "expected FILE.py:FUNCTION, found 'rewards'",
@@ -118,7 +134,10 @@ def test_a_bad_objective_is_named_with_the_rule_and_what_was_found(text, tmp_pat
     ("arguments", "message"),
     [
         (dict(), "at least one --pama.objective .* found none"),
-        (dict(objectives=[LENGTH], loss="pareto"), "--loss must be ppo or one of linear, pama, found 'pareto'"),
+        (
+            dict(objectives=[LENGTH], loss="pareto"),
+            "--loss must be one of linear, pama, or ppo without objectives, found 'pareto'",
+        ),
         (dict(objectives=[LENGTH, LENGTH]), "names must differ, found 'length' twice"),
         (dict(objectives=[LENGTH], level="word"), "--pama.level must be one of token, sequence, batch, found 'word'"),
         (dict(objectives=[LENGTH], loss="linear", level="token"), "no meaning with --loss linear"),
@@ -137,6 +156,7 @@ def test_a_bad_run(arguments, message) -> None:
         ("- a", "must be a mapping of level, loss, noon, objectives, found list"),
         ("objective: {}", "must be a mapping of .*, found objective"),
         ("objectives: {a: 'builtin:length', a: 'builtin:length'}", "keys must differ, found a twice"),
+        ("objectives: {a: {kind: builtin, location: length, weight: true}}", "weight: must be a number, found True"),
         ("objectives: {a: 3}", "objective 'a': expected NAME=KIND:LOCATION.*found 3"),
         ("objectives: {a: {kind: builtin}}", "objective 'a': location: Field required"),
         ("objectives: {a: {location: length}}", "objective 'a': kind: Field required"),
@@ -150,6 +170,12 @@ def test_a_bad_file(content, message, tmp_path) -> None:
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         load(file=file)
+
+
+def test_a_file_that_is_not_text(tmp_path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load(file=tmp_path / "run.yaml")
 
 
 def test_a_missing_file() -> None:

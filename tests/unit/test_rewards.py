@@ -31,6 +31,19 @@ def test_a_function_gets_what_the_host_gives_it(tmp_path, body) -> None:
     assert load_function(f"{file}:f")(response()) == 0.5
 
 
+def test_two_functions_of_one_file_share_it(tmp_path) -> None:
+    """What a file does at import, such as loading a model, is done once; dataclasses in it work."""
+    file = tmp_path / "rewards.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Model:\n    calls: int = 0\n"
+        "model = Model()\n"
+        "def f(q, p, l):\n    model.calls += 1\n    return [model.calls]\n"
+        "def g(q, p, l):\n    model.calls += 1\n    return [model.calls]\n"
+    )
+    assert load_function(f"{file}:f")(response()) == 1 and load_function(f"{file}:g")(response()) == 2
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

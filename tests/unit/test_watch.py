@@ -1,4 +1,4 @@
-"""The quickstart's progress bar follows the host's output, and a command that dies is not mistaken for a finished one."""
+"""The quickstart's progress bar follows the host's output and tells a finished command from one that died."""
 
 import subprocess
 import sys
@@ -19,7 +19,9 @@ SFT = "Train step of epoch 1:  12%|█ | 36/307 [00:25<02:57,  1.52it/s, gpt_los
     ],
 )
 def test_a_finished_command(output, steps, shown, tmp_path) -> None:
-    done = subprocess.run([sys.executable, WATCH, tmp_path / "log", *steps], input=output, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, WATCH, tmp_path / "log", *steps], input=output, capture_output=True, text=True
+    )
     assert done.returncode == 0 and shown in done.stderr
     assert "Global step" in (tmp_path / "log").read_text() or "Train step" in (tmp_path / "log").read_text()
 

@@ -151,6 +151,7 @@ def test_with_whitening_the_scale_of_a_reward_does_not_matter(groups) -> None:
     torch.testing.assert_close(plain.advantages, other.advantages, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.e2e  # four more processes that import the host: most of a minute
 @pytest.mark.parametrize("ring", [1, 2], ids=["two data-parallel ranks", "one ring of two ranks"])
 def test_several_ranks_give_what_one_gives(ring, groups, pairs) -> None:
     """Rewards come back in order from two ranks, and once from two ranks that hold the same sequences."""

@@ -8,6 +8,8 @@ from unittest import mock
 import pytest
 from hosttools import parse_host_flags
 
+from pama_plugin.host.hook import HOST_COMMAND
+
 pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +21,7 @@ COMMANDS = [
     if language == "bash"
     for line in text.replace("\\\n", " ").splitlines()
 ]
-HOST_RUNS = [command for command in COMMANDS if command[:2] == ["pama", "train"] or "-m" in command[:2]]
+HOST_RUNS = [words for words in COMMANDS if words[:2] == ["pama", "train"] or HOST_COMMAND in words]
 
 
 def test_the_readme_has_what_is_tested_below() -> None:

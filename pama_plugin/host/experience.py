@@ -99,7 +99,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             level=self.config.level,
             noon=self.config.noon,
             weights=self.config.weights,
-            active=[self._tells_responses_apart(name, experiences) for name in self.config.names],
+            active=[self._tells_responses_apart(run) for run in runs],
         )
         metrics = self._name_metrics(result)
 
@@ -119,14 +119,15 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             combined.info |= {key: torch.full((len(valid_BA),), value) for key, value in metrics.items()}
         return runs[0]
 
-    def _tells_responses_apart(self, name: str, experiences: list[Experience]) -> bool:
-        """Whether the rewards differ where the estimator compares them: in the batch, or in one prompt's group.
+    def _tells_responses_apart(self, run: list[Experience]) -> bool:
+        """Whether the rewards that the estimator sees differ where it compares them: in the batch, or a prompt's group.
 
         Where they do not, the advantages are 0 up to rounding, which whitening blows up to a signal.
         """
-        order = torch.tensor(list(itertools.chain.from_iterable(experience.index for experience in experiences)))
+        order = torch.tensor(list(itertools.chain.from_iterable(experience.index for experience in run)))
         rewards_B = torch.empty(len(order))
-        rewards_B[order] = torch.cat([experience.info[f"reward/{name}"] for experience in experiences]).float()
+        rewards_B[order] = torch.cat([experience.rewards for experience in run]).float()
+        rewards_B.clamp_(*self.args.reward.clip_range)
         size = self.args.rollout.n_samples_per_prompt if self.advantage_estimator in GROUP_ESTIMATORS else len(order)
         groups_GB = rewards_B.reshape(-1, size)
         return bool((groups_GB.amin(1) < groups_GB.amax(1)).any())

@@ -166,12 +166,20 @@ def test_several_ranks_give_what_one_gives(ring, groups, pairs) -> None:
         assert torch.equal(one.info["reward/helpful"], other.info["reward/helpful"])
 
 
-def test_rewards_that_the_host_clips_are_pointed_out_once(groups, caplog) -> None:
+def test_rewards_that_the_host_clips_are_pointed_out_once(groups) -> None:
     rollout = make_rollout(8, names=COLUMNS)
     rollout[3].info["reward/length"] = torch.tensor([12.0])
     maker = build(groups, "--rollout.micro_batch_size", "8")
     maker.make_experience_batch(rollout)
     assert maker.warned == {"length"}
+
+
+def test_rewards_that_differ_only_outside_the_clip_range_are_a_constant(groups) -> None:
+    rollout = make_rollout(8, names=COLUMNS)
+    for index, sample in enumerate(rollout):
+        sample.info["reward/length"] = torch.tensor([11.0 + index])
+    (found,) = build(groups, "--rollout.micro_batch_size", "8").make_experience_batch(rollout)
+    assert found.info["pama/inactive/length"].unique() == 1 and (found.advantages != 0).any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])

@@ -106,7 +106,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_host(environment: dict[str, str], ray_address: str, models: Path, tmp_path: Path) -> Callable[..., Run]:
     """``run_host(flags, steps=…, command=…)``: the host's command on the small models, four prompts a step."""
 
-    def run(*flags: str, steps: int, command: list[str], limit: float = 300) -> Run:
+    def run(*flags: str, steps: int, command: list[str], limit: float = 600) -> Run:
         common = f"""
             --actor.model_name_or_path {models}/policy --data.prompt_dataset {models}/prompts.jsonl
             --data.input_key prompt --data.max_len 64 --data.max_samples {4 * steps} --rollout.max_new_tokens 12

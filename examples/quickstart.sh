@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Align a small language model with two conflicting rewards on the real OpenRLHF, Ray, DeepSpeed and vLLM; no GPU needed.
 #
-#   examples/quickstart.sh [STEPS]        (default 60)
+#   examples/quickstart.sh [STEPS]        (default 50)
 #
 # Sentiment is a reward model trained on human ratings of film reviews, length counts tokens. The first run installs
 # everything into .venv and trains the policy and the reward model in runs/quickstart; later runs reuse both.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-steps=${1:-60}
+steps=${1:-50}
 prompts_per_step=16
 work="$PWD/runs/quickstart"
 models="$work/models"

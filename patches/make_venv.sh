@@ -30,7 +30,9 @@ if [ ! -e "$stack" ]; then
     # PyPI has the CUDA build alone, so the CPU build comes from PyTorch's own index unless pip finds it without.
     install "$torch" 2>/dev/null || install --index-url https://download.pytorch.org/whl/cpu "$torch"
     echo "-- Ray, DeepSpeed, vLLM and what they need"
-    install --no-deps --requirement "$release/requirements-cpu.txt"
+    # pip compiles to bytecode on one core, and that is most of its time: do it on all of them afterwards.
+    install --no-compile --no-deps --requirement "$release/requirements-cpu.txt"
+    .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true # some packages ship templates, not Python
     echo "-- OpenRLHF 0.11.2+cpu"
     wheels=$(mktemp -d)
     trap 'rm -rf "$wheels"' EXIT

@@ -22,7 +22,7 @@ FINISHED = re.compile(r"Writing model shards: 100%|Prompt dataloader is exhauste
 
 def main(log: Path, steps: int | None) -> int:
     last_lines: deque[str] = deque(maxlen=40)
-    finished = False
+    finished, epoch = False, None
     with log.open("w") as file, tqdm(total=steps, unit="step", mininterval=1) as bar:
         for line in sys.stdin:
             file.write(line)
@@ -35,8 +35,10 @@ def main(log: Path, steps: int | None) -> int:
                     bar.set_postfix(rewards, refresh=False)
                     bar.update(int(match[1]) - bar.n)
                 elif (match := EPOCH_STEP.search(part)) and steps is None:
-                    bar.total = int(match[3])
-                    bar.set_description(f"epoch {int(match[1]) + 1}")
+                    if match[1] != epoch:
+                        epoch = match[1]
+                        bar.reset(total=int(match[3]))  # a new clock too, or the rate would be of all epochs so far
+                    bar.set_description(f"epoch {int(epoch) + 1}", refresh=False)
                     bar.n = int(match[2])
                     bar.set_postfix_str(match[4])
                 elif "PAMA " in part:

@@ -62,9 +62,12 @@ def test_the_yaml_loads(tmp_path, monkeypatch) -> None:
     assert config.names == ("sentiment", "length") and config.level == "sequence"
 
 
-def test_the_python_runs() -> None:
-    (text,) = (text for language, text in BLOCKS if language == "python")
-    exec(text, {})
+@pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "python"])
+def test_the_python_runs(text) -> None:
+    names: dict = {}
+    exec(text, names)
+    if "polite" in names:
+        assert names["polite"](["Once more, please"], ["Once"], [""]) == {"rewards": [1.0]}
 
 
 def test_every_flag_of_ours_is_in_the_table() -> None:

@@ -31,14 +31,16 @@ def test_token_value_is_the_minimum_over_the_simplex(values_K: list[float]) -> N
     assert abs(abs(search(values_K)) - abs(found)) <= spread / 40 + 1e-6  # and the grid comes that near it
 
 
-@given(advantages())
-def test_signed_projection_never_hurts_an_objective(case) -> None:
-    """``s*·A_i ≥ s*²`` for every i, token by token: the variational inequality of the projection."""
+@given(advantages(), st.booleans(), st.booleans())
+def test_every_objective_gains_in_proportion_to_its_weight_at_least(case, weighted, noon) -> None:
+    """``s*·A_i ≥ w_i·s*²`` for every i, token by token: the variational inequality of the projection."""
     advantages_KBA, mask_BA = case
-    result = aggregate("pama", advantages_KBA, mask_BA, noon=False)
-    kept = [row for row, index in zip(advantages_KBA, range(99)) if not result.metrics[f"inactive/{index}"]]
-    for advantages_BA in kept:
-        slack = result.advantages * advantages_BA - result.advantages**2
+    weights_K = torch.linspace(0.5, 2, len(advantages_KBA)) if weighted else torch.ones(len(advantages_KBA))
+    result = aggregate("pama", advantages_KBA, mask_BA, noon=noon, weights=weights_K)
+    kept = [index for index in range(len(advantages_KBA)) if not result.metrics[f"inactive/{index}"]]
+    for index in kept:
+        bound = weights_K[index] / weights_K[kept].mean() * result.advantages**2
+        slack = result.advantages * advantages_KBA[index] - bound
         assert (slack[mask_BA] >= -1e-5).all()
 
 

@@ -15,9 +15,9 @@ def pama(
     """``min_c (Σ_i c_i a_i)²``, c on the simplex (Eq. 10): the projection of 0 on ``[min_i a_i, max_i a_i]``.
 
     The minimum is ``s* = min_i a_i`` if all are positive, ``max_i a_i`` if all are negative, else 0. ``a_i`` is
-    ``A_i / w_i`` with the weights scaled to mean 1: the larger a weight, the more often its objective is the binding one,
-    and what it gains is at least in proportion, ``A_i · s* ≥ w_i · s*²``. With Noon ("No Negative", Eq. 5) ``a_i`` is
-    ``max(A_i, 0) / w_i``. What is projected is chosen by ``level``:
+    ``A_i / w_i`` with the weights scaled to mean 1: the larger a weight, the more often its objective is the binding
+    one, and what it gains is at least in proportion, ``A_i · s* ≥ w_i · s*²``. With Noon ("No Negative", Eq. 5)
+    ``a_i`` is ``max(A_i, 0) / w_i``. What is projected is chosen by ``level``:
 
     - ``token``: every token by itself, ``s*[b,t]``. The paper's bound is exact here, because at one token all
       objectives share the direction ``∇ log π``.

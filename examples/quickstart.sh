@@ -40,10 +40,10 @@ if [ ! -e "$work/data/ready" ]; then
     touch "$work/data/ready"
 fi
 if [ ! -e "$models/policy" ]; then
-    echo "== the policy: supervised fine-tuning on the reviews (about five minutes; log: runs/quickstart/policy.log)"
+    echo "== the policy: supervised fine-tuning on the reviews (about four minutes; log: runs/quickstart/policy.log)"
     train policy openrlhf.cli.train_sft --model.model_name_or_path "$work/data/untrained" --data.dataset \
         "$work/data/sft.jsonl" --data.input_key prompt --data.output_key response --data.input_template '{}' \
-        --train.max_epochs 3 --adam.lr 2e-3
+        --train.max_epochs 2 --adam.lr 2e-3
 fi
 if [ ! -e "$models/reward" ]; then
     echo "== the reward model: pairs of liked and disliked reviews (about three minutes; log: runs/quickstart/reward.log)"

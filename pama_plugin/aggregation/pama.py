@@ -33,8 +33,9 @@ def pama(
     kept = active_K.nonzero().flatten().tolist()
 
     def rows() -> Iterable[Tensor]:
-        """One objective's ``a_i`` at a time: K of them at once would double the memory."""
-        return (advantages_KBA[index] / weights_K[index] for index in kept)
+        """One objective's ``a_i`` after the other, in the same memory."""
+        row_BA = torch.empty_like(advantages_KBA[0])
+        return (torch.div(advantages_KBA[index], weights_K[index], out=row_BA) for index in kept)
 
     if level == "batch":
         combined_BA, shares = _project_batch(rows, mask_BA, noon)
@@ -55,23 +56,31 @@ Rows = Callable[[], Iterable[Tensor]]
 
 def _project_units(rows: Rows, tokens_U: Tensor, noon: bool) -> tuple[Tensor, Tensor]:
     """``s*`` of every unit, and the mean of c over the tokens (``tokens_U`` in each unit) where ``s* ≠ 0``."""
-    low_U = high_U = None
-    for row_U in rows():
-        low_U = row_U.clone() if low_U is None else torch.minimum(low_U, row_U, out=low_U)
-        if not noon:  # Noon has no use for it: min_i max(a_i, 0) = max(min_i a_i, 0)
-            high_U = row_U.clone() if high_U is None else torch.maximum(high_U, row_U, out=high_U)
-    assert low_U is not None  # at least one objective is active
-    projection_U = low_U.clamp_(min=0)
-    if high_U is not None:
-        projection_U += high_U.clamp_(max=0)
-    projection_U.masked_fill_(tokens_U == 0, 0)
-
+    projection_U = _closest_to_zero(rows, noon).masked_fill_(tokens_U == 0, 0)
     # Where s* ≠ 0 it equals the extreme objective's own value, and c is 1 there: 1/m each for m objectives in a tie.
     active_U = projection_U != 0
     extreme = [(row_U == projection_U) & active_U for row_U in rows()]
     ties_U = sum(hit_U.to(torch.uint8) for hit_U in extreme)
-    shares_K = torch.stack([(hit_U * tokens_U / ties_U).nan_to_num_(0).sum() for hit_U in extreme])
+    share_U = tokens_U.to(projection_U.dtype).div_(ties_U)  # infinite where nothing ties, and there nothing hits
+    shares_K = torch.stack([share_U.masked_fill(~hit_U, 0).sum() for hit_U in extreme])
     return projection_U, shares_K / shares_K.sum().clamp(min=1)
+
+
+def _closest_to_zero(rows: Rows, noon: bool) -> Tensor:
+    """The projection of 0 on ``[min_i a_i, max_i a_i]``, elementwise."""
+    projection_U = _extreme(rows, torch.minimum).clamp_(min=0)
+    if not noon:  # Noon has no use for the maximum: min_i max(a_i, 0) = max(min_i a_i, 0)
+        projection_U += _extreme(rows, torch.maximum).clamp_(max=0)
+    return projection_U
+
+
+def _extreme(rows: Rows, pick: Callable[..., Tensor]) -> Tensor:
+    """``min_i a_i`` or ``max_i a_i``, elementwise."""
+    remaining = iter(rows())
+    found_U = next(remaining).clone()
+    for row_U in remaining:
+        pick(found_U, row_U, out=found_U)
+    return found_U
 
 
 def _project_batch(rows: Rows, mask_BA: Tensor, noon: bool) -> tuple[Tensor, Tensor]:

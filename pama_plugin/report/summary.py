@@ -75,11 +75,11 @@ def start_and_end(series: Series) -> tuple[Mean, Mean]:
 def table_of(scalars: dict[str, Series]) -> Table:
     """One row per objective: mean of its reward over the steps ± standard error, and run means of its share and gain.
 
-    ``rise / s.e.`` is the difference of the two means over its own standard error.
+    ``rise/s.e.`` is the difference of the two means over its own standard error.
     """
     steps = max(len(series) for series in scalars.values())
-    table = Table(title=f"{steps} steps, each a rollout batch")
-    for heading in ("objective", "first 10 %", "last 10 %", "rise / s.e.", "coefficient", "gain"):
+    table = Table(padding=(0, 0), title=f"{steps} steps, each a rollout batch")
+    for heading in ("objective", "first 10 %", "last 10 %", "rise/s.e.", "coefficient", "gain"):
         table.add_column(heading, justify="left" if heading == "objective" else "right", no_wrap=True)
     for name in names_in(scalars):
         start, end = start_and_end(scalars[f"reward/{name}"])

@@ -24,15 +24,13 @@ if [ ! -e "$stack" ]; then
     headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
     [ -e "$headers/Python.h" ] || need "Python's headers (python3.11-dev): no Python.h in $headers"
 
-    echo "== making .venv (two to five minutes; 3 GB of disk)"
+    echo "== making .venv (about four minutes; 3 GB of disk)"
     .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
     echo "-- $torch"
     # PyPI has the CUDA build alone, so the CPU build comes from PyTorch's own index unless pip finds it without.
     install "$torch" 2>/dev/null || install --index-url https://download.pytorch.org/whl/cpu "$torch"
     echo "-- Ray, DeepSpeed, vLLM and what they need"
-    # pip compiles to bytecode on one core, and that is most of its time: do it on all of them afterwards.
-    install --no-compile --no-deps --requirement "$release/requirements-cpu.txt"
-    .venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true # some packages ship templates, not Python
+    install --no-deps --requirement "$release/requirements-cpu.txt"
     echo "-- OpenRLHF 0.11.2+cpu"
     wheels=$(mktemp -d)
     trap 'rm -rf "$wheels"' EXIT

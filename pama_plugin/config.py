@@ -29,6 +29,8 @@ Kind = Literal["rm", "py", "builtin"]
 # A name becomes a part of metric keys such as reward/NAME, which trackers split at "/".
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 STOCK = "ppo"
+BestRule = Literal["min", "weighted", "hypervolume"]
+BEST_RULES = get_args(BestRule)
 
 
 class Objective(BaseModel):
@@ -105,6 +107,7 @@ class PamaConfig(BaseModel):
     objectives: tuple[Objective, ...]
     level: Literal["token", "sequence", "batch"] = "token"
     noon: bool = True
+    best: BestRule | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,6 +133,7 @@ def load_config(
     file: str | None,
     level: str | None,
     noon: bool | None,
+    best: str | None = None,
     *,
     default_level: str,
 ) -> PamaConfig:
@@ -158,6 +162,9 @@ def load_config(
     noon = content.get("noon") if noon is None else noon
     if level is not None and level not in LEVELS:
         raise ConfigError(f"--pama.level must be one of {', '.join(LEVELS)}, found {level!r}")
+    best = best or content.get("best")
+    if best is not None and best not in BEST_RULES:
+        raise ConfigError(f"--pama.best must be one of {', '.join(BEST_RULES)}, found {best!r}")
     if not isinstance(noon, bool | None):
         raise ConfigError(f"{file}: noon must be true or false, found {noon!r}")
     if loss == "linear" and (level is not None or noon is not None):
@@ -168,6 +175,7 @@ def load_config(
             "objectives": tuple(merged.values()),
             "level": level or default_level,
             "noon": True if noon is None else noon,
+            "best": best,
         }
     )
 
@@ -206,6 +214,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const=False,
         help="keep negative advantages too (default: Noon, 'No Negative', Eq. 5 of the paper)",
+    )
+    group.add_argument(
+        "--pama.best",
+        metavar="RULE",
+        help="which evaluation's checkpoint is kept as the best: min (the objective that rose least; the default), "
+        "weighted (the sum of mean rewards times weights) or hypervolume",
+    )
+    group.add_argument(
+        "--pama.allow_other_objectives",
+        action="store_true",
+        help="resume from a checkpoint of other objectives: the new ones start anew (not with gae, whose critic has a "
+        "value head for each)",
     )
     group.add_argument(
         "--pama.allow_unsupported_host",

@@ -1,6 +1,7 @@
 """K rewards per response in, one advantage per token out: the host's experience maker, run once per objective."""
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.nn.functional import pad
 from pama_plugin.aggregation import Aggregation, aggregate
 from pama_plugin.config import PamaConfig
 from pama_plugin.errors import RewardError
+from pama_plugin.host.critic import flatten_objectives
+from pama_plugin.state import RunState
 
 logger = init_logger(__name__)
 
@@ -29,37 +32,59 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config: PamaConfig = self.args.pama
+        self.state = RunState.start(self.config)
         self.warned: set[str] = set()
 
     @torch.no_grad()
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
         """Score every response with every objective: all reward groups at once, beside the host's forwards."""
-        # Models that share a GPU run one after the other and free the cache in between, as the host's own do.
-        shared_with_critic = self.args.train.colocate_critic_reward and self.critic_model_group is not None
-        one_by_one = self.args.train.colocate_all or shared_with_critic
-        refs = {
-            objective.name: self._dispatch_forward(
-                self.reward_model_group.groups[objective.name],
-                one_by_one,
-                sequences=[samples.sequences for samples in samples_list],
-                attention_mask=[samples.attention_mask for samples in samples_list],
-                pad_sequence=[True] * len(samples_list),
-            )
-            for objective in self.config.of_kind("rm")
-        }
+        refs = self._dispatch_rewards(samples_list)
         for samples in samples_list:
             # Rewards that are there already keep the host from asking its one reward group. Nothing reads these.
             samples.rewards = torch.zeros(len(samples.sequences))
         experiences: list[Experience] = super().make_experience(samples_list)
+        self._collect_rewards(refs, experiences)
+        self._warn_of_clipping(experiences)
+        for name, own in self.state.objectives.items():
+            own.rewards.update(self._column(name, experiences))
+        return experiences
 
+    @torch.no_grad()
+    def score(self, samples: list[Experience]) -> dict[str, Tensor]:
+        """The rewards (B,) of every objective for B single samples that are not trained on, in their order."""
+        micro_batches = self.split_rollout_samples(samples)
+        self._collect_rewards(self._dispatch_rewards(micro_batches), micro_batches)
+        order = torch.tensor(list(itertools.chain.from_iterable(batch.index for batch in micro_batches)))
+        return {name: self._column(name, micro_batches)[order.argsort()] for name in self.config.names}
+
+    def _dispatch_rewards(self, samples_list: list[Experience]) -> dict[str, list[Any]]:
+        # Models that share a GPU run one after the other and free the cache in between, as the host's own do.
+        shared_with_critic = self.args.train.colocate_critic_reward and self.args.algo.advantage.estimator == "gae"
+        refs = {}
+        for objective in self.config.of_kind("rm"):
+            group = self.reward_model_group.groups[objective.name]
+            # The host needs a micro-batch for every rank; of a small evaluation set the last one fills up.
+            missing = len(group._actor_handlers) // group.duplicate_actors - len(samples_list)
+            filled = samples_list + samples_list[-1:] * max(missing, 0)
+            refs[objective.name] = self._dispatch_forward(
+                group,
+                self.args.train.colocate_all or shared_with_critic,
+                sequences=[samples.sequences for samples in filled],
+                attention_mask=[samples.attention_mask for samples in filled],
+                pad_sequence=[True] * len(filled),
+            )
+        return refs
+
+    def _collect_rewards(self, refs: dict[str, list[Any]], experiences: list[Experience]) -> None:
         copies = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size
         for name, group_refs in refs.items():
-            for experience, rewards_B in zip(experiences, self._flatten_results(group_refs, copies), strict=True):
+            for experience, rewards_B in zip(experiences, self._flatten_results(group_refs, copies)):
                 experience.info[f"reward/{name}"] = rewards_B.float()
         for name, experience in itertools.product(self.config.names, experiences):
             self._check_rewards(name, experience)
-        self._warn_of_clipping(experiences)
-        return experiences
+
+    def _column(self, name: str, experiences: list[Experience]) -> Tensor:
+        return torch.cat([experience.info[f"reward/{name}"] for experience in experiences])
 
     def _check_rewards(self, name: str, experience: Experience) -> None:
         rewards_B = experience.info.get(f"reward/{name}")
@@ -74,7 +99,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         """The host clamps every reward before its estimator, without a word: say so, once per objective."""
         low, high = self.args.reward.clip_range
         for name in self.config.names:
-            rewards_B = torch.cat([experience.info[f"reward/{name}"] for experience in experiences])
+            rewards_B = self._column(name, experiences)
             clipped = int(((rewards_B < low) | (rewards_B > high)).sum())
             if clipped and name not in self.warned:
                 self.warned.add(name)
@@ -91,7 +116,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         the host shows and logs them. With one objective of weight 1 and the rule ``linear`` every tensor is the stock
         one, bit for bit.
         """
-        runs = [self._estimate(name, experiences) for name in self.config.names]
+        runs = [self._estimate(index, experiences) for index in range(len(self.config.names))]
         result = aggregate(
             self.config.loss,
             torch.stack([_join([experience.advantages for experience in run]) for run in runs]),
@@ -102,11 +127,19 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             active=[self._tells_responses_apart(run) for run in runs],
         )
         metrics = self._name_metrics(result)
+        if self.advantage_estimator == "gae":
+            metrics |= {
+                f"explained_variance/{name}": _explained_variance(run) for name, run in zip(self.config.names, runs)
+            }
 
         sizes = [len(experience.sequences) for experience in experiences]
         for stock, advantages_BA, own in zip(experiences, result.advantages.split(sizes), zip(*runs)):
-            # The first run's copy goes on. Only a critic reads its returns, and with a critic it is the only run.
-            combined = own[0]
+            combined = own[0]  # the first run's copy goes on, with the columns of all
+            if self.advantage_estimator == "gae":
+                combined.values, combined.returns = (
+                    flatten_objectives(torch.stack([getattr(experience, field) for experience in own], -1))
+                    for field in ("values", "returns")
+                )
             valid_BA = combined.action_mask.bool()
             advantages_BA = advantages_BA[:, : valid_BA.shape[1]]
             combined.advantages = torch.where(valid_BA, advantages_BA, combined.advantages)  # padding stays the host's
@@ -132,14 +165,19 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         groups_GB = rewards_B.reshape(-1, size)
         return bool((groups_GB.amin(1) < groups_GB.amax(1)).any())
 
-    def _estimate(self, name: str, experiences: list[Experience]) -> list[Experience]:
-        """What the host's estimator makes of this objective's rewards, in copies that share all it does not write."""
+    def _estimate(self, index: int, experiences: list[Experience]) -> list[Experience]:
+        """What the host's estimator makes of one objective's rewards and values, in copies that share all the rest."""
+        name = self.config.names[index]
         copies = []
         for experience in experiences:
             rewards_B = experience.info[f"reward/{name}"].clone()  # the host applies penalties to it in place
-            copies.append(
-                Experience(**vars(experience) | {"rewards": rewards_B, "info": experience.info | {"reward": rewards_B}})
-            )
+            values = experience.values
+            own = {
+                "rewards": rewards_B,
+                "info": experience.info | {"reward": rewards_B},
+                "values": values if values is None or values.dim() == 2 else values[..., index],
+            }
+            copies.append(Experience(**vars(experience) | own))
         estimated: list[Experience] = super().compute_advantages_and_returns(copies)
         return estimated
 
@@ -153,6 +191,18 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             stem, _, index = key.partition("/")
             named[f"pama/{stem}/{self.config.names[int(index)]}" if index else f"pama/{key}"] = value
         return named
+
+
+def _explained_variance(run: list[Experience]) -> float:
+    """``1 − Var(R − V) / Var(R)`` over the response tokens of the rollout batch; NaN where the returns do not vary."""
+    mask = torch.cat([experience.action_mask.flatten() for experience in run]).bool()
+    returns, values = (
+        torch.cat([getattr(experience, field).flatten() for experience in run])[mask].double()
+        for field in ("returns", "values")
+    )
+    if returns.std() <= 1e-6 * returns.abs().max():  # rounding
+        return math.nan
+    return float(1 - (returns - values).var() / returns.var())
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

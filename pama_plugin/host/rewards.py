@@ -5,9 +5,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ray.launcher import RayActorGroup
 
 from pama_plugin.config import Objective, PamaConfig
+from pama_plugin.host.critic import restore_normalization
 
 # Ray counts GPUs in steps of 0.0001: rounding a share up would make K of them overflow their bundle, for ever pending.
 GPU_STEPS = 10_000
@@ -39,7 +41,9 @@ class RewardGroups:
         refs = []
         for objective in self.objectives:
             own = _strategy_of(objective, strategy)
-            refs += self.groups[objective.name].async_init_model_from_pretrained(own, objective.location)
+            group = self.groups[objective.name]
+            refs += group.async_init_model_from_pretrained(own, objective.location)
+            refs += group.async_run_method("__ray_call__", lambda rank: restore_normalization(rank.model.module))
         return refs
 
 
@@ -54,10 +58,24 @@ def _strategy_of(objective: Objective, strategy: Any) -> Any:
     return own
 
 
-def group_builder(config: PamaConfig, stock: type[RayActorGroup], reward_actor: Any) -> Callable[..., Any]:
-    """What the host's driver calls instead of ``RayActorGroup``: the same, except for the reward model's group."""
+class PolicyGroup(RayActorGroup):
+    """The host's, which sends no values and returns along with the rollouts: only the critic reads them."""
+
+    def async_run_method_batch(self, method_name: str, **kwargs: Any) -> list[Any]:
+        if method_name == "append":
+            lean = [Experience(**vars(full) | {"values": None, "returns": None}) for full in kwargs["experience"]]
+            kwargs["experience"] = lean
+        return super().async_run_method_batch(method_name, **kwargs)
+
+
+def group_builder(
+    config: PamaConfig, stock: type[RayActorGroup], reward_actor: Any, policy_actor: Any
+) -> Callable[..., Any]:
+    """What the host's driver calls instead of ``RayActorGroup``."""
 
     def build(num_nodes: int, num_gpus_per_node: int, ray_actor_type: Any, **placement: Any) -> Any:
+        if ray_actor_type is policy_actor:
+            return PolicyGroup(num_nodes, num_gpus_per_node, ray_actor_type, **placement)
         if ray_actor_type is not reward_actor:
             return stock(num_nodes, num_gpus_per_node, ray_actor_type, **placement)
 

@@ -1,7 +1,9 @@
 """Objectives that score in the rollout, while other responses are still being generated."""
 
 import asyncio
+import copy
 import math
+import zlib
 from typing import Any
 
 import ray
@@ -63,16 +65,40 @@ def _score(name: str, scorer: Scorer, response: Response) -> float:
     return reward
 
 
-def rollout_actor(config: PamaConfig, scalar_reward: bool) -> Any:
-    """The host's vLLM actor with our executor; with ``scalar_reward`` it also gives the weighted sum as *the* reward.
+def rollout_actor(config: PamaConfig, scalar_reward: bool, seed: int | None) -> Any:
+    """The host's vLLM actor with our executor.
 
     The host gives this actor neither its arguments nor a hook, so the class carries the configuration: being local, it
     travels to the actors by value.
+
+    Args:
+        config: the objectives.
+        scalar_reward: give the weighted sum as *the* reward, too.
+        seed: makes what is sampled depend on nothing but the seed, the step, the prompt and the sample's number.
     """
 
     class RolloutRayActor(vllm_engine.RolloutRayActor.__ray_metadata__.modified_class):
         async def __init__(self, *args: Any, remote_rm_url: Any = None, **kwargs: Any) -> None:
             await super().__init__(*args, **kwargs)
             self.executor = ObjectiveExecutor(config, scalar_reward)
+            self.step = 0
+
+        async def begin_step(self, step: int) -> None:
+            self.step = step
+
+        async def generate_responses(
+            self, *, prompt: str, sampling_params: Any, num_samples: int = 1, **request: Any
+        ) -> list[dict[str, Any]]:
+            generate = super().generate_responses
+            if seed is None:
+                return await generate(
+                    prompt=prompt, sampling_params=sampling_params, num_samples=num_samples, **request
+                )
+            samples = []
+            for index in range(num_samples):
+                own = copy.deepcopy(sampling_params)
+                own.seed = zlib.crc32(f"{seed} {self.step} {index} {prompt}".encode())
+                samples.append(generate(prompt=prompt, sampling_params=own, num_samples=1, **request))
+            return [sample for (sample,) in await asyncio.gather(*samples)]
 
     return ray.remote(RolloutRayActor)

@@ -14,18 +14,18 @@ an actor class replaced by a subclass: that is all this module does, and all of 
 
 import argparse
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 from pama_plugin.config import STOCK, PamaConfig, load_config
 from pama_plugin.errors import ConfigError
+from pama_plugin.host.checkpoint import prepare_resume
 
 SUPPORTED_HOSTS = ("0.11.2",)
 
 # Each of these gives the host its one reward; with objectives there is no place for it.
 STOCK_REWARD_FLAGS = ("reward.model_name_or_path", "reward.remote_url", "train.agent_func_path")
-
-# Evaluation and dynamic filtering look at one number per response before any reward model has seen it.
-READ_IN_THE_ROLLOUT = ("eval.dataset", "algo.dynamic_filtering_enable")
 
 
 def install(args: argparse.Namespace) -> argparse.Namespace:
@@ -36,6 +36,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     """
     flags = {key.removeprefix("pama."): vars(args).pop(key) for key in list(vars(args)) if key.startswith("pama.")}
     allow_unsupported_host = flags.pop("allow_unsupported_host")
+    allow_other_objectives = flags.pop("allow_other_objectives")
     objectives, file, loss = flags.pop("objective"), flags.pop("config"), flags.pop("loss")
     asked = objectives or file or any(value is not None for value in flags.values())
     if loss == STOCK or not (loss or file):
@@ -48,20 +49,26 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     config = load_config(loss, objectives, file, **flags, default_level=level)
     _check_release(allow_unsupported_host)
     _check_host_flags(args, config)
-    # Only these two read a reward in the rollout; without one, a stock trainer could not train on it by accident.
-    _swap(config, scalar_reward=any(getattr(args, flag) for flag in READ_IN_THE_ROLLOUT))
+    config = prepare_resume(args, config, allow_other_objectives=allow_other_objectives)
 
     args.pama = config
     models = config.of_kind("rm")
     if models:
-        # Truthy, so that the host initialises the reward groups, and takes the first as the critic's default.
+        # Truthy, so that the host initialises the reward groups.
         setattr(args, "reward.model_name_or_path", models[0].location)
-        if estimator == "gae" and "value_head_prefix" in models[0].options:
-            # The critic starts as that model, with its head.
-            setattr(args, "ds.value_head_prefix", models[0].options["value_head_prefix"])
-    else:
-        # Truthy, so that the host builds no reward-model group; our rollout actor does not pass it on.
-        setattr(args, "reward.remote_url", "pama")
+        if estimator == "gae" and getattr(args, "critic.model_name_or_path") is None:
+            setattr(args, "critic.model_name_or_path", models[0].location)  # as the host does with its one reward model
+            if "value_head_prefix" in models[0].options:
+                setattr(args, "ds.value_head_prefix", models[0].options["value_head_prefix"])
+    critic = getattr(args, "critic.model_name_or_path") or getattr(args, "actor.model_name_or_path")
+    if estimator == "gae" and critic:
+        from pama_plugin.host.critic import load_value_heads  # as late as what it imports
+
+        load_value_heads(critic, config.names)  # refuses those of other objectives
+    # Truthy while the host validates its arguments: evaluation has its rewards. ``_ready`` takes it back where the host
+    # must build reward-model groups; our rollout actor does not pass it on.
+    setattr(args, "reward.remote_url", "pama")
+    _swap(args, config)
     return args
 
 
@@ -78,28 +85,42 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
     given = [f"--{flag} {value}" for flag in STOCK_REWARD_FLAGS if (value := getattr(args, flag))]
     if given:
         raise ConfigError(f"with objectives, every reward is a --pama.objective, found the stock {', '.join(given)}")
-    if getattr(args, "algo.advantage.estimator") == "gae" and len(config.objectives) > 1:
+    if getattr(args, "algo.dynamic_filtering_enable") and config.of_kind("rm"):
         raise ConfigError(
-            f"--algo.advantage.estimator gae needs one value head per objective, which this version does not have yet: "
-            f"use one objective or another estimator, found {len(config.objectives)} objectives"
+            "--algo.dynamic_filtering_enable needs every reward in the rollout, where an rm objective is not scored, "
+            f"found {', '.join(objective.name for objective in config.of_kind('rm'))}"
         )
-    if getattr(args, "train.async_enable"):
-        raise ConfigError("--train.async_enable is not supported with objectives yet: leave it out")
-    for flag in READ_IN_THE_ROLLOUT:
-        if getattr(args, flag) and config.of_kind("rm"):
-            raise ConfigError(
-                f"--{flag} needs every reward in the rollout, where an rm objective cannot be scored yet, "
-                f"found {', '.join(objective.name for objective in config.of_kind('rm'))}"
-            )
+    if getattr(args, "ckpt.best_metric_key") and config.best is not None:
+        raise ConfigError(
+            f"--pama.best rates evaluations where --ckpt.best_metric_key names one metric: give one of the two, found "
+            f"{config.best} and {getattr(args, 'ckpt.best_metric_key')}"
+        )
 
 
-def _swap(config: PamaConfig, *, scalar_reward: bool) -> None:
+def _swap(args: argparse.Namespace, config: PamaConfig) -> None:
     import openrlhf.trainer.ray.vllm_engine as vllm_engine  # first: importing deepspeed before vLLM spoils its set-up
-    from openrlhf.trainer import ppo_trainer
+    from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
-    from pama_plugin.host import rewards, rollout, trainer
+    from pama_plugin.host import critic, rewards, rollout, trainer, trainer_async
 
-    vllm_engine.RolloutRayActor = rollout.rollout_actor(config, scalar_reward)
+    seed = getattr(args, "train.seed") if getattr(args, "train.full_determinism_enable") else None
+    # Dynamic filtering alone reads a reward in the rollout; elsewhere a stock trainer would find none to train on.
+    scalar_reward = getattr(args, "algo.dynamic_filtering_enable")
+    vllm_engine.RolloutRayActor = rollout.rollout_actor(config, scalar_reward, seed)
     ppo_trainer.PPOTrainer = trainer.PPOTrainer
+    ppo_trainer_async.PPOTrainerAsync = trainer_async.PPOTrainerAsync
     main = sys.modules["__main__"]
-    main.RayActorGroup = rewards.group_builder(config, main.RayActorGroup, main.RewardModelActor)
+    main.CriticModelActor = critic.CriticModelActor
+    main.RayActorGroup = rewards.group_builder(config, main.RayActorGroup, main.RewardModelActor, main.PolicyModelActor)
+    main.get_strategy = _ready(main.get_strategy, config)
+
+
+def _ready(stock: Callable[[Any], Any], config: PamaConfig) -> Callable[[Any], Any]:
+    """The host calls ``get_strategy`` first of all in ``train``: its arguments are validated, nothing is placed yet."""
+
+    def get_strategy(args: Any) -> Any:
+        if config.of_kind("rm"):
+            args.reward.remote_url = None  # so that the host builds the reward-model groups
+        return stock(args)
+
+    return get_strategy

@@ -1,18 +1,26 @@
-"""The host's trainer, in its Ray actor, with our experience maker in place of the stock one."""
+"""The host's trainer, in its Ray actor, with our experience maker and state in place."""
 
 from typing import Any
 
 import ray
 from openrlhf.trainer import ppo_trainer
+from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
+from transformers import set_seed
 
 from pama_plugin.errors import RewardError
+from pama_plugin.host.checkpoint import STATE
+from pama_plugin.host.evaluation import BEST, ScoredSamplesGenerator, rate
 from pama_plugin.host.experience import MultiObjectiveExperienceMaker
 from pama_plugin.host.handshake import report, shake_hands
+from pama_plugin.state import RunState
 
 
-@ray.remote
-class PPOTrainer(ppo_trainer.PPOTrainer.__ray_metadata__.modified_class):
-    """Swaps the experience maker, shakes hands before the first step and knows which step failed."""
+class MultiObjectiveTrainer:
+    """What is ours in a trainer of the host, synchronous or not: a mixin before ``BasePPOTrainer``.
+
+    It swaps the experience maker, shakes hands before the first step, knows which step failed, keeps the objectives'
+    state in the checkpoints, and rates evaluations.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -25,6 +33,9 @@ class PPOTrainer(ppo_trainer.PPOTrainer.__ray_metadata__.modified_class):
             self.strategy,
             self.tokenizer,
         )
+        self.config = self.experience_maker.config
+        self.state = self.experience_maker.state
+        self.best_eval_metric_key = self.best_eval_metric_key or BEST
         self.steps_done = 0
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
@@ -41,7 +52,7 @@ class PPOTrainer(ppo_trainer.PPOTrainer.__ray_metadata__.modified_class):
 
         reward_groups = self.reward_model_group.groups if self.reward_model_group is not None else {}
         return shake_hands(
-            self.experience_maker.config,
+            self.config,
             {
                 "policy": [[rank] for rank in reports(self.actor_model_group)],
                 "critic": [[rank] for rank in reports(self.critic_model_group)],
@@ -53,9 +64,58 @@ class PPOTrainer(ppo_trainer.PPOTrainer.__ray_metadata__.modified_class):
 
     def init_checkpoint_states(self) -> dict[str, Any]:
         states: dict[str, Any] = super().init_checkpoint_states()
-        self.steps_done = states["global_step"]
+        if STATE in states:
+            saved = RunState.model_validate_json(states[STATE])
+            if self.state.swapped(saved):
+                states.pop("best_eval_metric_value", None)  # measured with another scorer
+            self.state.resume(saved)
+        self._begin_step(states["global_step"])
         return states
 
     def train_step(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], int]:
-        status, self.steps_done = super().train_step(*args, **kwargs)
-        return status, self.steps_done
+        status, steps_done = super().train_step(*args, **kwargs)
+        for name, own in self.state.objectives.items():
+            status |= {f"reward_mean/{name}": own.rewards.mean, f"reward_std/{name}": own.rewards.std}
+        self._begin_step(steps_done)
+        return status, steps_done
+
+    def _begin_step(self, steps_done: int) -> None:
+        """With --train.full_determinism_enable a step's random numbers depend on nothing but the seed and the step.
+
+        The host seeds its processes once, at their start: a resumed run would draw the first step's numbers again.
+        """
+        self.steps_done = steps_done
+        if self.args.train.full_determinism_enable:
+            seed = self.args.train.seed + steps_done
+            for group in (self.actor_model_group, self.critic_model_group):
+                if group is not None:
+                    ray.get(group.async_run_method("__ray_call__", lambda _, seed=seed: set_seed(seed)))
+            batch_vllm_engine_call(self.vllm_engines, "begin_step", steps_done)
+
+    def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
+        client_states = (client_states or {}) | {STATE: self.state.model_dump_json()}
+        super().save_logs_and_checkpoints(global_step, logs_dict, client_states)
+
+    def save_best_checkpoint(self, eval_metrics: dict[str, float], global_step: int, client_states: Any = None) -> None:
+        """Rate the evaluation by --pama.best, log the rating, and save as the host does if none was better."""
+        rating = rate(self.config, self.state, eval_metrics)
+        for logger in filter(None, (self.wandb_logger, self.tensorboard_logger)):
+            logger.log_eval(global_step, {BEST: rating})
+        client_states = (client_states or {}) | {STATE: self.state.model_dump_json()}
+        super().save_best_checkpoint(eval_metrics | {BEST: rating}, global_step, client_states)
+
+
+@ray.remote
+class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.modified_class):
+    """The synchronous trainer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.samples_generator = ScoredSamplesGenerator(self.samples_generator, self.experience_maker)
+
+    def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:
+        logs: dict[str, float] = super().evaluate(global_step, **generate_kwargs)
+        own = self.samples_generator.pop_metrics()
+        for logger in filter(None, (self.wandb_logger, self.tensorboard_logger)):
+            logger.log_eval(global_step, own)
+        return logs | own

@@ -69,8 +69,11 @@ def test_without_loss_nothing_of_the_host_differs(tmp_path) -> None:
 
     differ = {key for key, value in active.items() if value != stock.get(key, value) or "pama_plugin" in str(value)}
     assert differ == {
+        "__main__:CriticModelActor",
         "__main__:RayActorGroup",
+        "__main__:get_strategy",
         "openrlhf.trainer.ppo_trainer:PPOTrainer",
+        "openrlhf.trainer.ppo_trainer_async:PPOTrainerAsync",
         "openrlhf.trainer.ray.vllm_engine:RolloutRayActor",
     }
 
@@ -101,19 +104,35 @@ def install(*flags: str):
 
 
 GROUPS = ["--algo.advantage.estimator", "reinforce_baseline", "--rollout.n_samples_per_prompt", "4"]
+TWO = ("--loss", "pama", "--pama.objective", LENGTH, "--pama.objective", "r=rm:org/model")
 
 
 def test_a_reward_model_makes_the_host_build_reward_groups() -> None:
+    from openrlhf.utils.config import hierarchize
+
+    from pama_plugin.host.seam import _ready
+
     args, swap = install(*GROUPS, "--loss", "pama", "--pama.objective", LENGTH, "--pama.objective", "r=rm:org/model")
     assert isinstance(args.pama, PamaConfig) and args.pama.level == "sequence"
-    assert getattr(args, "reward.model_name_or_path") == "org/model" and getattr(args, "reward.remote_url") is None
+    assert getattr(args, "reward.model_name_or_path") == "org/model"
     assert not [key for key in vars(args) if key.startswith("pama.")]
-    swap.assert_called_once_with(args.pama, scalar_reward=False)
+    swap.assert_called_once_with(args, args.pama)
+
+    # The host may take rewards for granted while it validates --eval.dataset, and builds the groups in train.
+    assert getattr(args, "reward.remote_url")
+    nested = hierarchize(args)
+    assert _ready(lambda args: "strategy", args.pama)(nested) == "strategy" and nested.reward.remote_url is None
 
 
 def test_without_a_reward_model_the_host_builds_no_group() -> None:
+    from openrlhf.utils.config import hierarchize
+
+    from pama_plugin.host.seam import _ready
+
     args, _ = install(*GROUPS, "--loss", "pama", "--pama.objective", LENGTH, "--pama.level", "batch", "--pama.no_noon")
-    assert getattr(args, "reward.model_name_or_path") is None and getattr(args, "reward.remote_url")
+    nested = hierarchize(args)
+    _ready(lambda args: None, args.pama)(nested)
+    assert nested.reward.model_name_or_path is None and nested.reward.remote_url
     assert (args.pama.level, args.pama.noon) == ("batch", False)
 
 
@@ -128,9 +147,9 @@ def test_with_gae_the_critic_takes_the_head_of_the_model_it_starts_from() -> Non
     assert getattr(args, "ds.value_head_prefix") == "head"
 
 
-def test_evaluation_gets_a_reward_where_every_objective_scores_in_the_rollout() -> None:
-    args, swap = install(*GROUPS, "--loss", "pama", "--pama.objective", LENGTH, "--eval.dataset", "x")
-    swap.assert_called_once_with(args.pama, scalar_reward=True)
+def test_with_gae_the_critic_starts_as_the_first_reward_model_as_in_the_host() -> None:
+    args, _ = install("--algo.advantage.estimator", "gae", *TWO)
+    assert getattr(args, "critic.model_name_or_path") == "org/model"
 
 
 def test_the_host_looks_names_up_where_they_are_swapped() -> None:
@@ -139,8 +158,12 @@ def test_the_host_looks_names_up_where_they_are_swapped() -> None:
 
     import openrlhf.cli.train_ppo_ray as command
     import openrlhf.trainer.ray.vllm_engine as vllm_engine
+    from openrlhf.trainer import ppo_trainer_async
 
-    assert {"RayActorGroup", "RewardModelActor"} <= set(command.train.__code__.co_names)
+    looked_up = {"RayActorGroup", "RewardModelActor", "PolicyModelActor", "CriticModelActor", "get_strategy"}
+    assert looked_up <= set(command.train.__code__.co_names)
+    trainer_async = inspect.getsource(ppo_trainer_async)
+    assert "= TrainingActor.remote(" in trainer_async and "= GenerateSamplesActor.remote(" in trainer_async
     assert "from openrlhf.trainer.ppo_trainer import PPOTrainer" in inspect.getsource(command.train)
     assert "RolloutRayActor" in vllm_engine.create_vllm_engines.__code__.co_names
 
@@ -152,22 +175,18 @@ def test_stock_flags_come_through_untouched(flags) -> None:
     swap.assert_not_called()
 
 
-TWO = ("--loss", "pama", "--pama.objective", LENGTH, "--pama.objective", "r=rm:org/model")
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--pama.objective", LENGTH), r"--pama.\* flags need --loss RULE other than ppo, found --loss None"),
         (("--loss", "ppo", "--pama.level", "token"), "found --loss ppo"),
         (("--loss", "pama"), "at least one --pama.objective"),
-        ((*TWO, "--algo.advantage.estimator", "gae"), "gae needs one value head per objective.*found 2 objectives"),
         ((*TWO, *GROUPS, "--reward.model_name_or_path", "x"), "found the stock --reward.model_name_or_path x"),
         ((*TWO, *GROUPS, "--reward.remote_url", "http://h"), "found the stock --reward.remote_url http://h"),
         ((*TWO, *GROUPS, "--train.agent_func_path", "a.py"), "found the stock --train.agent_func_path a.py"),
-        ((*TWO, *GROUPS, "--eval.dataset", "x"), "--eval.dataset needs every reward in the rollout.*found r"),
         ((*TWO, *GROUPS, "--algo.dynamic_filtering_enable"), "--algo.dynamic_filtering_enable needs every reward"),
-        ((*TWO, *GROUPS, "--train.async_enable"), "--train.async_enable is not supported with objectives yet"),
+        ((*TWO, *GROUPS, "--pama.best", "mean"), "--pama.best must be one of min, weighted, hypervolume, found 'mean'"),
+        ((*TWO, *GROUPS, "--pama.best", "min", "--ckpt.best_metric_key", "k"), "give one of the two, found min and k"),
         (("--loss", "ppo", "--pama.config", "run.yaml"), "found --loss ppo"),
     ],
 )

@@ -153,7 +153,7 @@ def test_a_bad_run(arguments, message) -> None:
     ("content", "message"),
     [
         ("objectives: [a, b]", "objectives must map names to specifications, found list"),
-        ("- a", "must be a mapping of level, loss, noon, objectives, found list"),
+        ("- a", "must be a mapping of best, level, loss, noon, objectives, found list"),
         ("objective: {}", "must be a mapping of .*, found objective"),
         ("objectives: {a: 'builtin:length', a: 'builtin:length'}", "keys must differ, found a twice"),
         ("objectives: {a: {kind: builtin, location: length, weight: true}}", "weight: must be a number, found True"),

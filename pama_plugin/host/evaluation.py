@@ -1,0 +1,113 @@
+"""Evaluation per objective: every reward of every held-out response, and one number to choose a checkpoint by."""
+
+import math
+from typing import Any
+
+import torch
+from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+from torch import Tensor
+
+from pama_plugin.config import PamaConfig
+from pama_plugin.state import RunState
+
+BEST = "eval_pama_best"
+ALL = "all"  # stands for the datasets together
+
+
+class ScoredSamplesGenerator(SamplesGenerator):
+    """The host's generator, whose evaluation samples come with the rewards of all objectives, ``rm`` ones too."""
+
+    def __init__(self, stock: SamplesGenerator, experience_maker: Any) -> None:
+        super().__init__(
+            stock.strategy, stock.prompts_dataloader, stock.eval_dataloader, stock.tokenizer, stock.vllm_engines
+        )
+        self.experience_maker = experience_maker
+        self.metrics: dict[str, float] = {}
+        self.batches = 0
+
+    def generate_samples(self, **generate_kwargs: Any) -> Any:
+        """As the host's, counting the rollout batches."""
+        samples, *rest = super().generate_samples(**generate_kwargs)
+        self.batches += bool(samples)
+        return samples, *rest
+
+    @torch.no_grad()
+    def generate_eval_samples(self, **generate_kwargs: Any) -> list[Experience]:
+        """As the host's; the one reward per sample, which its metrics show, is the sum of ours times their weights."""
+        samples: list[Experience] = super().generate_eval_samples(**generate_kwargs)
+        rewards = self.experience_maker.score(samples)
+        config = self.experience_maker.config
+        totals = sum(rewards[objective.name] * objective.weight for objective in config.objectives)
+        for sample, total in zip(samples, totals):
+            sample.rewards = total.reshape(1)
+        datasets = {
+            prompt: dataset for names, prompts, *_ in self.eval_dataloader for prompt, dataset in zip(prompts, names)
+        }
+        self.metrics = summarise(
+            rewards, [datasets[sample.prompts[0]] for sample in samples], generate_kwargs["n_samples_per_prompt"]
+        )
+        return samples
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Those of the last evaluation."""
+        metrics, self.metrics = self.metrics, {}
+        return metrics
+
+
+def summarise(rewards: dict[str, Tensor], datasets: list[str], n_samples_per_prompt: int) -> dict[str, float]:
+    """Mean and standard error of every objective, by dataset and over all of them.
+
+    Responses to one prompt are alike, so the standard error is that of the prompts' means.
+
+    Args:
+        rewards: by objective, (P·n,) for P prompts with n responses each, those of one prompt side by side.
+        datasets: the P·n names of where the prompts come from.
+        n_samples_per_prompt: n.
+
+    Returns:
+        ``eval_<dataset>/<name>``, ``eval_<dataset>/<name>_se`` and, over all, ``eval_all/<name>_std`` over prompts.
+
+    >>> summarise({"length": torch.tensor([1.0, 3.0, 2.0, 6.0])}, ["a"] * 4, 2)["eval_a/length_se"]
+    1.0
+    """
+    names = datasets[::n_samples_per_prompt]
+    metrics = {}
+    for objective, rewards_PN in rewards.items():
+        means_P = rewards_PN.double().reshape(-1, n_samples_per_prompt).mean(1)
+        for dataset in (*dict.fromkeys(names), ALL):
+            own = means_P[torch.tensor([dataset in (ALL, name) for name in names])]
+            std = float(own.std()) if len(own) > 1 else math.nan
+            metrics[f"eval_{dataset}/{objective}"] = float(own.mean())
+            metrics[f"eval_{dataset}/{objective}_se"] = std / math.sqrt(len(own))
+        metrics[f"eval_{ALL}/{objective}_std"] = std
+    return metrics
+
+
+def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> float:
+    """How good an evaluation is, by ``config.best``; the larger the better.
+
+    ``z_i`` is the rise of objective i since the run's first evaluation, in standard deviations (over prompts) of that
+    evaluation: rewards of different scale can only be compared so.
+
+    - ``min``: ``min_i z_i / w_i``, weights scaled to mean 1: the objective that rose least.
+    - ``weighted``: ``Σ w_i m_i`` of the mean rewards as they are, the quantity that ``--loss linear`` climbs.
+    - ``hypervolume``: ``Π max(0, 1 + z_i)``, the volume that the evaluation dominates over the reference point one
+      standard deviation below the first one; 1 at the first evaluation.
+
+    ``state`` keeps the first evaluation of each objective, and so does the checkpoint.
+    """
+    rises = []
+    for objective in config.objectives:
+        mean, std = metrics[f"eval_{ALL}/{objective.name}"], metrics[f"eval_{ALL}/{objective.name}_std"]
+        own = state.objectives[objective.name]
+        if own.first_evaluation is None or not own.first_evaluation[1] > 0:  # no unit yet to measure a rise in
+            own.first_evaluation = (mean, std)
+        first_mean, first_std = own.first_evaluation
+        rises.append((mean - first_mean) / first_std if first_std > 0 else 0.0)
+    if config.best == "weighted":
+        return sum(objective.weight * metrics[f"eval_{ALL}/{objective.name}"] for objective in config.objectives)
+    if config.best == "hypervolume":
+        return math.prod(max(0.0, 1 + rise) for rise in rises)
+    mean_weight = sum(config.weights) / len(config.weights)
+    return min(rise * mean_weight / weight for rise, weight in zip(rises, config.weights))

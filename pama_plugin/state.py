@@ -1,0 +1,105 @@
+"""What a resumed run must know of the one before: our part of the host's checkpoint, as JSON."""
+
+import hashlib
+import math
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from pama_plugin.config import Objective, PamaConfig
+from pama_plugin.rewards import split_location
+
+_MIB = 2**20
+
+
+class Moments(BaseModel):
+    """Count, mean and standard deviation of all numbers seen, updated batch by batch (Chan, Golub, LeVeque 1979).
+
+    >>> import torch
+    >>> moments = Moments()
+    >>> moments.update(torch.tensor([1.0, 2.0]))
+    >>> moments.update(torch.tensor([6.0]))
+    >>> moments.mean, round(moments.std, 3)
+    (3.0, 2.646)
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # Σ (x − mean)²
+
+    def update(self, values: Tensor) -> None:
+        """Take in a batch of any shape."""
+        values = values.double()
+        count, total = values.numel(), self.count + values.numel()
+        difference = float(values.mean()) - self.mean
+        self.squares += float((values - values.mean()).square().sum()) + difference**2 * self.count * count / total
+        self.mean += difference * count / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """The sample standard deviation; NaN of fewer than two numbers."""
+        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else math.nan
+
+
+class ObjectiveState(BaseModel):
+    """What was measured of one objective, and the scorer that it was measured with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scorer: str
+    rewards: Moments = Moments()
+    first_evaluation: tuple[float, float] | None = None  # mean, and standard deviation over prompts
+
+
+class RunState(BaseModel):
+    """The state of all objectives, by name, in the order of the critic's heads."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    objectives: dict[str, ObjectiveState]
+
+    @classmethod
+    def start(cls, config: PamaConfig) -> "RunState":
+        """The state before the first step."""
+        return cls(
+            objectives={objective.name: ObjectiveState(scorer=identify(objective)) for objective in config.objectives}
+        )
+
+    def swapped(self, saved: "RunState") -> list[str]:
+        """The names of ``saved`` whose scorer is another one now, or that are gone."""
+        return [
+            name
+            for name, state in saved.objectives.items()
+            if name not in self.objectives or self.objectives[name].scorer != state.scorer
+        ]
+
+    def resume(self, saved: "RunState") -> None:
+        """Take over what ``saved`` measured, objective by objective, where the scorer is still the same."""
+        swapped = self.swapped(saved)
+        self.objectives |= {
+            name: state for name, state in saved.objectives.items() if name in self.objectives and name not in swapped
+        }
+
+
+def identify(objective: Objective) -> str:
+    """Kind, location and options, with a hash of what local files hold: the same text means the same scorer.
+
+    Of a model's weights the hash covers sizes, and the first and the last MiB, of each file.
+
+    >>> from pama_plugin.config import parse_objective
+    >>> identify(parse_objective("length=builtin:length,scale=140,weight=2"))
+    "builtin:length {'scale': '140'}"
+    """
+    path = Path(split_location(objective.location)[0] if objective.kind == "py" else objective.location)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {size}".encode() + stream.read(_MIB))
+            stream.seek(max(size - _MIB, 0))
+            digest.update(stream.read(_MIB))
+    content = f" sha256:{digest.hexdigest()[:16]}" if files else ""
+    return f"{objective.kind}:{objective.location} {objective.options}{content}"

@@ -109,6 +109,9 @@ def _swap(args: argparse.Namespace, config: PamaConfig) -> None:
     vllm_engine.RolloutRayActor = rollout.rollout_actor(config, scalar_reward, seed)
     ppo_trainer.PPOTrainer = trainer.PPOTrainer
     ppo_trainer_async.PPOTrainerAsync = trainer_async.PPOTrainerAsync
+    # Looked up by the host's PPOTrainerAsync: an actor class travels by value, with the globals that it refers to.
+    ppo_trainer_async.TrainingActor = trainer_async.TrainingActor
+    ppo_trainer_async.GenerateSamplesActor = trainer_async.GenerateSamplesActor
     main = sys.modules["__main__"]
     main.CriticModelActor = critic.CriticModelActor
     main.RayActorGroup = rewards.group_builder(config, main.RayActorGroup, main.RewardModelActor, main.PolicyModelActor)

@@ -57,12 +57,9 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
 
 @ray.remote
 class PPOTrainerAsync(ppo_trainer_async.PPOTrainerAsync.__ray_metadata__.modified_class):
-    """Starts our two halves where the host starts its own, and ends the run when one of them ends."""
+    """Ends the run when one of its two halves ends."""
 
     def __init__(self, pretrain: str, strategy: Any, *groups_and_engines: Any, **generate_kwargs: Any) -> None:
-        # The host looks both up in its module; this process is their driver, so here a swap is not lost.
-        ppo_trainer_async.TrainingActor = TrainingActor
-        ppo_trainer_async.GenerateSamplesActor = GenerateSamplesActor
         super().__init__(pretrain, strategy, *groups_and_engines, **generate_kwargs)
         self.strategy = strategy
         _, _, self.reward_model_group, *_ = groups_and_engines

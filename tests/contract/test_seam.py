@@ -73,7 +73,9 @@ def test_without_loss_nothing_of_the_host_differs(tmp_path) -> None:
         "__main__:RayActorGroup",
         "__main__:get_strategy",
         "openrlhf.trainer.ppo_trainer:PPOTrainer",
+        "openrlhf.trainer.ppo_trainer_async:GenerateSamplesActor",
         "openrlhf.trainer.ppo_trainer_async:PPOTrainerAsync",
+        "openrlhf.trainer.ppo_trainer_async:TrainingActor",
         "openrlhf.trainer.ray.vllm_engine:RolloutRayActor",
     }
 

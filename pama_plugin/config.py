@@ -33,6 +33,43 @@ BestRule = Literal["min", "weighted", "hypervolume"]
 BEST_RULES = get_args(BestRule)
 
 
+class Placement(BaseModel):
+    """Where the ranks of an ``rm`` objective run, from its options of the same names; None is what ``--reward.*`` says.
+
+    Args:
+        gpus: ranks per node, or a fraction of one GPU for a single rank that shares it with other such objectives.
+        nodes: how many times ``gpus``.
+        offload: whether the parameters wait in the memory of the CPU.
+
+    >>> Placement.model_validate({"gpus": "0.5", "offload": "true"})
+    Placement(gpus=0.5, nodes=None, offload=True)
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    gpus: float | None = None
+    nodes: int | None = Field(None, ge=1)
+    offload: bool | None = None
+
+    @field_validator("gpus", "nodes", mode="before")
+    @classmethod
+    def _is_a_number(cls, number: Any) -> Any:
+        return _refuse_bool(number)
+
+    @field_validator("gpus")
+    @classmethod
+    def _is_whole_or_a_fraction(cls, gpus: float | None) -> float | None:
+        if gpus is None or gpus >= 1 and gpus.is_integer() or 0 < gpus < 1 and round(gpus, 4) == gpus:
+            return gpus
+        raise ValueError("must be a whole number of ranks per node, or a fraction of one GPU with up to 4 decimals")
+
+    @model_validator(mode="after")
+    def _is_one_rank_if_a_fraction(self) -> "Placement":
+        if self.gpus is not None and self.gpus < 1 and (self.nodes or 1) > 1:
+            raise ValueError(f"gpus={self.gpus} is one rank that shares a GPU, so nodes must be 1, found {self.nodes}")
+        return self
+
+
 class Objective(BaseModel):
     """One named reward: ``NAME=KIND:LOCATION[,key=value…]``.
 
@@ -59,9 +96,7 @@ class Objective(BaseModel):
     @field_validator("weight", mode="before")
     @classmethod
     def _is_a_number(cls, weight: Any) -> Any:
-        if isinstance(weight, bool):  # which Python, and so pydantic, takes for 0 or 1
-            raise ValueError("must be a number")
-        return weight
+        return _refuse_bool(weight)
 
     @field_validator("kind", mode="before")
     @classmethod
@@ -79,8 +114,14 @@ class Objective(BaseModel):
             self._take_options()
         else:
             _check_model(self.location)
-            self._take_options("value_head_prefix")
+            self._take_options("value_head_prefix", *Placement.model_fields)
+            Placement.model_validate(self.options)
         return self
+
+    @property
+    def placement(self) -> Placement:
+        """What an ``rm`` objective's own options say of its ranks."""
+        return Placement.model_validate(self.options)
 
     def _take_options(self, *known: str) -> None:
         unknown = sorted(set(self.options) - set(known))
@@ -200,7 +241,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=KIND:LOCATION[,key=value...]",
         help="a reward, once per objective. KIND is rm (a value-head reward model of the host: path or hub name), py "
         "(FILE.py:FUNCTION with the host's reward_func signature) or builtin (length, with scale=, min=, max=). Every "
-        "kind takes weight= (default 1).",
+        "kind takes weight= (default 1); rm also gpus=, nodes= and offload= for GPUs other than --reward.* says.",
     )
     group.add_argument("--pama.config", metavar="FILE.yaml", help="the same settings as YAML; flags win over it")
     group.add_argument(
@@ -232,6 +273,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run on an OpenRLHF release that this version of the plugin was not tested with",
     )
+    group.add_argument(
+        "--pama.plan",
+        metavar="NODESxGPUS",
+        help="print which model takes which GPUs of such a cluster (1x8: one node with 8) and the resolved settings as "
+        "YAML, and start nothing",
+    )
+    group.add_argument(
+        "--pama.allow_waiting",
+        action="store_true",
+        help="start although the cluster has too few GPUs now, and wait for them: for one that grows on demand",
+    )
+
+
+def dump_config(config: PamaConfig) -> str:
+    """The configuration as YAML that ``--pama.config`` takes, and makes the same configuration of."""
+    # A weighted sum projects nothing, so the loader refuses both with it.
+    meaningless = {"level", "noon"} if config.loss == "linear" else set()
+    settings = config.model_dump(exclude={"objectives", *meaningless})
+    settings["objectives"] = {
+        objective.name: objective.model_dump(include={"kind", "location", "weight"}) | objective.options
+        for objective in config.objectives
+    }
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -294,6 +358,12 @@ def _objective(name: str, spec: Any, source: str) -> Objective:
         found = f", found {first['input']!r}" if first["loc"] else ""
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{source}: {where}{message}{found}") from error
+
+
+def _refuse_bool(number: Any) -> Any:
+    if isinstance(number, bool):  # which Python, and so pydantic, takes for 0 or 1
+        raise ValueError("must be a number")
+    return number
 
 
 def _check_model(location: str) -> None:

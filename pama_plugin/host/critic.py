@@ -12,7 +12,6 @@ import deepspeed
 import ray
 import torch
 from openrlhf.trainer.ray import ppo_critic
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from pama_plugin.config import Objective
 from pama_plugin.errors import ConfigError
 
 HEADS = "value_heads"
-# Beside the saved value network: the host can load a network with one head only, and saves adapters alone with LoRA.
+# Beside the saved value network, because the host can load a network with one head only.
 HEADS_FILE = "value_heads.safetensors"
 
 
@@ -38,7 +37,7 @@ class CriticModelActor(ppo_critic.CriticModelActor.__ray_metadata__.modified_cla
             prepare = strategy.prepare
             strategy.prepare = lambda pair: prepare((add_value_heads(pair[0], objectives, pretrain), pair[1]))
         super().init_model_from_pretrained(strategy, pretrain, max_steps)
-        restore_normalization(_trunk(self.critic.module))
+        restore_normalization(self.critic.module)
         self.names = strategy.args.pama.names
         self.trainer.critic_loss_fn = MultiObjectiveValueLoss(self.trainer.critic_loss_fn)
 
@@ -59,7 +58,7 @@ class CriticModelActor(ppo_critic.CriticModelActor.__ray_metadata__.modified_cla
         super().save_model()
         if self.tokenizer is None or len(self.names) == 1:  # nothing was saved, or the host saved it all
             return
-        heads = _trunk(self.critic.module).get_submodule(HEADS)
+        heads = self.critic.module.get_submodule(HEADS)
         with deepspeed.zero.GatheredParameters([heads.weight]):
             if self.strategy.is_rank_0():
                 path = os.path.join(self.strategy.args.ckpt.output_dir + "_critic", HEADS_FILE)
@@ -67,21 +66,20 @@ class CriticModelActor(ppo_critic.CriticModelActor.__ray_metadata__.modified_cla
                 save_file({HEADS: weight}, path, metadata={"objectives": json.dumps(self.names)})
 
 
-def add_value_heads(model: nn.Module, objectives: tuple[Objective, ...], pretrain: str) -> nn.Module:
-    """Put ``nn.Linear(hidden, K)`` in the place of the host's value head, in ``model`` itself.
+def add_value_heads(critic: nn.Module, objectives: tuple[Objective, ...], pretrain: str) -> nn.Module:
+    """Put ``nn.Linear(hidden, K)`` in the place of the host's value head, in ``critic`` itself.
 
     The heads are those saved with ``pretrain`` or else new ones, as small as the host's own; an objective whose reward
     model ``pretrain`` is keeps that model's head. Every rank draws the same ones.
 
     Args:
-        model: the host's critic, also as a LoRA model; its heads are then trained in full.
+        critic: as the host built it.
         objectives: the K objectives, in the order of the heads.
-        pretrain: what ``model`` was loaded from.
+        pretrain: what ``critic`` was loaded from.
 
     Returns:
-        ``model``, which now gives values (K, B, A), so that the host's (B, A) masks broadcast against them.
+        ``critic``, which now gives values (K, B, A), so that the host's (B, A) masks broadcast against them.
     """
-    critic = _trunk(model)
     stock = getattr(critic, critic.value_head_prefix)
     with deepspeed.zero.GatheredParameters([stock.weight]):
         stock_1H = stock.weight.detach().float().cpu()
@@ -113,10 +111,9 @@ def add_value_heads(model: nn.Module, objectives: tuple[Objective, ...], pretrai
         values_KBA = values.flatten(2).movedim(-1, 0)
         return (values_KBA, *rest) if rest else values_KBA
 
-    # On the outermost module: PEFT calls the forward of the inner one, which runs no hooks.
-    model.register_forward_pre_hook(mask_every_head, with_kwargs=True)
-    model.register_forward_hook(objectives_first)
-    return model
+    critic.register_forward_pre_hook(mask_every_head, with_kwargs=True)
+    critic.register_forward_hook(objectives_first)
+    return critic
 
 
 def load_value_heads(pretrain: str, names: tuple[str, ...]) -> Tensor | None:
@@ -151,10 +148,6 @@ def restore_normalization(model: nn.Module) -> None:
     """
     model.mean.fill_(getattr(model.config, "mean", 0.0))
     model.std.fill_(getattr(model.config, "std", 1.0))
-
-
-def _trunk(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class MultiObjectiveValueLoss(nn.Module):

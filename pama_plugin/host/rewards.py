@@ -1,40 +1,43 @@
 """K groups of stock ``RewardModelActor`` where the host's driver and trainer expect one."""
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ray.launcher import RayActorGroup
+from ray.util.placement_group import PlacementGroup, placement_group
 
 from pama_plugin.config import Objective, PamaConfig
 from pama_plugin.host.critic import restore_normalization
-
-# Ray counts GPUs in steps of 0.0001: rounding a share up would make K of them overflow their bundle, for ever pending.
-GPU_STEPS = 10_000
+from pama_plugin.host.placement import Plan, Role, reward_role
 
 
 class RewardGroups:
     """One ``RayActorGroup`` per ``rm`` objective, keyed by name; stands in for the host's single reward group.
 
-    Each is a world of its own, with the ranks that ``--reward.num_nodes`` and ``--reward.num_gpus_per_node`` ask for.
-    Where the host shares GPUs (``num_gpus_per_actor`` below 1), the groups share the one reward model's share.
+    Each is a world of its own, of the size and with the share of a GPU that the plan says: in the placement group that
+    the host gives (``pg``), else on whole GPUs of its own, or, with a fraction, on one that several objectives share.
     """
 
     def __init__(
         self,
         objectives: tuple[Objective, ...],
-        make_group: Callable[..., RayActorGroup],
-        num_gpus_per_actor: float,
-        **placement: Any,
+        plan: Plan,
+        make_group: Callable[[Role, PlacementGroup | None], RayActorGroup],
+        pg: PlacementGroup | None,
     ) -> None:
-        if num_gpus_per_actor < 1:
-            num_gpus_per_actor = math.floor(num_gpus_per_actor / len(objectives) * GPU_STEPS) / GPU_STEPS
+        homes = {role.name: (role, block) for block in plan.blocks for role in block.roles}
+        gpus: dict[Any, PlacementGroup] = {}
         self.objectives = objectives
-        self.groups = {
-            objective.name: make_group(num_gpus_per_actor=num_gpus_per_actor, **placement) for objective in objectives
-        }
+        self.groups = {}
+        for objective in objectives:
+            role, block = homes[reward_role(objective)]
+            if pg is None and role.share < 1 and block not in gpus:
+                gpus[block] = placement_group([{"GPU": 1, "CPU": 1}])
+                ray.get(gpus[block].ready())
+            self.groups[objective.name] = make_group(role, gpus.get(block, pg))
 
     def async_init_model_from_pretrained(self, strategy: Any, pretrain: str) -> list[Any]:
         """Load every objective's own model; ``pretrain`` is the first one's location, which the host passes."""
@@ -48,13 +51,15 @@ class RewardGroups:
 
 
 def _strategy_of(objective: Objective, strategy: Any) -> Any:
-    """The strategy with this objective's value-head prefix. Copies are shallow: no rank sees another's setting."""
-    if "value_head_prefix" not in objective.options:
-        return strategy
+    """The strategy with this objective's own settings. Copies are shallow: no rank sees another objective's."""
     own = copy.copy(strategy)
     own.args = copy.copy(strategy.args)
-    own.args.ds = copy.copy(strategy.args.ds)
-    own.args.ds.value_head_prefix = objective.options["value_head_prefix"]
+    if "value_head_prefix" in objective.options:
+        own.args.ds = copy.copy(strategy.args.ds)
+        own.args.ds.value_head_prefix = objective.options["value_head_prefix"]
+    if objective.placement.offload is not None:
+        own.args.reward = copy.copy(strategy.args.reward)
+        own.args.reward.offload = objective.placement.offload
     return own
 
 
@@ -69,7 +74,7 @@ class PolicyGroup(RayActorGroup):
 
 
 def group_builder(
-    config: PamaConfig, stock: type[RayActorGroup], reward_actor: Any, policy_actor: Any
+    config: PamaConfig, plan: Plan, stock: type[RayActorGroup], reward_actor: Any, policy_actor: Any
 ) -> Callable[..., Any]:
     """What the host's driver calls instead of ``RayActorGroup``."""
 
@@ -79,9 +84,10 @@ def group_builder(
         if ray_actor_type is not reward_actor:
             return stock(num_nodes, num_gpus_per_node, ray_actor_type, **placement)
 
-        def make_group(**shared: Any) -> RayActorGroup:
-            return stock(num_nodes, num_gpus_per_node, ray_actor_type, **shared)
+        def make_group(role: Role, pg: PlacementGroup | None) -> RayActorGroup:
+            own = placement | {"pg": pg, "num_gpus_per_actor": role.share}
+            return stock(role.nodes, role.gpus_per_node, ray_actor_type, **own)
 
-        return RewardGroups(config.of_kind("rm"), make_group, **placement)
+        return RewardGroups(config.of_kind("rm"), plan, make_group, placement["pg"])
 
     return build

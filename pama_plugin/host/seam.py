@@ -4,12 +4,13 @@ Relied on (``tests/contract/test_seam.py`` checks it against the real wheel):
 
 - ``openrlhf.cli.train_ppo_ray`` as ``__main__``: calls ``parse_args`` once, looks ``RayActorGroup`` up in its own
   globals, builds one group of ``RewardModelActor`` unless ``args.reward.remote_url`` is set, and imports ``PPOTrainer``
-  from ``openrlhf.trainer.ppo_trainer`` inside ``train``;
+  from ``openrlhf.trainer.ppo_trainer`` inside ``train``, where it calls ``get_strategy``, one of its globals, when Ray
+  is up and nothing has been reserved, and then reserves what ``placement`` says;
 - ``openrlhf.trainer.ray.vllm_engine``: ``create_vllm_engines`` looks ``RolloutRayActor`` up in its module's globals;
 - the classes that ``trainer``, ``experience``, ``rewards`` and ``rollout`` of this package subclass.
 
 Ray sends an importable class to its actors by reference, so patching a method here would be lost there. What arrives is
-an actor class replaced by a subclass: that is all this module does, and all of it in the driver.
+an actor class replaced by a subclass: but for the driver's own ``get_strategy``, that is all this module swaps.
 """
 
 import argparse
@@ -18,27 +19,36 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from pama_plugin.config import STOCK, PamaConfig, load_config
+from pama_plugin.config import STOCK, PamaConfig, dump_config, load_config
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.checkpoint import prepare_resume
+from pama_plugin.host.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
 
 SUPPORTED_HOSTS = ("0.11.2",)
 
 # Each of these gives the host its one reward; with objectives there is no place for it.
 STOCK_REWARD_FLAGS = ("reward.model_name_or_path", "reward.remote_url", "train.agent_func_path")
 
+# The stock command dies of these, after minutes: OpenRLHF sends the policy's weights to vLLM under the names that they
+# have in the adapted model, which vLLM's model does not know. Remove an entry when the host runs it.
+BROKEN_IN_THE_HOST = {
+    "ds.lora.rank": "OpenRLHF's PPO cannot send a policy with LoRA adapters to vLLM",
+    "ds.load_in_4bit": "OpenRLHF's PPO cannot send a policy with 4-bit weights to vLLM",
+}
+
 
 def install(args: argparse.Namespace) -> argparse.Namespace:
     """Turn the parsed flags into a ``PamaConfig`` at ``args.pama`` and put our classes in the host's place.
+
+    With ``--pama.plan`` it prints what would run where, and ends the command.
 
     Raises:
         ConfigError: the run cannot work; nothing has been swapped.
     """
     flags = {key.removeprefix("pama."): vars(args).pop(key) for key in list(vars(args)) if key.startswith("pama.")}
-    allow_unsupported_host = flags.pop("allow_unsupported_host")
-    allow_other_objectives = flags.pop("allow_other_objectives")
-    objectives, file, loss = flags.pop("objective"), flags.pop("config"), flags.pop("loss")
-    asked = objectives or file or any(value is not None for value in flags.values())
+    allowed = {what: flags.pop(f"allow_{what}") for what in ("unsupported_host", "other_objectives", "waiting")}
+    objectives, file, loss, stated = (flags.pop(name) for name in ("objective", "config", "loss", "plan"))
+    asked = objectives or file or stated is not None or any(value is not None for value in flags.values())
     if loss == STOCK or not (loss or file):
         if asked:
             raise ConfigError(f"--pama.* flags need --loss RULE other than {STOCK}, found --loss {loss}")
@@ -47,9 +57,15 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     estimator = getattr(args, "algo.advantage.estimator")
     level = "token" if estimator == "gae" else "sequence"
     config = load_config(loss, objectives, file, **flags, default_level=level)
-    _check_release(allow_unsupported_host)
+    _check_release(allowed["unsupported_host"])
     _check_host_flags(args, config)
-    config = prepare_resume(args, config, allow_other_objectives=allow_other_objectives)
+    plan = make_plan(args, config)
+    if stated is not None:
+        cluster = parse_cluster(stated)
+        print(f"{format_plan(plan, cluster)}\n\n{dump_config(config)}", end="")
+        check_cluster(plan, cluster)
+        sys.exit()
+    config = prepare_resume(args, config, allow_other_objectives=allowed["other_objectives"])
 
     args.pama = config
     models = config.of_kind("rm")
@@ -68,7 +84,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     # Truthy while the host validates its arguments: evaluation has its rewards. ``_ready`` takes it back where the host
     # must build reward-model groups; our rollout actor does not pass it on.
     setattr(args, "reward.remote_url", "pama")
-    _swap(args, config)
+    _swap(args, config, plan, allow_waiting=allowed["waiting"])
     return args
 
 
@@ -85,6 +101,15 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
     given = [f"--{flag} {value}" for flag in STOCK_REWARD_FLAGS if (value := getattr(args, flag))]
     if given:
         raise ConfigError(f"with objectives, every reward is a --pama.objective, found the stock {', '.join(given)}")
+    for flag, why in BROKEN_IN_THE_HOST.items():
+        if getattr(args, flag):
+            raise ConfigError(f"--{flag} cannot be used: {why}; leave it out, found {getattr(args, flag)}")
+    with_heads = getattr(args, "algo.advantage.estimator") == "gae" and len(config.objectives) > 1
+    if with_heads and getattr(args, "ds.tensor_parallel_size") > 1:
+        raise ConfigError(
+            "--ds.tensor_parallel_size must be 1 with gae and several objectives, whose value heads DeepSpeed would "
+            f"split, found {getattr(args, 'ds.tensor_parallel_size')}: use another estimator or ZeRO-3"
+        )
     if getattr(args, "algo.dynamic_filtering_enable") and config.of_kind("rm"):
         raise ConfigError(
             "--algo.dynamic_filtering_enable needs every reward in the rollout, where an rm objective is not scored, "
@@ -97,7 +122,7 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
         )
 
 
-def _swap(args: argparse.Namespace, config: PamaConfig) -> None:
+def _swap(args: argparse.Namespace, config: PamaConfig, plan: Plan, *, allow_waiting: bool) -> None:
     import openrlhf.trainer.ray.vllm_engine as vllm_engine  # first: importing deepspeed before vLLM spoils its set-up
     from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
@@ -114,14 +139,33 @@ def _swap(args: argparse.Namespace, config: PamaConfig) -> None:
     ppo_trainer_async.GenerateSamplesActor = trainer_async.GenerateSamplesActor
     main = sys.modules["__main__"]
     main.CriticModelActor = critic.CriticModelActor
-    main.RayActorGroup = rewards.group_builder(config, main.RayActorGroup, main.RewardModelActor, main.PolicyModelActor)
-    main.get_strategy = _ready(main.get_strategy, config)
+    main.RayActorGroup = rewards.group_builder(
+        config, plan, main.RayActorGroup, main.RewardModelActor, main.PolicyModelActor
+    )
+    main.get_strategy = _ready(main.get_strategy, config, plan, allow_waiting=allow_waiting)
 
 
-def _ready(stock: Callable[[Any], Any], config: PamaConfig) -> Callable[[Any], Any]:
-    """The host calls ``get_strategy`` first of all in ``train``: its arguments are validated, nothing is placed yet."""
+def _ready(stock: Callable[[Any], Any], config: PamaConfig, plan: Plan, *, allow_waiting: bool) -> Callable[[Any], Any]:
+    """What the host calls first of all in ``train``: Ray is up, the arguments are validated, nothing is reserved.
+
+    The plan is shown and held against the nodes that Ray has.
+    """
 
     def get_strategy(args: Any) -> Any:
+        import ray
+
+        cluster = [
+            Node(node["NodeManagerAddress"], int(node["Resources"].get("GPU", 0)), node["Resources"].get("CPU", 0))
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        print(format_plan(plan, cluster), flush=True)
+        try:
+            check_cluster(plan, cluster)
+        except ConfigError as error:
+            if not allow_waiting:
+                raise
+            print(f"[Warning] {error}", flush=True)
         if config.of_kind("rm"):
             args.reward.remote_url = None  # so that the host builds the reward-model groups
         return stock(args)

@@ -84,18 +84,6 @@ def test_the_objective_whose_model_the_critic_starts_from_keeps_its_head(model, 
     assert one.value_heads.weight[1:].std() < 2 / 33
 
 
-def test_with_lora_the_heads_are_trained_in_full(model, objectives) -> None:
-    from pama_plugin.host.critic import add_value_heads
-
-    critic = add_value_heads(load(model, lora_rank=2, target_modules=["q_proj"]), objectives, model)
-    trained = [name for name, parameter in critic.named_parameters() if parameter.requires_grad]
-    assert [name.rpartition("model.")[2] for name in trained if "lora" not in name] == ["value_heads.weight"]
-    inputs = batch()
-    values_KBA = critic(inputs.pop("input_ids"), **inputs)
-    values_KBA.sum().backward()
-    assert values_KBA.shape == (3, 2, 6) and (critic.get_base_model().value_heads.weight.grad != 0).any()
-
-
 def test_packed_sequences_give_the_same_values(model, objectives, monkeypatch) -> None:
     """One sequence, because only flash-attention keeps packed ones apart; its packing functions are pure torch."""
     import openrlhf.models.model as host

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 from hosttools import parse_host_flags
@@ -95,8 +97,6 @@ def test_both_ways_in_show_our_flags_and_refuse_before_ray_starts() -> None:
 
 def install(*flags: str):
     """Parse with the host's real parser and our group, then install, without swapping anything in this process."""
-    from unittest import mock
-
     from pama_plugin.config import add_flags
     from pama_plugin.host import seam
 
@@ -109,31 +109,36 @@ GROUPS = ["--algo.advantage.estimator", "reinforce_baseline", "--rollout.n_sampl
 TWO = ("--loss", "pama", "--pama.objective", LENGTH, "--pama.objective", "r=rm:org/model")
 
 
-def test_a_reward_model_makes_the_host_build_reward_groups() -> None:
+def ready(args) -> Any:
+    """The arguments as the host's ``train`` finds them, on a cluster that is large enough."""
     from openrlhf.utils.config import hierarchize
 
+    from pama_plugin.host.placement import make_plan
     from pama_plugin.host.seam import _ready
 
+    nested = hierarchize(args)
+    node = {"Alive": True, "NodeManagerAddress": "here", "Resources": {"GPU": 64.0, "CPU": 64.0}}
+    get_strategy = _ready(lambda _: "strategy", args.pama, make_plan(args, args.pama), allow_waiting=False)
+    with mock.patch("ray.nodes", return_value=[node]):
+        assert get_strategy(nested) == "strategy"
+    return nested
+
+
+def test_a_reward_model_makes_the_host_build_reward_groups() -> None:
     args, swap = install(*GROUPS, "--loss", "pama", "--pama.objective", LENGTH, "--pama.objective", "r=rm:org/model")
     assert isinstance(args.pama, PamaConfig) and args.pama.level == "sequence"
     assert getattr(args, "reward.model_name_or_path") == "org/model"
     assert not [key for key in vars(args) if key.startswith("pama.")]
-    swap.assert_called_once_with(args, args.pama)
+    swap.assert_called_once_with(args, args.pama, mock.ANY, allow_waiting=False)
 
     # The host may take rewards for granted while it validates --eval.dataset, and builds the groups in train.
     assert getattr(args, "reward.remote_url")
-    nested = hierarchize(args)
-    assert _ready(lambda args: "strategy", args.pama)(nested) == "strategy" and nested.reward.remote_url is None
+    assert ready(args).reward.remote_url is None
 
 
 def test_without_a_reward_model_the_host_builds_no_group() -> None:
-    from openrlhf.utils.config import hierarchize
-
-    from pama_plugin.host.seam import _ready
-
     args, _ = install(*GROUPS, "--loss", "pama", "--pama.objective", LENGTH, "--pama.level", "batch", "--pama.no_noon")
-    nested = hierarchize(args)
-    _ready(lambda args: None, args.pama)(nested)
+    nested = ready(args)
     assert nested.reward.model_name_or_path is None and nested.reward.remote_url
     assert (args.pama.level, args.pama.noon) == ("batch", False)
 
@@ -187,6 +192,12 @@ def test_stock_flags_come_through_untouched(flags) -> None:
         ((*TWO, *GROUPS, "--reward.remote_url", "http://h"), "found the stock --reward.remote_url http://h"),
         ((*TWO, *GROUPS, "--train.agent_func_path", "a.py"), "found the stock --train.agent_func_path a.py"),
         ((*TWO, *GROUPS, "--algo.dynamic_filtering_enable"), "--algo.dynamic_filtering_enable needs every reward"),
+        ((*TWO, *GROUPS, "--ds.lora.rank", "8"), "--ds.lora.rank cannot be used: .* with LoRA adapters .*found 8"),
+        ((*TWO, *GROUPS, "--ds.load_in_4bit"), "--ds.load_in_4bit cannot be used: .* with 4-bit weights"),
+        (
+            (*TWO, "--algo.advantage.estimator", "gae", "--ds.tensor_parallel_size", "2"),
+            "--ds.tensor_parallel_size must be 1 with gae and several objectives.*found 2",
+        ),
         ((*TWO, *GROUPS, "--pama.best", "mean"), "--pama.best must be one of min, weighted, hypervolume, found 'mean'"),
         ((*TWO, *GROUPS, "--pama.best", "min", "--ckpt.best_metric_key", "k"), "give one of the two, found min and k"),
         (("--loss", "ppo", "--pama.config", "run.yaml"), "found --loss ppo"),

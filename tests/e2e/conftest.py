@@ -15,7 +15,10 @@ from typing import NamedTuple
 
 import pytest
 
+from pama_plugin.host.hook import HOST_COMMAND
+
 ROOT = Path(__file__).parents[2]
+LITERAL = [sys.executable, "-m", HOST_COMMAND]
 BIN = Path(sys.executable).parent
 WORDS = "the a film plot actor scene was is never always dull bright slow warm and but of with".split()
 
@@ -98,7 +101,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("policy", "helpful", "harmless"):
         fast.save_pretrained(folder / name)
     prompts = [" ".join(WORDS[(index + shift * 3) % len(WORDS)] for shift in range(4)) for index in range(64)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    for name, chosen in {"prompts": prompts, "held_out": prompts[:3]}.items():
+        lines = [json.dumps({"prompt": prompt, "datasource": "default"}) + "\n" for prompt in chosen]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder
 
 
@@ -106,7 +111,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_host(environment: dict[str, str], ray_address: str, models: Path, tmp_path: Path) -> Callable[..., Run]:
     """``run_host(flags, steps=…, command=…)``: the host's command on the small models, four prompts a step."""
 
-    def run(*flags: str, steps: int, command: list[str], limit: float = 600) -> Run:
+    def run(*flags: str, steps: int, command: list[str] = LITERAL, limit: float = 600) -> Run:
         common = f"""
             --actor.model_name_or_path {models}/policy --data.prompt_dataset {models}/prompts.jsonl
             --data.input_key prompt --data.max_len 64 --data.max_samples {4 * steps} --rollout.max_new_tokens 12

@@ -1,15 +1,9 @@
 """PPO with one value head per objective, on the real stack."""
 
-import sys
-
 import pytest
 from safetensors import safe_open
 
-from pama_plugin.host.hook import HOST_COMMAND
-
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]
-
-LITERAL = [sys.executable, "-m", HOST_COMMAND]
 
 
 def test_two_value_heads_learn_and_are_saved_with_zero_3(run_host, models, tmp_path) -> None:
@@ -19,7 +13,7 @@ def test_two_value_heads_learn_and_are_saved_with_zero_3(run_host, models, tmp_p
         *("--loss", "pama", "--pama.objective", f"helpful=rm:{models}/helpful"),
         *("--pama.objective", "length=builtin:length,scale=12"),
     ]
-    run = run_host(*flags, "--ds.zero_stage", "3", steps=6, command=LITERAL)
+    run = run_host(*flags, "--ds.zero_stage", "3", steps=6)
     assert run.status == 0, run.output[-5000:]
     assert "2 objectives, policy 1/1, critic 1/1, reward groups 1/1" in run.output
     for step in run.steps:

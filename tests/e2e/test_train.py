@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 
 from pama_plugin import __version__
-from pama_plugin.host.hook import HOST_COMMAND
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]  # the first run compiles DeepSpeed's operators
 
-LITERAL = [sys.executable, "-m", HOST_COMMAND]
 PAMA_TRAIN = [str(Path(sys.executable).with_name("pama")), "train"]
 GROUPS = [
     "--algo.advantage.estimator",
@@ -37,7 +35,6 @@ def test_four_objectives_of_every_kind_with_the_literal_command(run_host, models
         *("--pama.level", "batch"),
         *("--algo.advantage.is_correction_level", "token", "--algo.advantage.is_correction_mode", "clip"),
         steps=3,
-        command=LITERAL,
     )
     assert run.status == 0, run.output[-5000:]
     line = "active: 4 objectives, policy 1/1, critic –, reward groups 2/2, reference 1/1, rollout 1/1"
@@ -74,7 +71,7 @@ def test_a_reward_that_raises_stops_the_run_with_its_name_and_step(run_host, tmp
         "    if calls > 16:\n        raise KeyError('no such label')\n    return [float(calls)]\n"
     )
     objective = ["--loss", "linear", "--pama.objective", f"fragile=py:{tmp_path}/rewards.py:fragile"]
-    run = run_host(*GROUPS, *objective, steps=3, command=LITERAL)
+    run = run_host(*GROUPS, *objective, steps=3)
     assert run.status != 0 and len(run.steps) == 1
     assert "objective 'fragile' at step 2: KeyError: 'no such label'; the run was stopped" in run.output
     assert "Response: '" in run.output

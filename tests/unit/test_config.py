@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pama_plugin.config import PamaConfig, load_config, parse_objective
+from pama_plugin.config import PamaConfig, Placement, dump_config, load_config, parse_objective
 from pama_plugin.errors import ConfigError
 
 LENGTH = "length=builtin:length,scale=140,min=0.5,max=1.5"
@@ -87,6 +87,22 @@ def test_yaml_says_the_same_and_flags_win(tmp_path) -> None:
     assert config.objectives[1].options == {"scale": "5"}
 
 
+def test_a_reward_model_may_say_where_it_runs(tmp_path) -> None:
+    given = parse_objective("r=rm:org/model,gpus=2,nodes=3,offload=false").placement
+    assert (given.gpus, given.nodes, given.offload) == (2, 3, False)
+    assert parse_objective("r=rm:org/model").placement == Placement(gpus=None, nodes=None, offload=None)
+    (tmp_path / "run.yaml").write_text("objectives: {r: {kind: rm, location: org/model, gpus: 0.5, offload: true}}")
+    (objective,) = load(file=tmp_path / "run.yaml").objectives
+    assert objective.placement == Placement(gpus=0.5, offload=True)
+
+
+@pytest.mark.parametrize("loss", ["pama", "linear"])
+def test_what_is_dumped_loads_as_the_same(loss, tmp_path) -> None:
+    config = load(LENGTH, "r=rm:org/model,gpus=0.5,weight=2", loss=loss)
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    assert load(loss=None, file=tmp_path / "run.yaml") == config
+
+
 BAD_OBJECTIVES = {
     "": "expected NAME=KIND:LOCATION",
     "length": "expected NAME=KIND:LOCATION",
@@ -112,6 +128,18 @@ BAD_OBJECTIVES = {
     "x=rm:runs/typo/model": "no such folder: runs/typo/model",
     "x=rm:.": "no reward model in .: it has no config.json",
     "x=rm:org/model,head=1": "kind 'rm' has no option head; it takes weight, value_head_prefix",
+    "x=rm:org/model,gpus=many": "gpus: .*valid number.*found 'many'",
+    "x=rm:org/model,gpus=0": "gpus: must be a whole number of ranks per node, or a fraction of one GPU .*, found '0'",
+    "x=rm:org/model,gpus=-1": "gpus: must be a whole number.*found '-1'",
+    "x=rm:org/model,gpus=1.5": "gpus: must be a whole number.*found '1.5'",
+    "x=rm:org/model,gpus=inf": "gpus: must be a whole number.*found 'inf'",
+    "x=rm:org/model,gpus=nan": "gpus: must be a whole number.*found 'nan'",
+    "x=rm:org/model,gpus=0.33333": "gpus: .* with up to 4 decimals, found '0.33333'",
+    "x=rm:org/model,gpus=0.5,nodes=2": "gpus=0.5 is one rank that shares a GPU, so nodes must be 1, found 2",
+    "x=rm:org/model,nodes=0": "nodes: .*greater than or equal to 1, found '0'",
+    "x=rm:org/model,offload=maybe": "offload: .*valid boolean.*found 'maybe'",
+    "x=builtin:length,gpus=1": "no option gpus; it takes scale, min, max",
+    "x=py:HERE:length,offload=true": "kind 'py' has no option offload; it takes weight",
     "x=py:nowhere.py:f": "no such file: .*nowhere.py",
     "x=py:rewards": "expected FILE.py:FUNCTION, found 'rewards'",
     "x=py:HERE:polite": "no function 'polite' in .*; it defines length",
@@ -157,6 +185,8 @@ def test_a_bad_run(arguments, message) -> None:
         ("objective: {}", "must be a mapping of .*, found objective"),
         ("objectives: {a: 'builtin:length', a: 'builtin:length'}", "keys must differ, found a twice"),
         ("objectives: {a: {kind: builtin, location: length, weight: true}}", "weight: must be a number, found True"),
+        ("objectives: {a: {kind: rm, location: o/m, gpus: true}}", "gpus: must be a number, found True"),
+        ("objectives: {a: {kind: rm, location: o/m, nodes: true}}", "nodes: must be a number, found True"),
         ("objectives: {a: 3}", "objective 'a': expected NAME=KIND:LOCATION.*found 3"),
         ("objectives: {a: {kind: builtin}}", "objective 'a': location: Field required"),
         ("objectives: {a: {location: length}}", "objective 'a': kind: Field required"),

@@ -1,0 +1,92 @@
+"""The host's training modes with several objectives, as many at once as one run can show."""
+
+import json
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]
+
+GROUPS = "--algo.advantage.estimator reinforce_baseline --rollout.n_samples_per_prompt 4 --train.batch_size 16".split()
+
+
+def evaluations(folder) -> dict[str, list[float]]:
+    """What the host's TensorBoard has of every ``eval/`` key, in order."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run,) = (folder / "logs").iterdir()
+    events = EventAccumulator(str(run)).Reload()
+    keys = [key for key in events.Tags()["scalars"] if key.startswith("eval/")]
+    return {key.removeprefix("eval/"): [event.value for event in events.Scalars(key)] for key in keys}
+
+
+def test_colocated_models_with_two_ranks_two_value_heads_and_evaluation(run_host, models, tmp_path) -> None:
+    run = run_host(
+        *"--train.colocate_all --actor.num_gpus_per_node 2 --ref.num_gpus_per_node 2 --vllm.num_engines 2".split(),
+        *"--critic.num_gpus_per_node 2 --ds.enable_sleep --ds.value_head_prefix score --train.batch_size 8".split(),
+        *"--algo.advantage.estimator gae --algo.kl.use_loss --algo.kl.estimator k3 --actor.dual_clip 3".split(),
+        *"--rollout.batch_size 8 --data.max_samples 32 --rollout.micro_batch_size 2".split(),
+        *f"--eval.dataset {models}/held_out.jsonl --eval.steps 2 --eval.n_samples_per_prompt 2".split(),
+        *("--loss", "pama", "--pama.level", "batch", "--pama.best", "weighted"),
+        *("--pama.objective", f"helpful=rm:{models}/helpful,gpus=2"),
+        *("--pama.objective", f"harmless=rm:{models}/harmless,gpus=1,weight=2"),
+        steps=4,
+    )
+    assert run.status == 0, run.output[-5000:]
+    assert "2 objectives, policy 2/2, critic 2/2, reward groups 2/2, reference 2/2, rollout 2/2" in run.output
+    assert len(run.steps) == 4 and all("critic_loss/harmless" in step for step in run.steps)
+
+    logged = evaluations(tmp_path)
+    for name in ("helpful", "harmless"):
+        assert len(logged[f"eval_default/{name}"]) == len(logged[f"eval_default/{name}_se"]) == 2
+        assert logged[f"eval_default/{name}"] == logged[f"eval_all/{name}"]
+    totals = [a + 2 * b for a, b in zip(logged["eval_default/helpful"], logged["eval_default/harmless"])]
+    assert logged["eval_pama_best"] == pytest.approx(totals, rel=1e-4)
+    assert logged["eval_default_pass1"] == pytest.approx(totals, rel=1e-4)
+    best = 2 if totals[0] >= totals[1] else 4
+    for role in ("_actor", "_critic"):
+        metric = json.loads((tmp_path / "checkpoints" / role / f"best_global_step{best}" / "metric.json").read_text())
+        assert metric["metric_key"] == "eval_pama_best"
+
+
+def test_asynchronous_training_with_partial_rollouts_and_evaluation(run_host, models, tmp_path) -> None:
+    run = run_host(
+        *GROUPS,
+        *"--train.async_enable --train.partial_rollout_enable --data.max_samples 24".split(),
+        *f"--eval.dataset {models}/held_out.jsonl --eval.steps 2 --eval.n_samples_per_prompt 2".split(),
+        *("--loss", "pama", "--pama.objective", f"helpful=rm:{models}/helpful"),
+        *("--pama.objective", "length=builtin:length,scale=12"),
+        steps=6,
+    )
+    assert run.status == 0, run.output[-5000:]
+    assert "2 objectives, policy 1/1, critic –, reward groups 1/1, reference 1/1, rollout 1/1" in run.output
+    assert len(run.steps) == 6 and all({"reward/helpful", "pama/gain/length"} <= set(step) for step in run.steps)
+    logged = evaluations(tmp_path)
+    assert len(logged["eval_default/helpful"]) == len(logged["eval_pama_best"]) >= 2
+    assert list((tmp_path / "checkpoints" / "_actor").glob("best_global_step*"))
+
+
+def test_muon_ema_and_gspo(run_host, models, tmp_path) -> None:
+    run = run_host(
+        *GROUPS,
+        *"--actor.optim muon --actor.muon.lr 1e-3 --train.enable_ema --actor.policy_loss_type gspo".split(),
+        *("--loss", "linear", "--pama.objective", f"helpful=rm:{models}/helpful"),
+        *("--pama.objective", "length=builtin:length,scale=12"),
+        steps=2,
+    )
+    assert run.status == 0, run.output[-5000:]
+    assert len(run.steps) == 2 and all(step["actor_grad_norm"] > 0 for step in run.steps)
+
+
+def test_dynamic_filtering_of_what_the_rollout_scores(run_host, tmp_path) -> None:
+    """Only groups whose mean weighted sum lies between the bounds are trained on: here, those of uneven length."""
+    run = run_host(
+        *GROUPS,
+        *"--algo.dynamic_filtering_enable --algo.dynamic_filtering_range 0 2.99 --data.max_samples 48".split(),
+        *"--reward.overlong_buffer_len 4 --reward.stop_properly_penalty_coef 0.5 --algo.kl.init_coef 0".split(),
+        *("--loss", "pama", "--pama.objective", "length=builtin:length,scale=12,weight=2"),
+        *("--pama.objective", "half=builtin:length,scale=6,max=1"),
+        steps=2,
+    )
+    assert run.status == 0, run.output[-5000:]
+    assert run.steps and all(0 < step["dynamic_filtering_pass_rate"] < 400 for step in run.steps)
+    assert all(step["reward/length"] < 1 for step in run.steps)

@@ -151,19 +151,92 @@ def test_with_whitening_the_scale_of_a_reward_does_not_matter(groups) -> None:
     torch.testing.assert_close(plain.advantages, other.advantages, atol=1e-4, rtol=1e-4)
 
 
+RANKS = {
+    "two data-parallel ranks": (1, ()),
+    "one ring of two ranks": (2, ("--ds.ring_attn_size", "2")),
+    "one tensor-parallel group of two ranks": (2, ("--ds.tensor_parallel_size", "2")),
+}
+
+
 @pytest.mark.e2e  # four more processes that import the host: most of a minute
-@pytest.mark.parametrize("ring", [1, 2], ids=["two data-parallel ranks", "one ring of two ranks"])
-def test_several_ranks_give_what_one_gives(ring, groups, pairs) -> None:
+@pytest.mark.parametrize("level", ["token", "sequence", "batch"])
+@pytest.mark.parametrize("ranks", RANKS)
+def test_several_ranks_give_what_one_gives(ranks, level, groups, pairs) -> None:
     """Rewards come back in order from two ranks, and once from two ranks that hold the same sequences."""
+    copies, own = RANKS[ranks]
     flags = ("--rollout.micro_batch_size", "2", "--algo.kl.init_coef", "0")
-    settings = dict(objectives=(OBJECTIVES[0], OBJECTIVES[2]), models=("helpful",))
+    settings = dict(objectives=(OBJECTIVES[0], OBJECTIVES[2]), models=("helpful",), level=level)
     single = build(groups, *flags, **settings).make_experience_batch(make_rollout(8, names=COLUMNS))
     for group in pairs.values():
-        group.duplicate_actors = ring
-    several = build(pairs, *flags, "--ds.ring_attn_size", str(ring), **settings)
+        group.duplicate_actors = copies
+    several = build(pairs, *flags, *own, **settings)
     for one, other in zip(single, several.make_experience_batch(make_rollout(8, names=COLUMNS)), strict=True):
         assert torch.equal(one.advantages, other.advantages)
         assert torch.equal(one.info["reward/helpful"], other.info["reward/helpful"])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "batch"])
+def test_dynamic_batches_give_what_fixed_ones_give(level, groups) -> None:
+    """Responses are regrouped by length for the forwards, and again for the ranks of the actor."""
+    from openrlhf.trainer.ppo_utils.experience import balance_experiences, split_experience_batch
+
+    flags = ("--rollout.micro_batch_size", "2", "--algo.kl.init_coef", "0.1", "--actor.num_gpus_per_node", "2")
+    dynamic = ("--train.dynamic_batch_enable", "--rollout.max_tokens_per_gpu", "24")
+    found = {}
+    for name, own in {"fixed": (), "dynamic": dynamic}.items():
+        maker = build(groups, *flags, *own, level=level)
+        experiences = maker.make_experience_batch(make_rollout(8, names=COLUMNS))
+        if own:
+            assert [index for experience in experiences for index in experience.index] != list(range(8))
+            experiences = balance_experiences(experiences, maker.args)
+        rows = [row for experience in experiences for row in split_experience_batch(experience)]
+        found[name] = {row.prompts[0]: row.advantages[row.action_mask.bool()] for row in rows}
+    assert found["fixed"].keys() == found["dynamic"].keys() and len(found["fixed"]) == 8
+    for prompt, advantages in found["fixed"].items():
+        torch.testing.assert_close(found["dynamic"][prompt], advantages)
+
+
+def columns(values_BA: torch.Tensor, name: str) -> torch.Tensor:
+    return values_BA * (3.0 if name == "harmless" else 1.0)
+
+
+def test_with_value_heads_each_objective_is_the_stock_run_with_its_own_values(groups) -> None:
+    """values (B, A, 2) in, advantages (B, A) and returns (B, A·2) out; each column what the objective alone gets."""
+    flags = ("--algo.advantage.estimator", "gae", "--rollout.n_samples_per_prompt", "1")
+    flags += ("--rollout.micro_batch_size", "3", "--algo.kl.init_coef", "0.1")
+
+    def make(objectives, models, loss="pama"):
+        maker = build(groups, *flags, objectives=objectives, models=models, loss=loss)
+        maker.critic_model_group = groups["critic"]
+        dispatch = maker._flatten_results
+
+        def with_columns(refs, copies):  # what the critic's heads would give
+            results = dispatch(refs, copies)
+            if refs is critic_refs:
+                results = [torch.stack([columns(own, name) for name in models], -1).squeeze(-1) for own in results]
+            return results
+
+        def dispatch_forward(group, *args, **kwargs):
+            nonlocal critic_refs
+            refs = type(maker)._dispatch_forward(maker, group, *args, **kwargs)
+            critic_refs = refs if group is groups["critic"] else critic_refs
+            return refs
+
+        critic_refs = None
+        maker._flatten_results, maker._dispatch_forward = with_columns, dispatch_forward
+        return maker.make_experience_batch(make_rollout(8))
+
+    both = make(OBJECTIVES[:2], MODELS)
+    alone = [make([text.partition(",")[0]], [name], "linear") for text, name in zip(OBJECTIVES, MODELS)]
+    for together, *own in zip(both, *alone):
+        A = together.action_mask.shape[1]
+        assert together.advantages.shape == together.action_mask.shape
+        for field in ("values", "returns"):
+            expected = torch.stack([getattr(experience, field) for experience in own], -1)
+            assert torch.equal(getattr(together, field).unflatten(1, (A, 2)), expected)
+        for name, experience in zip(MODELS, own):
+            key = f"explained_variance/{name}"
+            torch.testing.assert_close(together.info[key], experience.info[key])
 
 
 def test_rewards_that_the_host_clips_are_pointed_out_once(groups) -> None:

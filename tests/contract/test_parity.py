@@ -23,7 +23,10 @@ CASES += [(estimator, 4) for estimator in ("rloo", "reinforce_baseline", "group_
 SETTINGS = {
     "plain": ["--algo.kl.init_coef", "0"],
     "KL in the reward": ["--algo.kl.init_coef", "0.1"],
-    "KL as a loss": ["--algo.kl.init_coef", "0.1", "--algo.kl.use_loss", "--algo.kl.estimator", "k3"],
+    **{
+        f"KL as a loss, {kind}": ["--algo.kl.init_coef", "0.1", "--algo.kl.use_loss", "--algo.kl.estimator", kind]
+        for kind in ("k1", "k2", "k3")
+    },
     "length penalties": ["--algo.kl.init_coef", "0.1", "--rollout.max_new_tokens", "8"]
     + ["--reward.overlong_buffer_len", "4", "--reward.stop_properly_penalty_coef", "0.5"],
     "discount": ["--algo.advantage.gamma", "0.9", "--algo.advantage.lambd", "0.8", "--algo.advantage.no_std_norm"],

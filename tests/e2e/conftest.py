@@ -1,7 +1,9 @@
 """A stack of its own for the end-to-end tests: Ray by its process id, models made on the fly, every run bounded."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,11 +26,15 @@ WORDS = "the a film plot actor scene was is never always dull bright slow warm a
 
 
 class Run(NamedTuple):
-    """A finished command: exit status, everything it printed, and the metrics of every global step."""
+    """A finished command: exit status, everything it printed, and the metrics of every global step it made."""
 
     status: int
     output: str
-    steps: list[dict[str, float]]
+    by_step: dict[int, dict[str, float]]
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        return list(self.by_step.values())
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +117,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_host(environment: dict[str, str], ray_address: str, models: Path, tmp_path: Path) -> Callable[..., Run]:
     """``run_host(flags, steps=…, command=…)``: the host's command on the small models, four prompts a step."""
 
-    def run(*flags: str, steps: int, command: list[str] = LITERAL, limit: float = 600) -> Run:
+    def run(*flags: str, steps: int, command: list[str] = LITERAL, limit: float = 600, kill_after: int = 0) -> Run:
         common = f"""
             --actor.model_name_or_path {models}/policy --data.prompt_dataset {models}/prompts.jsonl
             --data.input_key prompt --data.max_len 64 --data.max_samples {4 * steps} --rollout.max_new_tokens 12
@@ -132,17 +138,29 @@ def run_host(environment: dict[str, str], ray_address: str, models: Path, tmp_pa
                 start_new_session=True,
             )
             try:
-                status = process.wait(limit)
+                status = process.wait(limit) if not kill_after else kill(process, log, kill_after, limit)
             except subprocess.TimeoutExpired:
                 stacks = what_the_actors_do()
                 os.killpg(process.pid, signal.SIGKILL)
                 pytest.fail(f"no end after {limit} s\n{log.read_text()[-5000:]}\n{stacks}")
         output = log.read_text()
-        found = (line.partition("Global step ")[2] for line in output.splitlines() if "Global step " in line)
-        steps_seen = [eval(line.partition(": ")[2], {"nan": float("nan")}) for line in found]
-        return Run(status, output, steps_seen)
+        found = re.findall(r"Global step (\d+): ({.*})", output)
+        return Run(status, output, {int(step): eval(metrics, {"nan": math.nan}) for step, metrics in found})
 
     return run
+
+
+def kill(process: subprocess.Popen, log: Path, step: int, limit: float) -> int:
+    """SIGKILL once the log tells of ``step``: it is being saved, or the next one has begun."""
+    deadline = time.monotonic() + limit
+    while f"Global step {step}:" not in log.read_text():
+        if process.poll() is not None:
+            return process.returncode
+        if time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired(process.args, limit)
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
 
 
 def what_the_actors_do() -> str:

@@ -1,0 +1,65 @@
+"""Our vLLM actor: the host's own, but for its executor and, on request, its random numbers."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from pama_plugin.config import load_config
+
+pytestmark = pytest.mark.contract
+
+
+def actor_classes(seed: int | None) -> tuple[type, type]:
+    from openrlhf.trainer.ray import vllm_engine
+
+    from pama_plugin.host.rollout import rollout_actor
+
+    config = load_config("pama", ["length=builtin:length"], None, None, None, default_level="token")
+    ours = rollout_actor(config, scalar_reward=False, seed=seed).__ray_metadata__.modified_class
+    return ours, vllm_engine.RolloutRayActor.__ray_metadata__.modified_class
+
+
+def test_sleep_weight_sync_and_everything_else_is_the_hosts() -> None:
+    ours, stock = actor_classes(None)
+    own = {name for name in dir(ours) if getattr(ours, name) is not getattr(stock, name, None)}
+    assert {name for name in own if not name.startswith("_") or name == "__init__"} == {
+        "__init__",
+        "begin_step",
+        "generate_responses",
+    }
+    assert {"sleep", "wake_up", "pause_generation", "update_weight", "reset_prefix_cache"} <= set(dir(stock))
+
+
+def sample(seed: int | None, step: int = 0, prompt: str = "p", num_samples: int = 3) -> list[int | None]:
+    """The seeds of the requests that reach the executor."""
+    ours, _ = actor_classes(seed)
+    actor = ours.__new__(ours)
+    actor.step = 0
+
+    async def execute(*, sampling_params, **_):
+        return sampling_params.seed
+
+    async def generate():
+        await actor.begin_step(step)
+        return await actor.generate_responses(
+            prompt=prompt,
+            label="",
+            sampling_params=SimpleNamespace(seed=None),
+            max_length=9,
+            hf_tokenizer=None,
+            num_samples=num_samples,
+        )
+
+    actor.executor = SimpleNamespace(execute=execute)
+    return asyncio.run(generate())
+
+
+def test_without_full_determinism_the_engine_draws_as_the_host_lets_it() -> None:
+    assert sample(None) == [None, None, None]
+
+
+def test_with_a_seed_every_sample_of_every_step_has_its_own_and_always_the_same() -> None:
+    seeds = sample(1)
+    assert seeds == sample(1) and len(set(seeds)) == 3
+    assert not set(seeds) & {*sample(1, step=1), *sample(2), *sample(1, prompt="q")}

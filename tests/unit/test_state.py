@@ -1,0 +1,24 @@
+"""Statistics that go on from where a checkpoint left them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pama_plugin.state import Moments
+
+
+@pytest.mark.property
+@given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=5), min_size=1, max_size=6), st.floats(-1e6, 1e6))
+def test_moments_are_those_of_all_batches_together_even_through_json(batches, offset) -> None:
+    moments = Moments()
+    for batch in batches:
+        moments.update(torch.tensor(batch, dtype=torch.float64) + offset)
+        moments = Moments.model_validate_json(moments.model_dump_json())
+    together = torch.tensor([value for batch in batches for value in batch], dtype=torch.float64) + offset
+    assert moments.count == len(together)
+    assert moments.mean == pytest.approx(together.mean().item(), rel=1e-9, abs=1e-6)
+    if len(together) > 1:
+        assert moments.std == pytest.approx(together.std().item(), rel=1e-6, abs=1e-6)
+    else:
+        assert moments.std != moments.std

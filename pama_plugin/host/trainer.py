@@ -82,11 +82,13 @@ class MultiObjectiveTrainer:
     def _begin_step(self, steps_done: int) -> None:
         """With --train.full_determinism_enable a step's random numbers depend on nothing but the seed and the step.
 
-        The host seeds its processes once, at their start: a resumed run would draw the first step's numbers again.
+        The host seeds its models' processes once, at their start, so that a resumed run would draw the first step's
+        numbers again; and this one, which shuffles the prompts, never.
         """
         self.steps_done = steps_done
         if self.args.train.full_determinism_enable:
             seed = self.args.train.seed + steps_done
+            set_seed(seed)
             for group in (self.actor_model_group, self.critic_model_group):
                 if group is not None:
                     ray.get(group.async_run_method("__ray_call__", lambda _, seed=seed: set_seed(seed)))

@@ -79,3 +79,47 @@ def test_every_flag_of_ours_is_in_the_table() -> None:
     add_flags(parser)
     flags = set(re.findall(r"--(?:loss|pama\.\w+)", parser.format_help()))
     assert flags <= set(re.findall(r"^\| `(--[\w.]+)", README, flags=re.MULTILINE))
+
+
+# The modes that the host's PPO has; a mode that is not in the README's table is neither claimed nor refused.
+MODES = (
+    "advantage estimator",
+    "KL in the reward",
+    "KL as a loss, k1, k2, k3",
+    "several samples per prompt",
+    "dynamic batches",
+    "LoRA",
+    "EMA",
+    "Muon",
+    "GSPO",
+    "two data-parallel ranks",
+    "asynchronous",
+    "asynchronous with partial rollouts",
+    "colocate_all",
+    "vLLM sleep",
+    "importance-sampling correction",
+    "dual clip",
+    "dynamic filtering",
+    "length penalties",
+    "multi-turn agents",
+    "evaluation, best checkpoint",
+    "packing",
+    "ring attention",
+    "tensor parallel",
+    "4-bit",
+)
+ROWS = re.findall(r"^\| (.+?) \| (works|refused)(.*?) \| `(.+?)::(.+?)` \|$", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_works_or_is_refused_and_a_test_shows_it(mode) -> None:
+    rows = [row for row in ROWS if mode in row[0]]
+    assert rows, f"the README says nothing of {mode}"
+    for _, verdict, rest, file, test in rows:
+        assert verdict == "refused" or not rest or rest == ", not run on a GPU"
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{mode}: no test {file}::{test}"
+
+
+def test_the_table_of_modes_has_no_third_state() -> None:
+    section = README.partition("## Training modes\n")[2].partition("\n## ")[0]
+    assert len(ROWS) == section.count("\n| ") - 1

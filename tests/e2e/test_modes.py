@@ -48,10 +48,11 @@ def test_colocated_models_with_two_ranks_two_value_heads_and_evaluation(run_host
         assert metric["metric_key"] == "eval_pama_best"
 
 
-def test_asynchronous_training_with_partial_rollouts_and_evaluation(run_host, models, tmp_path) -> None:
+@pytest.mark.parametrize("partial", [[], ["--train.partial_rollout_enable"]], ids=["whole", "partial"])
+def test_asynchronous_training_and_evaluation(partial, run_host, models, tmp_path) -> None:
     run = run_host(
         *GROUPS,
-        *"--train.async_enable --train.partial_rollout_enable --data.max_samples 24".split(),
+        *("--train.async_enable", *partial, "--data.max_samples", "24"),
         *f"--eval.dataset {models}/held_out.jsonl --eval.steps 2 --eval.n_samples_per_prompt 2".split(),
         *("--loss", "pama", "--pama.objective", f"helpful=rm:{models}/helpful"),
         *("--pama.objective", "length=builtin:length,scale=12"),

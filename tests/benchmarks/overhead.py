@@ -1,0 +1,155 @@
+"""What a step costs with the plugin: against the stock host with one reward model, and as objectives are added.
+
+    examples/quickstart.sh                              once: its policy, reward model and prompts are used
+    .venv/bin/python tests/benchmarks/overhead.py [BLOCKS]
+
+1. Blocks of PPO with a critic (GAE) on the real stack, stock and ours in turn, same seeds and flags; ours has the same
+   one reward model as its one objective, combined by ``linear``, which trains bit for bit what the stock host trains.
+   Step by step the two are paired; a step's time is make_experience + ppo_train + broadcast, as the host logs them.
+2. The actor's training time with 1, 2, 4 and 8 objectives, without a critic.
+3. What the driver holds of a rollout batch on the way to actor and critic with K objectives and GAE.
+"""
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from hosttools import host_args  # noqa: E402  (needs the path above)
+
+QUICKSTART = ROOT / "runs" / "quickstart"
+BIN = Path(sys.executable).parent
+STEPS, WARM_UP = 22, 2
+PHASES = ("make_experience", "ppo_train", "broadcast")
+COMMON = f"""
+    --actor.model_name_or_path {QUICKSTART}/models/policy --data.prompt_dataset {QUICKSTART}/data/prompts.jsonl
+    --data.input_key prompt --data.max_len 64 --data.max_samples {STEPS * 16} --rollout.batch_size 16
+    --rollout.n_samples_per_prompt 4 --rollout.micro_batch_size 32 --rollout.max_new_tokens 40 --train.batch_size 32
+    --train.micro_batch_size 16 --actor.num_gpus_per_node 1 --ref.num_gpus_per_node 1 --critic.num_gpus_per_node 1
+    --reward.num_gpus_per_node 1 --vllm.num_engines 1 --vllm.enforce_eager --vllm.gpu_memory_utilization 0.1
+    --vllm.sync_backend gloo --ds.zero_stage 2 --ds.param_dtype fp32 --ds.attn_implementation eager
+    --ds.value_head_prefix score --algo.kl.init_coef 0.01
+""".split()
+
+
+def times_of(*flags: str) -> list[dict[str, float]]:
+    """Run the host's command and return the phases of each step after the warm-up."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = ["--ckpt.path", f"{folder}/checkpoints", "--ckpt.output_dir", f"{folder}/model"]
+        command = [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", *COMMON, *own, *flags]
+        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+    if run.returncode:
+        sys.exit(run.stdout[-3000:])
+    steps = re.findall(r"Global step \d+: (\{.*\})", run.stdout)[WARM_UP:]
+    return [{phase: float(re.search(rf"'timing/{phase}': ([\d.e-]+)", step)[1]) for phase in PHASES} for step in steps]
+
+
+def against_stock(blocks: int) -> None:
+    reward = QUICKSTART / "models" / "reward"
+    gae = ["--algo.advantage.estimator", "gae", "--critic.model_name_or_path", str(reward)]
+    variants = {
+        "stock": [*gae, "--reward.model_name_or_path", str(reward)],
+        "ours": [*gae, "--loss", "linear", "--pama.objective", f"sentiment=rm:{reward}"],
+    }
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    with tqdm(total=2 * blocks, desc="runs, stock and ours in turn") as bar:
+        for block in range(blocks):
+            for name in sorted(variants, reverse=block % 2 == 0):
+                steps[name] += times_of(*variants[name])
+                bar.update()
+    pairs = list(zip(steps["stock"], steps["ours"], strict=True))
+    print(f"{len(pairs)} paired steps of 64 responses, {blocks} blocks of each")
+    print(f"{'phase':16} {'stock, s':>9} {'ours, s':>9} {'median ratio':>13}")
+    for phases in (*((phase,) for phase in PHASES), PHASES):
+        stock, ours = ([sum(step[phase] for phase in phases) for step in side] for side in zip(*pairs))
+        ratio = statistics.median(our / other for our, other in zip(ours, stock))
+        label = phases[0] if len(phases) == 1 else "together"
+        print(f"{label:16} {statistics.median(stock):9.3f} {statistics.median(ours):9.3f} {ratio:13.3f}")
+
+
+def by_objectives() -> None:
+    print(f"\n{'objectives':>10} {'ppo_train of the actor, s':>27} {'make_experience, s':>20}")
+    for count in tqdm((1, 2, 4, 8), desc="runs"):
+        objectives = [
+            word for k in range(count) for word in ("--pama.objective", f"o{k}=builtin:length,scale={10 + k},max=1.5")
+        ]
+        steps = times_of("--algo.advantage.estimator", "reinforce", "--loss", "linear", *objectives)
+        medians = [statistics.median(step[phase] for step in steps) for phase in ("ppo_train", "make_experience")]
+        print(f"{count:10} {medians[0]:27.3f} {medians[1]:20.3f}", flush=True)
+
+
+def held_by_the_driver() -> None:
+    """64 responses of 1024 tokens, after the estimators: the bytes of all tensors of the experiences."""
+    from openrlhf.trainer.ppo_utils.experience import Experience
+
+    from pama_plugin.config import load_config
+    from pama_plugin.host.experience import MultiObjectiveExperienceMaker
+
+    print(f"\n{'objectives':>10} {'held by the driver, MiB':>25}")
+    for count in (1, 2, 4, 8):
+        names = [f"o{k}" for k in range(count)]
+        args = host_args("--algo.advantage.estimator", "gae", "--rollout.n_samples_per_prompt", "1")
+        objectives = [f"{name}=builtin:length" for name in names]
+        args.pama = load_config("linear", objectives, None, None, None, default_level="token")
+        controller = SimpleNamespace(value=0.0)
+        maker = MultiObjectiveExperienceMaker(None, None, None, None, controller, SimpleNamespace(args=args), None)
+        rows, tokens = 64, 1024
+        batch = Experience(
+            sequences=torch.ones(rows, tokens + 1, dtype=torch.long),
+            attention_mask=torch.ones(rows, tokens + 1, dtype=torch.long),
+            action_mask=torch.ones(rows, tokens, dtype=torch.long),
+            action_log_probs=torch.randn(rows, tokens),
+            values=torch.randn(rows, tokens, count).squeeze(-1),
+            kl=torch.zeros(rows, tokens),
+            index=list(range(rows)),
+            response_length=torch.full((rows,), tokens),
+            truncated=torch.zeros(rows),
+            info={f"reward/{name}": torch.randn(rows) for name in names},
+        )
+        (made,) = maker.compute_advantages_and_returns([batch])
+        tensors = [value for value in (*vars(made).values(), *made.info.values()) if isinstance(value, torch.Tensor)]
+        print(f"{count:10} {sum(tensor.nbytes for tensor in tensors) / 2**20:25.2f}")
+
+
+def main(blocks: int) -> None:
+    settings = dict(
+        line.split("=", 1)
+        for line in (ROOT / "examples" / "cpu.env").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    os.environ |= settings | {"PYTHONWARNINGS": "ignore", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(BIN.parent / "cache" / "torch_extensions")
+    port, folder = 20_000 + os.getpid() % 20_000, tempfile.mkdtemp(prefix="pama-", dir="/tmp")
+    server = subprocess.Popen(
+        [BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-gpus=8", "--num-cpus=16"]
+        + ["--include-dashboard=false", f"--temp-dir={folder}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
+    os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+    try:
+        while subprocess.run([BIN / "ray", "health-check"], capture_output=True).returncode:
+            if server.poll() is not None:
+                sys.exit("Ray did not start")
+            time.sleep(1)
+        against_stock(blocks)
+        by_objectives()
+    finally:
+        server.terminate()
+        server.wait(60)
+    held_by_the_driver()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)

@@ -32,10 +32,10 @@ if [ ! -e "$stack" ]; then
     echo "-- Ray, DeepSpeed, vLLM and what they need"
     install --no-deps --requirement "$release/requirements-cpu.txt"
     echo "-- OpenRLHF 0.11.2+cpu"
-    wheels=$(mktemp -d)
-    trap 'rm -rf "$wheels"' EXIT
-    .venv/bin/python patches/build_wheel.py "$wheels"
-    install --no-deps --force-reinstall "$wheels"/openrlhf-*.whl
+    # The contract tests keep the wheels of all supported releases in the same folder.
+    rm -rf .venv/hosts
+    .venv/bin/python patches/build_wheel.py .venv/hosts
+    install --no-deps --force-reinstall .venv/hosts/openrlhf-0.11.2+cpu-*.whl
     rm -f .venv/.stack-* .venv/.plugin-*
     touch "$stack"
 fi

@@ -5,6 +5,7 @@ import runpy
 import sys
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -12,6 +13,8 @@ from unittest import mock
 import torch
 
 from pama_plugin.host.hook import HOST_COMMAND
+
+ROOT = Path(__file__).parents[1]
 
 
 class _Parsed(Exception):
@@ -96,3 +99,15 @@ def fixed_group(name: str, ranks: int = 1) -> Any:
             return values.sum(-1) if action_mask is None else values[:, 1:] * action_mask
 
     return RayActorGroup(1, ranks, ray.remote(Fixed), num_gpus_per_actor=0.2)
+
+
+def save_tiny_model(folder: Path, tokens: int, *, embeddings: int | None = None, word: str = "t") -> str:
+    """A folder with the configuration and the tokenizer of a model whose tokens are t0, t1, …; no weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"{word}{index}": index for index in range(tokens)}, unk_token=f"{word}0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    LlamaConfig(vocab_size=embeddings or tokens).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"{word}1").save_pretrained(folder)
+    return str(folder)

@@ -30,6 +30,8 @@ class ScoredSamplesGenerator(SamplesGenerator):
         """As the host's, counting the rollout batches."""
         samples, *rest = super().generate_samples(**generate_kwargs)
         self.batches += bool(samples)
+        if self.args.train.full_determinism_enable:  # the host has them in the order in which vLLM was done with them
+            samples.sort(key=lambda sample: sample.prompts[0])
         return samples, *rest
 
     @torch.no_grad()

@@ -8,14 +8,16 @@ flags are added and, the host's modules being imported by then, where ``seam.ins
 import argparse
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 HOST_COMMAND = "openrlhf.cli.train_ppo_ray"
 
 
-def arm() -> None:
+def arm(start: Callable[[Any], None] | None = None) -> None:
     """Wrap ``ArgumentParser.parse_args`` until the host's parser has used it.
+
+    With ``start``, that is what the host calls with its validated arguments, instead of starting Ray and training.
 
     Once only: in a virtual environment the interpreter runs the lines of a ``.pth`` file more than once.
     """
@@ -37,6 +39,8 @@ def arm() -> None:
             parsed = install(parsed)
         except ConfigError as error:
             parser.error(str(error))
+        if start is not None:
+            sys.modules["__main__"].train = start
         return parsed
 
     argparse.ArgumentParser.parse_args = parse_args
@@ -47,8 +51,8 @@ def _is_host_parser(parser: argparse.ArgumentParser) -> bool:
     return spec is not None and spec.name == HOST_COMMAND and parser.get_default("algo.advantage.estimator") is not None
 
 
-def train(arguments: Sequence[str]) -> None:
+def train(arguments: Sequence[str], start: Callable[[Any], None] | None = None) -> None:
     """Run the host's command in this process, armed, exactly as ``python -m openrlhf.cli.train_ppo_ray`` would."""
     sys.argv = [HOST_COMMAND, *arguments]
-    arm()
+    arm(start)
     runpy.run_module(HOST_COMMAND, run_name="__main__", alter_sys=True)

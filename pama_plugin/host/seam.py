@@ -1,6 +1,6 @@
 """What of OpenRLHF is swapped, and when the plugin refuses to run.
 
-Relied on (``tests/contract/test_seam.py`` checks it against the real wheel):
+Relied on (``fingerprints`` guards it, ``tests/contract/test_seam.py`` checks it against the real wheels):
 
 - ``openrlhf.cli.train_ppo_ray`` as ``__main__``: calls ``parse_args`` once, looks ``RayActorGroup`` up in its own
   globals, builds one group of ``RewardModelActor`` unless ``args.reward.remote_url`` is set, and imports ``PPOTrainer``
@@ -14,17 +14,19 @@ an actor class replaced by a subclass: but for the driver's own ``get_strategy``
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 from pama_plugin.config import STOCK, PamaConfig, dump_config, load_config
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.checkpoint import prepare_resume
+from pama_plugin.host.fingerprints import check_host
 from pama_plugin.host.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
+from pama_plugin.host.tokenizers import check_vocabularies
 
-SUPPORTED_HOSTS = ("0.11.2",)
+logger = logging.getLogger(__name__)
 
 # Each of these gives the host its one reward; with objectives there is no place for it.
 STOCK_REWARD_FLAGS = ("reward.model_name_or_path", "reward.remote_url", "train.agent_func_path")
@@ -57,7 +59,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     estimator = getattr(args, "algo.advantage.estimator")
     level = "token" if estimator == "gae" else "sequence"
     config = load_config(loss, objectives, file, **flags, default_level=level)
-    _check_release(allowed["unsupported_host"])
+    warnings = check_host(allowed["unsupported_host"])
     _check_host_flags(args, config)
     plan = make_plan(args, config)
     if stated is not None:
@@ -65,6 +67,8 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         print(f"{format_plan(plan, cluster)}\n\n{dump_config(config)}", end="")
         check_cluster(plan, cluster)
         sys.exit()
+    for warning in warnings + _check_models(args, config):
+        logger.warning("PAMA: %s", warning)
     config = prepare_resume(args, config, allow_other_objectives=allowed["other_objectives"])
 
     args.pama = config
@@ -86,15 +90,6 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     setattr(args, "reward.remote_url", "pama")
     _swap(args, config, plan, allow_waiting=allowed["waiting"])
     return args
-
-
-def _check_release(allow_unsupported_host: bool) -> None:
-    found = version("openrlhf")
-    if found.partition("+")[0] not in SUPPORTED_HOSTS and not allow_unsupported_host:
-        raise ConfigError(
-            f"OpenRLHF must be one of {', '.join(SUPPORTED_HOSTS)}, found {found}; "
-            "--pama.allow_unsupported_host runs it all the same"
-        )
 
 
 def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
@@ -120,6 +115,17 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
             f"--pama.best rates evaluations where --ckpt.best_metric_key names one metric: give one of the two, found "
             f"{config.best} and {getattr(args, 'ckpt.best_metric_key')}"
         )
+
+
+def _check_models(args: argparse.Namespace, config: PamaConfig) -> list[str]:
+    """Warnings, or a ``ConfigError`` where a model that is given the policy's token ids cannot read them."""
+    if args.use_ms:  # the host turns to another hub only after its flags are parsed
+        return []
+    readers = {f"--pama.objective {objective.name}": objective.location for objective in config.of_kind("rm")}
+    critic = getattr(args, "critic.model_name_or_path")
+    if critic and getattr(args, "algo.advantage.estimator") == "gae":
+        readers["--critic.model_name_or_path"] = critic
+    return check_vocabularies(getattr(args, "actor.model_name_or_path"), readers)
 
 
 def _swap(args: argparse.Namespace, config: PamaConfig, plan: Plan, *, allow_waiting: bool) -> None:

@@ -82,13 +82,11 @@ class MultiObjectiveTrainer:
     def _begin_step(self, steps_done: int) -> None:
         """With --train.full_determinism_enable a step's random numbers depend on nothing but the seed and the step.
 
-        The host seeds its models' processes once, at their start, so that a resumed run would draw the first step's
-        numbers again; and this one, which shuffles the prompts, never.
+        The host seeds its models' processes once, at their start: a resumed run would draw the first step's again.
         """
         self.steps_done = steps_done
         if self.args.train.full_determinism_enable:
             seed = self.args.train.seed + steps_done
-            set_seed(seed)
             for group in (self.actor_model_group, self.critic_model_group):
                 if group is not None:
                     ray.get(group.async_run_method("__ray_call__", lambda _, seed=seed: set_seed(seed)))
@@ -111,8 +109,10 @@ class MultiObjectiveTrainer:
 class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.modified_class):
     """The synchronous trainer."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        if strategy.args.train.full_determinism_enable:
+            set_seed(strategy.args.train.seed)  # the prompts are shuffled here, with a seed that the host leaves open
+        super().__init__(pretrain, strategy, *args, **kwargs)
         self.samples_generator = ScoredSamplesGenerator(self.samples_generator, self.experience_maker)
 
     def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:

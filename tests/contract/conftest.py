@@ -1,11 +1,16 @@
-"""One small Ray for the whole folder, of its own: no dashboard, its own folder, gone at the end."""
+"""One small Ray for the whole folder, of its own: no dashboard, own folder, gone at the end; and the real wheels."""
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hosttools import fixed_group
+from hosttools import ROOT, fixed_group
+
+from pama_plugin.host.fingerprints import known_releases
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +34,18 @@ def groups(local_ray: None) -> dict[str, Any]:
 def pairs(groups: dict[str, Any]) -> dict[str, Any]:
     """An actor and a reward model of two ranks each."""
     return {name: fixed_group(name, ranks=2) for name in ("actor", "helpful")}
+
+
+@pytest.fixture(scope="session")
+def wheels(request: pytest.FixtureRequest) -> dict[str, Path]:
+    """Release → the host's wheel, as published and (+cpu) with our patch; fetched once, and kept in .venv."""
+    folder = ROOT / ".venv" / "hosts"
+    found = {}
+    for release in known_releases():
+        if not list(folder.glob(f"openrlhf-{release}-*.whl")):
+            published = release.partition("+")[0]
+            request.config.get_terminal_writer().line(f"\nfetching openrlhf=={published} into {folder}")
+            builder = ROOT / "patches" / "build_wheel.py"
+            subprocess.run([sys.executable, builder, folder, published], check=True)
+        (found[release],) = folder.glob(f"openrlhf-{release}-*.whl")
+    return found

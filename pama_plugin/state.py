@@ -59,13 +59,13 @@ class RunState(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     objectives: dict[str, ObjectiveState]
+    best: str | None  # the rule that rated the evaluations
 
     @classmethod
     def start(cls, config: PamaConfig) -> "RunState":
         """The state before the first step."""
-        return cls(
-            objectives={objective.name: ObjectiveState(scorer=identify(objective)) for objective in config.objectives}
-        )
+        fresh = {objective.name: ObjectiveState(scorer=identify(objective)) for objective in config.objectives}
+        return cls(objectives=fresh, best=config.best)
 
     def swapped(self, saved: "RunState") -> list[str]:
         """The names of ``saved`` whose scorer is another one now, or that are gone."""

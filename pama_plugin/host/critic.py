@@ -49,6 +49,8 @@ class CriticModelActor(ppo_critic.CriticModelActor.__ray_metadata__.modified_cla
     def fit(self) -> dict[str, float]:
         """Train; the host's ``critic_loss`` and ``values`` are means over the objectives, whose own losses follow."""
         status: dict[str, float] = super().fit()
+        if not status:  # fewer responses than a micro-batch: the host trains on none
+            return status
         losses_K = self.trainer.critic_loss_fn.pop_losses()
         status["values"] /= len(self.names)  # the host summed over the heads
         own = {f"critic_loss/{name}": loss.item() for name, loss in zip(self.names, losses_K)}

@@ -47,7 +47,9 @@ class ScoredSamplesGenerator(SamplesGenerator):
             prompt: dataset for names, prompts, *_ in self.eval_dataloader for prompt, dataset in zip(prompts, names)
         }
         self.metrics = summarise(
-            rewards, [datasets[sample.prompts[0]] for sample in samples], generate_kwargs["n_samples_per_prompt"]
+            rewards,
+            [datasets.get(sample.prompts[0], "unknown") for sample in samples],  # as the host's own metrics name it
+            generate_kwargs["n_samples_per_prompt"],
         )
         return samples
 

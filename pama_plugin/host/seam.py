@@ -110,6 +110,14 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
             "--algo.dynamic_filtering_enable needs every reward in the rollout, where an rm objective is not scored, "
             f"found {', '.join(objective.name for objective in config.of_kind('rm'))}"
         )
+    ranks_in_step = getattr(args, "ds.ring_attn_size") * getattr(args, "ds.tensor_parallel_size")
+    evaluates = getattr(args, "train.async_enable") and getattr(args, "eval.dataset")
+    if evaluates and config.of_kind("rm") and ranks_in_step > 1:
+        raise ConfigError(
+            "--eval.dataset with --train.async_enable scores from two processes at once, which would mix the batches "
+            "of rm objectives whose ranks work on one sequence together: leave out one of the two, or take "
+            f"--ds.ring_attn_size and --ds.tensor_parallel_size 1, found {ranks_in_step} ranks together"
+        )
     if getattr(args, "ckpt.best_metric_key") and config.best is not None:
         raise ConfigError(
             f"--pama.best rates evaluations where --ckpt.best_metric_key names one metric: give one of the two, found "

@@ -7,7 +7,7 @@ from openrlhf.trainer import ppo_trainer
 from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 from transformers import set_seed
 
-from pama_plugin.errors import RewardError
+from pama_plugin.errors import PamaError, RewardError
 from pama_plugin.host.checkpoint import STATE
 from pama_plugin.host.evaluation import BEST, ScoredSamplesGenerator, rate
 from pama_plugin.host.experience import MultiObjectiveExperienceMaker
@@ -66,8 +66,14 @@ class MultiObjectiveTrainer:
         states: dict[str, Any] = super().init_checkpoint_states()
         if STATE in states:
             saved = RunState.model_validate_json(states[STATE])
-            if self.state.swapped(saved):
-                states.pop("best_eval_metric_value", None)  # measured with another scorer
+            if self.critic_model_group is not None and [*saved.objectives] != [*self.state.objectives]:
+                # The driver puts them in order, unless it cannot see the checkpoint.
+                raise PamaError(
+                    f"the value heads of the checkpoint are those of {', '.join(saved.objectives)}, found "
+                    f"{', '.join(self.state.objectives)}: --ckpt.path must be the same folder on every node"
+                )
+            if self.state.swapped(saved) or self.state.best != saved.best:
+                states.pop("best_eval_metric_value", None)  # rated in another way
             self.state.resume(saved)
         self._begin_step(states["global_step"])
         return states

@@ -70,17 +70,13 @@ class PPOTrainerAsync(ppo_trainer_async.PPOTrainerAsync.__ray_metadata__.modifie
         states = ray.get(self.trainer_actor.init_checkpoint_states.remote())
         ray.get(self.generator_actor.begin.remote(self.strategy, self.reward_model_group, states["global_step"]))
         finished = threading.Event()
-        watcher = threading.Thread(target=self._watch, args=(finished,), daemon=True)
-        watcher.start()
+        threading.Thread(target=self._watch, args=(finished,), daemon=True).start()
         try:
             super().fit()
-        except Exception:
+        except Exception as error:
+            raise (self.failure or error) from None  # the first is why the watcher ended the generator
+        finally:
             finished.set()
-            watcher.join()
-            if self.failure is not None:  # why the watcher ended the generator
-                raise self.failure from None
-            raise
-        finished.set()
 
     def _watch(self, finished: threading.Event) -> None:
         while not finished.wait(SECONDS_BETWEEN_LOOKS):

@@ -79,14 +79,16 @@ def against_stock(blocks: int) -> None:
 
 
 def by_objectives() -> None:
-    print(f"\n{'objectives':>10} {'ppo_train of the actor, s':>27} {'make_experience, s':>20}")
-    for count in tqdm((1, 2, 4, 8), desc="runs"):
+    rows = []
+    for count in tqdm((1, 2, 4, 8), desc="runs with 1, 2, 4 and 8 objectives"):
         objectives = [
             word for k in range(count) for word in ("--pama.objective", f"o{k}=builtin:length,scale={10 + k},max=1.5")
         ]
         steps = times_of("--algo.advantage.estimator", "reinforce", "--loss", "linear", *objectives)
-        medians = [statistics.median(step[phase] for step in steps) for phase in ("ppo_train", "make_experience")]
-        print(f"{count:10} {medians[0]:27.3f} {medians[1]:20.3f}", flush=True)
+        rows.append([count, *(statistics.median(step[phase] for step in steps) for phase in PHASES[:2])])
+    print(f"\n{'objectives':>10} {'make_experience, s':>19} {'ppo_train, s':>13}")
+    for count, make_experience, ppo_train in rows:
+        print(f"{count:10} {make_experience:19.3f} {ppo_train:13.3f}")
 
 
 def held_by_the_driver() -> None:

@@ -198,6 +198,11 @@ def test_stock_flags_come_through_untouched(flags) -> None:
             (*TWO, "--algo.advantage.estimator", "gae", "--ds.tensor_parallel_size", "2"),
             "--ds.tensor_parallel_size must be 1 with gae and several objectives.*found 2",
         ),
+        (
+            (*TWO, *GROUPS, "--train.async_enable", "--eval.dataset", "x", "--ds.tensor_parallel_size", "2")
+            + ("--actor.num_gpus_per_node", "8"),
+            "--eval.dataset with --train.async_enable scores from two processes.*found 2 ranks together",
+        ),
         ((*TWO, *GROUPS, "--pama.best", "mean"), "--pama.best must be one of min, weighted, hypervolume, found 'mean'"),
         ((*TWO, *GROUPS, "--pama.best", "min", "--ckpt.best_metric_key", "k"), "give one of the two, found min and k"),
         (("--loss", "ppo", "--pama.config", "run.yaml"), "found --loss ppo"),

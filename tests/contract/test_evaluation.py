@@ -1,0 +1,97 @@
+"""Evaluation per objective against hand calculations, and the rule that chooses a checkpoint."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hosttools import host_args, make_rollout
+
+from pama_plugin.config import load_config
+from pama_plugin.state import RunState
+
+pytestmark = pytest.mark.contract
+
+
+def test_mean_and_standard_error_by_dataset_and_over_all() -> None:
+    from pama_plugin.host.evaluation import summarise
+
+    rewards = torch.tensor([1.0, 3.0, 2.0, 6.0, 10.0, 10.0])  # prompts' means 2, 4 | 10
+    found = summarise({"a": rewards}, ["x", "x", "x", "x", "y", "y"], 2)
+    assert found["eval_x/a"] == 3 and found["eval_x/a_se"] == 1  # std √2, over √2
+    assert found["eval_y/a"] == 10 and math.isnan(found["eval_y/a_se"])  # one prompt tells nothing of the others
+    assert found["eval_all/a"] == pytest.approx(16 / 3)
+    std = math.sqrt(((2 - 16 / 3) ** 2 + (4 - 16 / 3) ** 2 + (10 - 16 / 3) ** 2) / 2)
+    assert found["eval_all/a_std"] == pytest.approx(std)
+    assert found["eval_all/a_se"] == pytest.approx(std / math.sqrt(3))
+
+
+def rated(best: str | None, *evaluations: dict[str, tuple[float, float]]) -> list[float]:
+    from pama_plugin.host.evaluation import rate
+
+    objectives = ["a=builtin:length,weight=3", "b=builtin:length"]
+    config = load_config("pama", objectives, None, None, None, best, default_level="token")
+    state = RunState.start(config)
+    found = []
+    for evaluation in evaluations:
+        metrics = {}
+        for name, (mean, std) in evaluation.items():
+            metrics |= {f"eval_all/{name}": mean, f"eval_all/{name}_std": std}
+        found.append(rate(config, state, metrics))
+        state = RunState.model_validate_json(state.model_dump_json())  # as a checkpoint keeps it
+    return found
+
+
+FIRST = {"a": (1.0, 2.0), "b": (10.0, 0.5)}
+LATER = {"a": (4.0, 9.0), "b": (10.5, 9.0)}  # rises of 1.5 and 1 standard deviations
+
+
+@pytest.mark.parametrize(
+    ("best", "first", "later"),
+    [
+        (None, 0, 1),  # as min
+        ("min", 0, 1.0),  # weights of mean 1: 1.5 and 0.5; 1.5 / 1.5 = 1 and 1 / 0.5 = 2
+        ("weighted", 13, 22.5),
+        ("hypervolume", 1, 2.5 * 2),
+    ],
+)
+def test_the_rating_of_an_evaluation(best, first, later) -> None:
+    assert rated(best, FIRST, LATER) == pytest.approx([first, later])
+
+
+def test_an_objective_that_fell_far_gives_no_volume_and_two_do_not_cancel() -> None:
+    fallen = {"a": (-9.0, 1.0), "b": (1.0, 1.0)}
+    assert rated("hypervolume", FIRST, fallen) == [1, 0]
+
+
+def test_a_rise_has_no_unit_until_an_objective_has_varied() -> None:
+    constant = {"a": (1.0, 0.0), "b": (10.0, 0.5)}
+    assert rated("min", constant, LATER, {"a": (13.0, 1.0), "b": (11.0, 1.0)}) == pytest.approx([0, 0, 2 / 3])
+
+
+def test_held_out_samples_get_every_objective_and_their_weighted_sum(groups) -> None:
+    from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+
+    from pama_plugin.host.evaluation import ScoredSamplesGenerator
+    from pama_plugin.host.experience import MultiObjectiveExperienceMaker
+
+    args = host_args("--algo.advantage.estimator", "reinforce", "--rollout.micro_batch_size", "2")
+    objectives = ["helpful=rm:org/a,weight=2", "length=builtin:length"]
+    args.pama = load_config("pama", objectives, None, None, None, default_level="token")
+    rewards = SimpleNamespace(groups={"helpful": groups["helpful"]})
+    maker = MultiObjectiveExperienceMaker(
+        None, None, rewards, None, None, SimpleNamespace(args=args), SimpleNamespace(pad_token_id=0)
+    )
+    samples = make_rollout(5, names=("length",))
+    stock = SamplesGenerator(SimpleNamespace(args=args), None, [(["d"], ["prompt 0"])], None, None)
+    generator = ScoredSamplesGenerator(stock, maker)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SamplesGenerator, "generate_eval_samples", lambda self, **_: samples)
+        found = generator.generate_eval_samples(n_samples_per_prompt=1)
+
+    alone = torch.cat([maker.score([sample])["helpful"] for sample in make_rollout(5, names=("length",))])
+    lengths = torch.cat([sample.info["reward/length"] for sample in make_rollout(5, names=("length",))])
+    torch.testing.assert_close(torch.cat([sample.rewards for sample in found]), 2 * alone + lengths)
+    metrics = generator.pop_metrics()
+    assert metrics["eval_all/helpful"] == pytest.approx(alone.mean().item(), rel=1e-5)
+    assert {key.partition("/")[0] for key in metrics} == {"eval_d", "eval_unknown", "eval_all"}

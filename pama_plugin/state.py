@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from pama_plugin.config import Objective, PamaConfig
+from pama_plugin.config import Objective, PamaConfig, Placement
 from pama_plugin.rewards import split_location
 
 _MIB = 2**20
@@ -59,13 +59,14 @@ class RunState(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     objectives: dict[str, ObjectiveState]
-    best: str | None  # the rule that rated the evaluations
+    rating: str  # how evaluations were rated: ratings of another kind are no match for these
 
     @classmethod
     def start(cls, config: PamaConfig) -> "RunState":
         """The state before the first step."""
         fresh = {objective.name: ObjectiveState(scorer=identify(objective)) for objective in config.objectives}
-        return cls(objectives=fresh, best=config.best)
+        weights = ", ".join(f"{objective.name} {objective.weight:g}" for objective in config.objectives)
+        return cls(objectives=fresh, rating=f"{config.best or 'min'} of {weights}")
 
     def swapped(self, saved: "RunState") -> list[str]:
         """The names of ``saved`` whose scorer is another one now, or that are gone."""
@@ -86,14 +87,21 @@ class RunState(BaseModel):
 def identify(objective: Objective) -> str:
     """Kind, location and options, with a hash of what local files hold: the same text means the same scorer.
 
-    Of a model's weights the hash covers sizes, and the first and the last MiB, of each file.
+    Of a model's weights the hash covers sizes, and the first and the last MiB, of each file. Where it runs is no part.
 
     >>> from pama_plugin.config import parse_objective
     >>> identify(parse_objective("length=builtin:length,scale=140,weight=2"))
-    "builtin:length {'scale': '140'}"
+    'builtin:length scale=140'
     """
-    path = Path(split_location(objective.location)[0] if objective.kind == "py" else objective.location)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
+    options = sorted(f" {key}={value}" for key, value in objective.options.items() if key not in Placement.model_fields)
+    scorer = f"{objective.kind}:{objective.location}{''.join(options)}"
+    if objective.kind == "py":
+        files = [Path(split_location(objective.location)[0])]
+    else:
+        folder = Path(objective.location)
+        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) if objective.kind == "rm" else []
+    if not files:
+        return scorer
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -101,5 +109,4 @@ def identify(objective: Objective) -> str:
             digest.update(f"{file.name} {size}".encode() + stream.read(_MIB))
             stream.seek(max(size - _MIB, 0))
             digest.update(stream.read(_MIB))
-    content = f" sha256:{digest.hexdigest()[:16]}" if files else ""
-    return f"{objective.kind}:{objective.location} {objective.options}{content}"
+    return f"{scorer} sha256:{digest.hexdigest()[:16]}"

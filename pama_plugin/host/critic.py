@@ -31,9 +31,13 @@ class CriticModelActor(ppo_critic.CriticModelActor.__ray_metadata__.modified_cla
 
     def init_model_from_pretrained(self, strategy: Any, pretrain: str, max_steps: int) -> None:
         objectives = strategy.args.pama.objectives
+        own = objective_of(objectives, pretrain)
+        if own is not None:  # the strategy, and so its arguments, are this rank's own copy
+            strategy.args.ds.value_head_prefix = own.options.get(
+                "value_head_prefix", strategy.args.ds.value_head_prefix
+            )
         if len(objectives) > 1:
-            # Between the host's building of the model and DeepSpeed's taking it over there is this one call. The
-            # strategy is this rank's own copy.
+            # Between the host's building of the model and DeepSpeed's taking it over there is this one call.
             prepare = strategy.prepare
             strategy.prepare = lambda pair: prepare((add_value_heads(pair[0], objectives, pretrain), pair[1]))
         super().init_model_from_pretrained(strategy, pretrain, max_steps)
@@ -92,9 +96,13 @@ def add_value_heads(critic: nn.Module, objectives: tuple[Objective, ...], pretra
     if saved is None:
         hidden = stock_1H.shape[1]
         saved = torch.randn(len(objectives), hidden, generator=torch.Generator().manual_seed(0)) / (hidden + 1)
-        for row, objective in enumerate(objectives):
-            if objective.kind == "rm" and os.path.realpath(objective.location) == os.path.realpath(pretrain):
-                saved[row] = stock_1H
+        if (own := objective_of(objectives, pretrain)) is not None:
+            saved[objectives.index(own)] = stock_1H
+    if saved.shape != (len(objectives), stock_1H.shape[1]):
+        raise ConfigError(
+            f"{HEADS_FILE} in {pretrain} must hold {len(objectives)} heads of {stock_1H.shape[1]}, found "
+            f"{tuple(saved.shape)}"
+        )
 
     heads = nn.Linear(saved.shape[1], len(objectives), bias=False)
     heads.weight.data = saved.to(stock.weight)
@@ -131,15 +139,25 @@ def load_value_heads(pretrain: str, names: tuple[str, ...]) -> Tensor | None:
         path = cached_file(pretrain, HEADS_FILE, **quiet)
     if path is None or not os.path.isfile(path):
         return None
-    with safe_open(path, framework="pt") as file:
-        found = json.loads(file.metadata()["objectives"])
-        if sorted(found) != sorted(names):
-            raise ConfigError(
-                f"a critic needs one value head per objective ({', '.join(names)}), found the heads of "
-                f"{', '.join(found)} in {pretrain}: give another --critic.model_name_or_path"
-            )
-        heads: Tensor = file.get_tensor(HEADS)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found: list[str] = json.loads(file.metadata()["objectives"])
+            heads: Tensor = file.get_tensor(HEADS)
+    except Exception as error:  # a damaged file may raise anything
+        raise ConfigError(f"{path} must hold value heads that can be read, found {error}") from error
+    if sorted(found) != sorted(names):
+        raise ConfigError(
+            f"a critic needs one value head per objective ({', '.join(names)}), found the heads of "
+            f"{', '.join(found)} in {pretrain}: give another --critic.model_name_or_path"
+        )
     return heads[[found.index(name) for name in names]]
+
+
+def objective_of(objectives: tuple[Objective, ...], pretrain: str) -> Objective | None:
+    """The first ``rm`` objective whose model ``pretrain`` is."""
+    place = os.path.realpath(pretrain)
+    models = (objective for objective in objectives if objective.kind == "rm")
+    return next((objective for objective in models if os.path.realpath(objective.location) == place), None)
 
 
 def restore_normalization(model: nn.Module) -> None:

@@ -181,7 +181,7 @@ def _flash_attn(*, required: bool) -> Check:
 def _run(flags: Sequence[str], gpus: Gpus | None) -> Iterator[Check]:
     """What only the flags can tell: the host's own parser and validation, and ours, run as at a start."""
     args, problem = _dry_run(flags)
-    if problem:
+    if args is None:
         yield Check("flags", "FAIL", problem)
         return
     needed = {
@@ -200,7 +200,7 @@ def _run(flags: Sequence[str], gpus: Gpus | None) -> Iterator[Check]:
     yield from _tokenizers(args)
 
 
-def _dry_run(flags: Sequence[str]) -> tuple[Any, str | None]:
+def _dry_run(flags: Sequence[str]) -> tuple[Any, str]:
     """The arguments that the host would start with, or what ends its command before that."""
     from pama_plugin.host.hook import train
 
@@ -211,10 +211,11 @@ def _dry_run(flags: Sequence[str]) -> tuple[Any, str | None]:
         with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
             train(flags, started.append)
     except SystemExit:
-        return None, written.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+        said = written.getvalue().strip()
+        return None, " ".join(said.rpartition("error: ")[2].split()) or "they start nothing"
     except Exception as error:  # the host validates with assertions, and its imports may fail in any way
         return None, f"{type(error).__name__}: {error}"
-    return started[0], None
+    return started[0], ""
 
 
 def _room(asked: int, gpus: Gpus) -> Check:

@@ -70,7 +70,7 @@ def summarise(rewards: dict[str, Tensor], datasets: list[str], n_samples_per_pro
         n_samples_per_prompt: n.
 
     Returns:
-        ``eval_<dataset>/<name>``, ``eval_<dataset>/<name>_se`` and, over all, ``eval_all/<name>_std`` over prompts.
+        ``eval_<dataset>/<name>``, ``…_se`` and ``…_std``, the deviation over prompts; <dataset> ``all`` is all of them.
 
     >>> summarise({"length": torch.tensor([1.0, 3.0, 2.0, 6.0])}, ["a"] * 4, 2)["eval_a/length_se"]
     1.0
@@ -82,9 +82,8 @@ def summarise(rewards: dict[str, Tensor], datasets: list[str], n_samples_per_pro
         for dataset in (*dict.fromkeys(names), ALL):
             own = means_P[torch.tensor([dataset in (ALL, name) for name in names])]
             std = float(own.std()) if len(own) > 1 else math.nan
-            metrics[f"eval_{dataset}/{objective}"] = float(own.mean())
-            metrics[f"eval_{dataset}/{objective}_se"] = std / math.sqrt(len(own))
-        metrics[f"eval_{ALL}/{objective}_std"] = std
+            key = f"eval_{dataset}/{objective}"
+            metrics |= {key: float(own.mean()), f"{key}_se": std / math.sqrt(len(own)), f"{key}_std": std}
     return metrics
 
 
@@ -99,18 +98,23 @@ def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> floa
     - ``hypervolume``: ``Π max(0, 1 + z_i)``, the volume that the evaluation dominates over the reference point one
       standard deviation below the first one; 1 at the first evaluation.
 
-    ``state`` keeps the first evaluation of each objective, and so does the checkpoint.
+    ``state`` keeps the first evaluation of each objective, and so does the checkpoint. Of a single prompt ``min`` and
+    ``hypervolume`` are NaN.
     """
     rises = []
     for objective in config.objectives:
         mean, std = metrics[f"eval_{ALL}/{objective.name}"], metrics[f"eval_{ALL}/{objective.name}_std"]
         own = state.objectives[objective.name]
-        if own.first_evaluation is None or not own.first_evaluation[1] > 0:  # no unit yet to measure a rise in
+        if own.first_evaluation is None and std > 0:
             own.first_evaluation = (mean, std)
-        first_mean, first_std = own.first_evaluation
-        rises.append((mean - first_mean) / first_std if first_std > 0 else 0.0)
+        if own.first_evaluation is None:  # no unit yet to measure a rise in; of one prompt there never is
+            rises.append(0.0 if std == 0 else math.nan)
+        else:
+            rises.append((mean - own.first_evaluation[0]) / own.first_evaluation[1])
     if config.best == "weighted":
         return sum(objective.weight * metrics[f"eval_{ALL}/{objective.name}"] for objective in config.objectives)
+    if any(map(math.isnan, rises)):
+        return math.nan  # which is no better than anything
     if config.best == "hypervolume":
         return math.prod(max(0.0, 1 + rise) for rise in rises)
     mean_weight = sum(config.weights) / len(config.weights)

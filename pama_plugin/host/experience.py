@@ -52,10 +52,13 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
     @torch.no_grad()
     def score(self, samples: list[Experience]) -> dict[str, Tensor]:
         """The rewards (B,) of every objective for B single samples that are not trained on, in their order."""
-        micro_batches = self.split_rollout_samples(samples)
+        size = self.args.rollout.micro_batch_size
+        micro_batches = [
+            Experience.concat_experiences(samples[start : start + size], self.tokenizer.pad_token_id)
+            for start in range(0, len(samples), size)
+        ]
         self._collect_rewards(self._dispatch_rewards(micro_batches), micro_batches)
-        order = torch.tensor(list(itertools.chain.from_iterable(batch.index for batch in micro_batches)))
-        return {name: self._column(name, micro_batches)[order.argsort()] for name in self.config.names}
+        return {name: self._column(name, micro_batches) for name in self.config.names}
 
     def _dispatch_rewards(self, samples_list: list[Experience]) -> dict[str, list[Any]]:
         # Models that share a GPU run one after the other and free the cache in between, as the host's own do.
@@ -63,9 +66,9 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         refs = {}
         for objective in self.config.of_kind("rm"):
             group = self.reward_model_group.groups[objective.name]
-            # The host needs a micro-batch for every rank; of a small evaluation set the last one fills up.
-            missing = len(group._actor_handlers) // group.duplicate_actors - len(samples_list)
-            filled = samples_list + samples_list[-1:] * max(missing, 0)
+            # Copies of the last micro-batch fill up: with ZeRO-3 all ranks must be asked equally often, or they hang.
+            ranks = len(group._actor_handlers) // group.duplicate_actors
+            filled = samples_list + samples_list[-1:] * (-len(samples_list) % ranks)
             refs[objective.name] = self._dispatch_forward(
                 group,
                 self.args.train.colocate_all or shared_with_critic,
@@ -78,7 +81,8 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
     def _collect_rewards(self, refs: dict[str, list[Any]], experiences: list[Experience]) -> None:
         copies = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size
         for name, group_refs in refs.items():
-            for experience, rewards_B in zip(experiences, self._flatten_results(group_refs, copies)):
+            rewards = self._flatten_results(group_refs, copies)[: len(experiences)]
+            for experience, rewards_B in zip(experiences, rewards, strict=True):
                 experience.info[f"reward/{name}"] = rewards_B.float()
         for name, experience in itertools.product(self.config.names, experiences):
             self._check_rewards(name, experience)

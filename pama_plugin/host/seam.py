@@ -21,7 +21,7 @@ from typing import Any
 
 from pama_plugin.config import STOCK, PamaConfig, dump_config, load_config
 from pama_plugin.errors import ConfigError
-from pama_plugin.host.checkpoint import prepare_resume
+from pama_plugin.host.checkpoint import Resume, prepare_resume
 from pama_plugin.host.fingerprints import check_host
 from pama_plugin.host.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
 from pama_plugin.host.tokenizers import check_vocabularies
@@ -69,7 +69,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         sys.exit()
     for warning in warnings + _check_models(args, config):
         logger.warning("PAMA: %s", warning)
-    config = prepare_resume(args, config, allow_other_objectives=allowed["other_objectives"])
+    config, resume = prepare_resume(args, config, allow_other_objectives=allowed["other_objectives"])
 
     args.pama = config
     models = config.of_kind("rm")
@@ -78,8 +78,6 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         setattr(args, "reward.model_name_or_path", models[0].location)
         if estimator == "gae" and getattr(args, "critic.model_name_or_path") is None:
             setattr(args, "critic.model_name_or_path", models[0].location)  # as the host does with its one reward model
-            if "value_head_prefix" in models[0].options:
-                setattr(args, "ds.value_head_prefix", models[0].options["value_head_prefix"])
     critic = getattr(args, "critic.model_name_or_path") or getattr(args, "actor.model_name_or_path")
     if estimator == "gae" and critic:
         from pama_plugin.host.critic import load_value_heads  # as late as what it imports
@@ -88,7 +86,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     # Truthy while the host validates its arguments: evaluation has its rewards. ``_ready`` takes it back where the host
     # must build reward-model groups; our rollout actor does not pass it on.
     setattr(args, "reward.remote_url", "pama")
-    _swap(args, config, plan, allow_waiting=allowed["waiting"])
+    _swap(args, config, plan, resume, allow_waiting=allowed["waiting"])
     return args
 
 
@@ -136,7 +134,9 @@ def _check_models(args: argparse.Namespace, config: PamaConfig) -> list[str]:
     return check_vocabularies(getattr(args, "actor.model_name_or_path"), readers)
 
 
-def _swap(args: argparse.Namespace, config: PamaConfig, plan: Plan, *, allow_waiting: bool) -> None:
+def _swap(
+    args: argparse.Namespace, config: PamaConfig, plan: Plan, resume: Resume | None, *, allow_waiting: bool
+) -> None:
     import openrlhf.trainer.ray.vllm_engine as vllm_engine  # first: importing deepspeed before vLLM spoils its set-up
     from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
@@ -156,10 +156,12 @@ def _swap(args: argparse.Namespace, config: PamaConfig, plan: Plan, *, allow_wai
     main.RayActorGroup = rewards.group_builder(
         config, plan, main.RayActorGroup, main.RewardModelActor, main.PolicyModelActor
     )
-    main.get_strategy = _ready(main.get_strategy, config, plan, allow_waiting=allow_waiting)
+    main.get_strategy = _ready(main.get_strategy, config, plan, resume, allow_waiting=allow_waiting)
 
 
-def _ready(stock: Callable[[Any], Any], config: PamaConfig, plan: Plan, *, allow_waiting: bool) -> Callable[[Any], Any]:
+def _ready(
+    stock: Callable[[Any], Any], config: PamaConfig, plan: Plan, resume: Resume | None, *, allow_waiting: bool
+) -> Callable[[Any], Any]:
     """What the host calls first of all in ``train``: Ray is up, the arguments are validated, nothing is reserved.
 
     The plan is shown and held against the nodes that Ray has.
@@ -180,6 +182,8 @@ def _ready(stock: Callable[[Any], Any], config: PamaConfig, plan: Plan, *, allow
             if not allow_waiting:
                 raise
             print(f"[Warning] {error}", flush=True)
+        if resume is not None:
+            resume.point()
         if config.of_kind("rm"):
             args.reward.remote_url = None  # so that the host builds the reward-model groups
         return stock(args)

@@ -64,6 +64,8 @@ class MultiObjectiveTrainer:
 
     def init_checkpoint_states(self) -> dict[str, Any]:
         states: dict[str, Any] = super().init_checkpoint_states()
+        key = states.get("best_eval_metric_key")
+        comparable = key == self.best_eval_metric_key
         if STATE in states:
             saved = RunState.model_validate_json(states[STATE])
             if self.critic_model_group is not None and [*saved.objectives] != [*self.state.objectives]:
@@ -72,9 +74,11 @@ class MultiObjectiveTrainer:
                     f"the value heads of the checkpoint are those of {', '.join(saved.objectives)}, found "
                     f"{', '.join(self.state.objectives)}: --ckpt.path must be the same folder on every node"
                 )
-            if self.state.swapped(saved) or self.state.best != saved.best:
-                states.pop("best_eval_metric_value", None)  # rated in another way
+            if key == BEST and (self.state.swapped(saved) or self.state.rating != saved.rating):
+                comparable = False
             self.state.resume(saved)
+        if not comparable:  # the host would take the old key back, and no new rating might ever reach the old value
+            states = {name: value for name, value in states.items() if not name.startswith("best_eval_metric")}
         self._begin_step(states["global_step"])
         return states
 
@@ -99,16 +103,24 @@ class MultiObjectiveTrainer:
             batch_vllm_engine_call(self.vllm_engines, "begin_step", steps_done)
 
     def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
-        client_states = (client_states or {}) | {STATE: self.state.model_dump_json()}
-        super().save_logs_and_checkpoints(global_step, logs_dict, client_states)
+        own = {
+            STATE: self.state.model_dump_json(),
+            # As OpenRLHF 0.11.2 does; before, a resumed run took its first evaluation for the best.
+            "best_eval_metric_key": self.best_eval_metric_key,
+            "best_eval_metric_value": self.best_eval_metric_value,
+        }
+        super().save_logs_and_checkpoints(global_step, logs_dict, (client_states or {}) | own)
 
     def save_best_checkpoint(self, eval_metrics: dict[str, float], global_step: int, client_states: Any = None) -> None:
         """Rate the evaluation by --pama.best, log the rating, and save as the host does if none was better."""
         rating = rate(self.config, self.state, eval_metrics)
-        for logger in filter(None, (self.wandb_logger, self.tensorboard_logger)):
-            logger.log_eval(global_step, {BEST: rating})
+        self.log_eval(global_step, {BEST: rating})
         client_states = (client_states or {}) | {STATE: self.state.model_dump_json()}
         super().save_best_checkpoint(eval_metrics | {BEST: rating}, global_step, client_states)
+
+    def log_eval(self, global_step: int, metrics: dict[str, float]) -> None:
+        for logger in filter(None, (self.wandb_logger, self.tensorboard_logger)):
+            logger.log_eval(global_step, metrics)
 
 
 @ray.remote
@@ -124,6 +136,5 @@ class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.
     def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:
         logs: dict[str, float] = super().evaluate(global_step, **generate_kwargs)
         own = self.samples_generator.pop_metrics()
-        for logger in filter(None, (self.wandb_logger, self.tensorboard_logger)):
-            logger.log_eval(global_step, own)
+        self.log_eval(global_step, own)
         return logs | own

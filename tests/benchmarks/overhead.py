@@ -70,12 +70,17 @@ def against_stock(blocks: int) -> None:
                 bar.update()
     pairs = list(zip(steps["stock"], steps["ours"], strict=True))
     print(f"{len(pairs)} paired steps of 64 responses, {blocks} blocks of each")
-    print(f"{'phase':16} {'stock, s':>9} {'ours, s':>9} {'median ratio':>13}")
+    print(f"{'phase':16} {'stock, s':>9} {'ours, s':>9} {'median ratio':>13}   by block")
     for phases in (*((phase,) for phase in PHASES), PHASES):
         stock, ours = ([sum(step[phase] for phase in phases) for step in side] for side in zip(*pairs))
-        ratio = statistics.median(our / other for our, other in zip(ours, stock))
+        ratios = [our / other for our, other in zip(ours, stock)]
+        size = len(ratios) // blocks
+        by_block = [statistics.median(ratios[start : start + size]) for start in range(0, len(ratios), size)]
         label = phases[0] if len(phases) == 1 else "together"
-        print(f"{label:16} {statistics.median(stock):9.3f} {statistics.median(ours):9.3f} {ratio:13.3f}")
+        print(
+            f"{label:16} {statistics.median(stock):9.3f} {statistics.median(ours):9.3f} "
+            f"{statistics.median(ratios):13.3f}   {' '.join(f'{ratio:.3f}' for ratio in by_block)}"
+        )
 
 
 def by_objectives() -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+import zipfile
 
 import pytest
 import torch
@@ -32,24 +34,29 @@ def configure(tmp_path):
 def save(tmp_path):
     """Write a checkpoint of the policy, and of the critic, as DeepSpeed lays it out."""
 
-    def write(step: int, state: str | None, roles=("_actor", "_critic"), stage=2) -> None:
+    def write(step: int, state: str | None, roles=("_actor", "_critic"), stage=2, ranks=1) -> None:
         for role in roles:
             folder = tmp_path / role / f"global_step{step}"
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             prefix = "zero_pp_rank_0_" if stage == 3 else ""
-            content = {"module": {"weight": torch.ones(2)}, "global_step": step}
+            content = {"module": {"weight": torch.ones(2)}, "global_step": step, "dp_world_size": ranks}
             if state is not None and role == "_actor":
                 content[STATE] = state
             torch.save(content, folder / f"{prefix}mp_rank_00_model_states.pt")
-            torch.save({"optimizer": torch.ones(2)}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+            for rank in range(ranks):
+                torch.save({"optimizer": torch.ones(2)}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
             (tmp_path / role / "latest").write_text(folder.name)
 
     return write
 
 
-def resume(tmp_path, config, estimator="gae", allow=False, load=True):
+def resume(tmp_path, config, estimator="gae", allow=False, load=True, universal=False, start=True):
     flags = {"ckpt.load_enable": load, "ckpt.path": str(tmp_path), "algo.advantage.estimator": estimator}
-    return prepare_resume(argparse.Namespace(**flags), config, allow_other_objectives=allow)
+    flags["ds.use_universal_ckpt"] = universal
+    config, found = prepare_resume(argparse.Namespace(**flags), config, allow_other_objectives=allow)
+    if start and found is not None:
+        found.point()
+    return config
 
 
 def state_of(config, **rewards: float) -> str:
@@ -116,24 +123,87 @@ def test_a_stock_checkpoint_resumes_with_a_critic_of_one_head(configure, save, t
         resume(tmp_path, configure(*TWO))
 
 
-def test_a_save_that_was_interrupted_is_mended(configure, save, tmp_path, capsys) -> None:
-    """Killed between the policy's ``latest`` and the critic's, whose newest step is broken off."""
+def pointers(tmp_path) -> list[str]:
+    return [(tmp_path / role / "latest").read_text() for role in ("_actor", "_critic")]
+
+
+def files(tmp_path) -> dict:
+    return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+# What a SIGKILL leaves behind: (what happened after steps 2, 3 and 5 were saved whole, the step to resume from).
+CUT_OFF = {
+    "between the two latest": (lambda folder: (folder / "_critic/latest").write_text("global_step3"), 3),
+    "while the critic wrote its optimizer": (
+        lambda folder: (
+            (folder / "_critic/latest").write_text("global_step3"),
+            (folder / "_critic/global_step5/zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink(),
+        ),
+        3,
+    ),
+    "after the next step's policy was begun": (
+        lambda folder: shutil.copytree(folder / "_actor/global_step5", folder / "_actor/global_step6"),
+        5,
+    ),
+    "after both were begun, before latest": (
+        lambda folder: [
+            shutil.copytree(folder / role / "global_step5", folder / role / "global_step6")
+            for role in ("_actor", "_critic")
+        ],
+        5,
+    ),
+    "when the latest had been deleted to make room": (
+        lambda folder: [shutil.rmtree(folder / role / "global_step5") for role in ("_actor", "_critic")],
+        3,
+    ),
+    "while an old one was being deleted": (
+        lambda folder: (
+            (folder / "_critic/latest").write_text("global_step3"),
+            (folder / "_actor/global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink(),
+        ),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", CUT_OFF)
+def test_a_save_that_was_cut_off_does_not_matter(moment, configure, save, tmp_path) -> None:
     config = configure(*TWO)
-    for step in (2, 3, 11):
-        save(step, state_of(config))
-    (tmp_path / "_critic" / "latest").write_text("global_step3")
-    broken = tmp_path / "_critic" / "global_step11" / "mp_rank_00_model_states.pt"
-    broken.write_bytes(broken.read_bytes()[:-40])
+    for step in (2, 3, 5):
+        save(step, state_of(config), ranks=2)
+    happened, step = CUT_OFF[moment]
+    happened(tmp_path)
+    before = files(tmp_path)
+    resume(tmp_path, config, start=False)
+    assert files(tmp_path) == before, "only a start may change something"
     resume(tmp_path, config)
-    assert "resuming from global_step3, the newest that is whole" in capsys.readouterr().out
-    assert {(tmp_path / role / "latest").read_text() for role in ("_actor", "_critic")} == {"global_step3"}
+    assert pointers(tmp_path) == [f"global_step{step}"] * 2
 
 
-def test_no_whole_checkpoint(configure, save, tmp_path) -> None:
+def test_the_best_of_a_step_is_resumed_if_it_was_saved_last(configure, save, tmp_path) -> None:
     config = configure(*TWO)
-    save(1, state_of(config), roles=["_actor"])
-    with pytest.raises(ConfigError, match="must hold a whole checkpoint of the same step, found none"):
+    save(4, state_of(config))
+    for role in ("_actor", "_critic"):
+        shutil.copytree(tmp_path / role / "global_step4", tmp_path / role / "best_global_step4")
+        (tmp_path / role / "latest").write_text("best_global_step4")
+    resume(tmp_path, config)
+    assert pointers(tmp_path) == ["best_global_step4"] * 2
+
+
+@pytest.mark.parametrize("saved", [[], ["_actor"], ["_critic"]])
+def test_no_whole_checkpoint(saved, configure, save, tmp_path) -> None:
+    config = configure(*TWO)
+    (tmp_path / "_actor").mkdir()
+    if saved:
+        save(1, state_of(config), roles=saved)
+    with pytest.raises(ConfigError, match="must each name a saved step in latest, found"):
         resume(tmp_path, config)
+
+
+def test_a_universal_checkpoint_is_refused(configure, save, tmp_path) -> None:
+    save(1, state_of(configure(*TWO)))
+    with pytest.raises(ConfigError, match="cannot read a universal checkpoint"):
+        resume(tmp_path, configure(*TWO), universal=True)
 
 
 @pytest.mark.parametrize(
@@ -141,13 +211,13 @@ def test_no_whole_checkpoint(configure, save, tmp_path) -> None:
     [
         (lambda text: text[: len(text) // 2], "Invalid JSON"),
         (lambda text: json.dumps(json.loads(text) | {"other": 1}), "Extra inputs"),
-        (lambda text: json.dumps({"objectives": {"helpful": {"rewards": {}}}}), "Field required"),
+        (lambda text: json.dumps({"objectives": {"helpful": {"rewards": {}}}, "rating": ""}), "Field required"),
     ],
 )
 def test_a_state_that_cannot_be_read_is_refused(state, message, configure, save, tmp_path) -> None:
     config = configure(*TWO)
     save(3, state(state_of(config)))
-    with pytest.raises(ConfigError, match=f"must hold a checkpoint that can be read, found (.|\n)*{message}"):
+    with pytest.raises(ConfigError, match=f"must hold a state that can be read, found (.|\n)*{message}"):
         resume(tmp_path, config)
 
 
@@ -163,3 +233,18 @@ def test_a_truncated_file_is_refused_and_nothing_is_changed(file, size, configur
     with pytest.raises(ConfigError, match=f"found .*{file} corrupt or truncated; to resume from an earlier step"):
         resume(tmp_path, config)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_file_never_gets_past(configure, save, tmp_path) -> None:
+    """Whatever unpickling makes of it: the pickle is cut short, inside an archive that is whole."""
+    config = configure(*TWO)
+    save(3, state_of(config))
+    path = tmp_path / "_actor" / "global_step3" / "mp_rank_00_model_states.pt"
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    for cut in range(0, 200, 7):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in content.items():
+                archive.writestr(name, data[: len(data) - cut - 1] if name.endswith("data.pkl") else data)
+        with pytest.raises(ConfigError, match="must hold a checkpoint that can be read"):
+            resume(tmp_path, config)

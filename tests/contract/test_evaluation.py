@@ -64,6 +64,11 @@ def test_an_objective_that_fell_far_gives_no_volume_and_two_do_not_cancel() -> N
     assert rated("hypervolume", FIRST, fallen) == [1, 0]
 
 
+def test_of_one_prompt_nothing_can_be_said() -> None:
+    one = {"a": (1.0, math.nan), "b": (10.0, math.nan)}
+    assert all(math.isnan(rating) for rating in rated("min", one, one)) and rated("weighted", one) == [13]
+
+
 def test_a_rise_has_no_unit_until_an_objective_has_varied() -> None:
     constant = {"a": (1.0, 0.0), "b": (10.0, 0.5)}
     assert rated("min", constant, LATER, {"a": (13.0, 1.0), "b": (11.0, 1.0)}) == pytest.approx([0, 0, 2 / 3])

@@ -268,7 +268,7 @@ def test_waiting_can_be_allowed(allow_waiting, monkeypatch, capsys) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     config = load(OBJECTIVES[0])
     plan, _ = planned(sizes(), config)
-    get_strategy = seam._ready(lambda _: "strategy", config, plan, allow_waiting=allow_waiting)
+    get_strategy = seam._ready(lambda _: "strategy", config, plan, None, allow_waiting=allow_waiting)
     args = SimpleNamespace(reward=SimpleNamespace(remote_url="pama"))
     if allow_waiting:
         assert get_strategy(args) == "strategy"

@@ -118,7 +118,7 @@ def ready(args) -> Any:
 
     nested = hierarchize(args)
     node = {"Alive": True, "NodeManagerAddress": "here", "Resources": {"GPU": 64.0, "CPU": 64.0}}
-    get_strategy = _ready(lambda _: "strategy", args.pama, make_plan(args, args.pama), allow_waiting=False)
+    get_strategy = _ready(lambda _: "strategy", args.pama, make_plan(args, args.pama), None, allow_waiting=False)
     with mock.patch("ray.nodes", return_value=[node]):
         assert get_strategy(nested) == "strategy"
     return nested
@@ -129,7 +129,7 @@ def test_a_reward_model_makes_the_host_build_reward_groups() -> None:
     assert isinstance(args.pama, PamaConfig) and args.pama.level == "sequence"
     assert getattr(args, "reward.model_name_or_path") == "org/model"
     assert not [key for key in vars(args) if key.startswith("pama.")]
-    swap.assert_called_once_with(args, args.pama, mock.ANY, allow_waiting=False)
+    swap.assert_called_once_with(args, args.pama, mock.ANY, None, allow_waiting=False)
 
     # The host may take rewards for granted while it validates --eval.dataset, and builds the groups in train.
     assert getattr(args, "reward.remote_url")
@@ -148,10 +148,17 @@ def test_gae_projects_tokens_unless_told() -> None:
     assert args.pama.level == "token"
 
 
-def test_with_gae_the_critic_takes_the_head_of_the_model_it_starts_from() -> None:
-    objective = "r=rm:org/model,value_head_prefix=head"
-    args, _ = install("--algo.advantage.estimator", "gae", "--loss", "pama", "--pama.objective", objective)
-    assert getattr(args, "ds.value_head_prefix") == "head"
+def test_the_head_of_one_model_is_not_the_others() -> None:
+    flags = (
+        "--algo.advantage.estimator",
+        "gae",
+        "--loss",
+        "pama",
+        "--pama.objective",
+        "r=rm:org/a,value_head_prefix=h",
+    )
+    args, _ = install(*flags, "--pama.objective", "s=rm:org/b")
+    assert getattr(args, "ds.value_head_prefix") == "score"
 
 
 def test_with_gae_the_critic_starts_as_the_first_reward_model_as_in_the_host() -> None:

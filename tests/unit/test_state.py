@@ -5,7 +5,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pama_plugin.state import Moments
+from pama_plugin.config import parse_objective
+from pama_plugin.state import Moments, identify
+
+
+def test_where_and_how_it_is_written_is_no_part_of_a_scorer(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    first = identify(parse_objective(f"a=rm:{tmp_path},gpus=1,weight=2"))
+    assert first == identify(parse_objective(f"b=rm:{tmp_path},gpus=2,offload=false"))
+    assert first != identify(parse_objective(f"a=rm:{tmp_path},value_head_prefix=h"))
+    (tmp_path / "model.safetensors").write_bytes(b"retrained")
+    assert first != identify(parse_objective(f"a=rm:{tmp_path}"))
 
 
 @pytest.mark.property

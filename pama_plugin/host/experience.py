@@ -152,7 +152,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
                 combined.info[key] = self._weighted([experience.info[key] for experience in own])
             if len(own) > 1:  # a sum of standard deviations is not one
                 combined.info.pop("group_reward_std", None)
-            # One value per rollout batch, as a column: the host averages columns over samples and ranks into its logs.
+            # One value per rollout batch, as a column like any other of ``info``; the trainer takes them out again.
             combined.info |= {key: torch.full((len(valid_BA),), value) for key, value in metrics.items()}
         return runs[0]
 

@@ -41,6 +41,7 @@ SEAMS = {
         BasePPOTrainer.__init__ BasePPOTrainer.restore_best_checkpoint_state BasePPOTrainer.train_step
         BasePPOTrainer.ppo_train BasePPOTrainer.broadcast_to_vllm BasePPOTrainer.save_best_checkpoint
         BasePPOTrainer.save_logs_and_checkpoints BasePPOTrainer.init_checkpoint_states
+        BasePPOTrainer._compute_rollout_stats
         PPOTrainer PPOTrainer.__init__ PPOTrainer.fit PPOTrainer.evaluate""",
     "trainer/ppo_trainer_async.py": """
         GenerateSamplesActor GenerateSamplesActor.__init__ GenerateSamplesActor._run_eval GenerateSamplesActor.fit

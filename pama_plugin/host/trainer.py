@@ -3,6 +3,7 @@
 from typing import Any
 
 import ray
+import torch
 from openrlhf.trainer import ppo_trainer
 from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 from transformers import set_seed
@@ -13,6 +14,8 @@ from pama_plugin.host.evaluation import BEST, ScoredSamplesGenerator, rate
 from pama_plugin.host.experience import MultiObjectiveExperienceMaker
 from pama_plugin.host.handshake import report, shake_hands
 from pama_plugin.state import RunState
+
+OUR_COLUMNS = ("reward/", "pama/", "explained_variance/")
 
 
 class MultiObjectiveTrainer:
@@ -88,6 +91,18 @@ class MultiObjectiveTrainer:
             status |= {f"reward_mean/{name}": own.rewards.mean, f"reward_std/{name}": own.rewards.std}
         self._begin_step(steps_done)
         return status, steps_done
+
+    def _compute_rollout_stats(self, experiences: list[Any]) -> dict[str, float]:
+        """The host's and ours, whose columns leave the experiences here, where the whole rollout batch is.
+
+        The actor would reduce each of them for every micro-batch, leave out responses that fill none, and log nothing
+        while it is frozen.
+        """
+        stats: dict[str, float] = super()._compute_rollout_stats(experiences)
+        for key in [key for key in experiences[0].info if key.startswith(OUR_COLUMNS)]:
+            column = torch.cat([experience.info.pop(key) for experience in experiences])
+            stats[key] = column.float().mean().item()
+        return stats
 
     def _begin_step(self, steps_done: int) -> None:
         """With --train.full_determinism_enable a step's random numbers depend on nothing but the seed and the step.

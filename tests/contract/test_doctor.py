@@ -196,3 +196,13 @@ def test_flash_attn(monkeypatch) -> None:
 @pytest.mark.parametrize(("asked", "status"), [(3, "ok"), (5, "warning"), (9, "FAIL")])
 def test_the_room_for_it(asked, status) -> None:
     assert doctor._room(asked, Gpus(8, 4)).status == status
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [(["--loss", "pama", "--pama.config", "{bad}"], "is not valid YAML: "), (["--help"], "they start nothing")],
+)
+def test_flags_that_end_the_command_in_many_lines_or_none(flags, found, tmp_path) -> None:
+    (tmp_path / "bad.yaml").write_text("objectives: [\n  a: b\n c")
+    args, problem = doctor._dry_run([flag.format(bad=tmp_path / "bad.yaml") for flag in flags])
+    assert args is None and found in problem

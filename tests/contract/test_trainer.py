@@ -1,0 +1,92 @@
+"""What the trainer adds to the host's: logs of the whole rollout batch, and what it takes back from a checkpoint."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pama_plugin.config import load_config
+from pama_plugin.errors import PamaError
+from pama_plugin.state import RunState
+
+pytestmark = pytest.mark.contract
+
+TWO = ("a=builtin:length", "b=builtin:length,scale=2")
+
+
+def trainer(states: dict[str, Any] | None = None, objectives=TWO, best=None, critic=None, key="") -> Any:
+    """Ours over a stand-in for the host's, whose checkpoint holds ``states``."""
+    from pama_plugin.host.evaluation import BEST
+    from pama_plugin.host.trainer import MultiObjectiveTrainer
+
+    class Host:
+        def init_checkpoint_states(self):
+            return {"global_step": 4} | (states or {})
+
+        def _compute_rollout_stats(self, experiences):
+            return {"rollout/num_samples": 5.0}
+
+    kind = type("Trainer", (MultiObjectiveTrainer, Host), {})
+    made = kind.__new__(kind)
+    made.config = load_config("pama", objectives, None, None, None, best, default_level="token")
+    made.state = RunState.start(made.config)
+    made.critic_model_group = critic
+    made.best_eval_metric_key = key or BEST
+    made.args = SimpleNamespace(train=SimpleNamespace(full_determinism_enable=False))
+    return made
+
+
+def test_our_columns_become_means_of_the_rollout_batch_and_do_not_ride_to_the_actor() -> None:
+    columns = [torch.tensor([1.0, 2.0]), torch.tensor([6.0, 7.0, 8.0])]
+    experiences = [
+        SimpleNamespace(info={"reward/a": column, "pama/rms": torch.full_like(column, 0.5), "return": column})
+        for column in columns
+    ]
+    stats = trainer()._compute_rollout_stats(experiences)
+    assert stats == {"rollout/num_samples": 5.0, "reward/a": pytest.approx(4.8), "pama/rms": 0.5}
+    assert [set(experience.info) for experience in experiences] == [{"return"}] * 2
+
+
+def checkpoint(objectives=TWO, best=None, **others: Any) -> dict[str, Any]:
+    state = RunState.start(load_config("pama", objectives, None, None, None, best, default_level="token"))
+    state.objectives["a"].rewards.update(torch.tensor([1.0, 3.0]))
+    rated = {"best_eval_metric_key": "eval_pama_best", "best_eval_metric_value": 0.3}
+    return rated | {"pama": state.model_dump_json()} | others
+
+
+def test_the_state_goes_on() -> None:
+    ours = trainer(checkpoint())
+    states = ours.init_checkpoint_states()
+    assert states["best_eval_metric_value"] == 0.3 and ours.steps_done == 4
+    assert ours.state.objectives["a"].rewards.mean == 2
+
+
+@pytest.mark.parametrize(
+    ("states", "now"),
+    [
+        (checkpoint(best="weighted"), {}),
+        (checkpoint(), {"best": "hypervolume"}),
+        (checkpoint(objectives=("a=builtin:length,weight=2", TWO[1])), {}),
+        (checkpoint(objectives=("a=builtin:length,scale=3", TWO[1])), {}),
+        (checkpoint(), {"objectives": (*TWO, "c=builtin:length")}),
+        (checkpoint(best_eval_metric_key="eval_x_pass1"), {}),
+        ({"best_eval_metric_key": "eval_x_pass1", "best_eval_metric_value": 0.3}, {}),  # of a stock run
+    ],
+    ids=["rule", "rule given", "weight", "scorer", "objective added", "metric", "stock"],
+)
+def test_ratings_of_another_kind_are_forgotten(states, now) -> None:
+    found = trainer(states, **now).init_checkpoint_states()
+    assert not [key for key in found if key.startswith("best_eval_metric")]
+
+
+def test_a_metric_of_the_users_own_is_kept() -> None:
+    states = checkpoint(best_eval_metric_key="eval_x_pass1")
+    assert trainer(states, best="min", key="eval_x_pass1").init_checkpoint_states()["best_eval_metric_value"] == 0.3
+
+
+def test_heads_in_another_order_than_the_flags_are_refused() -> None:
+    """The driver orders the flags; it cannot where it does not see the checkpoint."""
+    with pytest.raises(PamaError, match="those of b, a, found a, b: --ckpt.path must be the same folder"):
+        trainer(checkpoint(objectives=TWO[::-1]), critic=object()).init_checkpoint_states()
+    assert trainer(checkpoint(objectives=TWO[::-1])).init_checkpoint_states()

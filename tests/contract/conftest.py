@@ -15,11 +15,11 @@ from pama_plugin.host.fingerprints import known_releases
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """Ray with eight logical GPUs; nothing runs on them, Ray only counts."""
+    """Ray with 16 logical GPUs; nothing runs on them, Ray only counts. The groups below may hold half of them."""
     import ray
 
     folder = tempfile.mkdtemp(prefix="pama-")  # short: Ray keeps sockets in it
-    ray.init(address="local", num_cpus=8, num_gpus=8, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+    ray.init(address="local", num_cpus=16, num_gpus=16, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
     yield
     ray.shutdown()
 

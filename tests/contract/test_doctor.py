@@ -60,11 +60,11 @@ def test_a_run_that_could_start(models, cluster) -> None:
     for line in (
         "openrlhf       ok       0.11.2+cpu",
         "seams          ok       as released",
-        "Ray            ok       a cluster of 1 nodes with 8 GPUs",
+        "Ray            ok       a cluster of 1 nodes with 16 GPUs",
         "device         ok       CPU",
         "flash-attn     warning  cannot be imported",
         "flags          ok       OpenRLHF and the plugin take them",
-        "the run asks Ray for 5, there are 8 and",
+        "the run asks Ray for 5, there are 16 and",
         "tokenizers     ok       a reads the policy's 20 token ids as the policy does",
         "tokenizers     warning  20 of the policy's 20 token ids are another token to b: 0 is 't0', there 'u0'",
     ):

@@ -244,16 +244,16 @@ def test_ray_reserves_what_the_plan_says(options, gpus, local_ray, monkeypatch) 
 
 
 def test_a_run_that_does_not_fit_ends_at_once(local_ray) -> None:
-    """The literal command on a Ray of 8 GPUs: the stock one waits for ever."""
+    """The literal command on a Ray of 16 GPUs: the stock one waits for ever."""
     import ray
 
     command = [sys.executable, "-W", "ignore", "-m", HOST_COMMAND, "--loss", "pama", "--pama.objective", OBJECTIVES[0]]
-    command += [*sizes(), "--vllm.num_engines", "3", "--algo.advantage.estimator", "reinforce"]
+    command += [*sizes(), "--vllm.num_engines", "11", "--algo.advantage.estimator", "reinforce"]
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1
-    assert "PAMA plan: 9 of 8 GPUs" in run.stdout
-    assert "ConfigError: the run needs 9 GPUs and a CPU beside each (3 for rollout, 2 for policy, 2 for" in run.stderr
+    assert "PAMA plan: 17 of 16 GPUs" in run.stdout
+    assert "ConfigError: the run needs 17 GPUs and a CPU beside each (11 for rollout, 2 for policy, 2 for" in run.stderr
 
 
 @pytest.mark.parametrize("allow_waiting", [False, True])

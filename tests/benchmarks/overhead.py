@@ -7,9 +7,11 @@
    one reward model as its one objective, combined by ``linear``, which trains bit for bit what the stock host trains.
    Step by step the two are paired; a step's time is make_experience + ppo_train + broadcast, as the host logs them.
 2. The actor's training time with 1, 2, 4 and 8 objectives, without a critic.
-3. What the driver holds of a rollout batch on the way to actor and critic with K objectives and GAE.
+3. What the driver itself computes for a rollout batch, with models that answer at once: stock, and with K objectives;
+   and what it holds of the batch on the way to actor and critic.
 """
 
+import logging
 import os
 import re
 import statistics
@@ -19,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -96,37 +99,76 @@ def by_objectives() -> None:
         print(f"{count:10} {make_experience:19.3f} {ppo_train:13.3f}")
 
 
-def held_by_the_driver() -> None:
-    """64 responses of 1024 tokens, after the estimators: the bytes of all tensors of the experiences."""
+class Immediate:
+    """A group of one rank, in this process, whose model gives random numbers at once."""
+
+    duplicate_actors = 1
+    _actor_handlers = (None,)
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+
+    def async_run_method_batch(self, sequences: list[torch.Tensor], **_: Any) -> list[list[torch.Tensor]]:
+        shapes = [(len(rows), rows.shape[1] - 1, self.heads) for rows in sequences]
+        return [[torch.randn(shape).squeeze(-1) if self.heads else torch.randn(shape[0]) for shape in shapes]]
+
+
+def on_the_driver(samples: int = 64, tokens: int = 1024, rounds: int = 15) -> None:
+    """The rounds are interleaved; one thread, as the driver has."""
+    import one_process
+
+    one_process.pytest_configure()  # Ray's verbs in this process
     from openrlhf.trainer.ppo_utils.experience import Experience
+    from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
     from pama_plugin.config import load_config
     from pama_plugin.host.experience import MultiObjectiveExperienceMaker
 
-    print(f"\n{'objectives':>10} {'held by the driver, MiB':>25}")
-    for count in (1, 2, 4, 8):
-        names = [f"o{k}" for k in range(count)]
-        args = host_args("--algo.advantage.estimator", "gae", "--rollout.n_samples_per_prompt", "1")
-        objectives = [f"{name}=builtin:length" for name in names]
-        args.pama = load_config("linear", objectives, None, None, None, default_level="token")
-        controller = SimpleNamespace(value=0.0)
-        maker = MultiObjectiveExperienceMaker(None, None, None, None, controller, SimpleNamespace(args=args), None)
-        rows, tokens = 64, 1024
-        batch = Experience(
-            sequences=torch.ones(rows, tokens + 1, dtype=torch.long),
-            attention_mask=torch.ones(rows, tokens + 1, dtype=torch.long),
-            action_mask=torch.ones(rows, tokens, dtype=torch.long),
-            action_log_probs=torch.randn(rows, tokens),
-            values=torch.randn(rows, tokens, count).squeeze(-1),
-            kl=torch.zeros(rows, tokens),
-            index=list(range(rows)),
-            response_length=torch.full((rows,), tokens),
-            truncated=torch.zeros(rows),
-            info={f"reward/{name}": torch.randn(rows) for name in names},
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    mask = torch.ones(1, tokens + 1, dtype=torch.long)
+
+    def make(objectives: int) -> tuple[float, float]:
+        args = host_args(
+            *("--algo.advantage.estimator", "gae", "--rollout.n_samples_per_prompt", "1"),
+            *("--rollout.micro_batch_size", "32", "--algo.kl.init_coef", "0.01"),
         )
-        (made,) = maker.compute_advantages_and_returns([batch])
-        tensors = [value for value in (*vars(made).values(), *made.info.values()) if isinstance(value, torch.Tensor)]
-        print(f"{count:10} {sum(tensor.nbytes for tensor in tensors) / 2**20:25.2f}")
+        names = [f"o{k}" for k in range(objectives)]
+        if objectives:
+            locations = [f"{name}=rm:org/{name}" for name in names]
+            args.pama = load_config("linear", locations, None, None, None, default_level="token")
+            kind: Any = MultiObjectiveExperienceMaker
+            rewards: Any = SimpleNamespace(groups={name: Immediate(0) for name in names})
+        else:
+            kind, rewards = RemoteExperienceMaker, Immediate(0)
+        strategy, controller = SimpleNamespace(args=args), SimpleNamespace(value=0.01)
+        tokenizer = SimpleNamespace(pad_token_id=0)
+        critic = Immediate(max(objectives, 1))
+        maker = kind(Immediate(1), critic, rewards, Immediate(1), controller, strategy, tokenizer)
+        rollout = [
+            Experience(
+                sequences=torch.randint(3, 50, mask.shape),
+                attention_mask=mask,
+                action_mask=mask[:, 1:],
+                response_length=torch.tensor([tokens]),
+                truncated=torch.tensor([False]),
+                total_length=torch.tensor([tokens + 1.0]),
+            )
+            for _ in range(samples)
+        ]
+        start = time.perf_counter()
+        made = maker.make_experience_batch(rollout)
+        took = time.perf_counter() - start
+        parts = [value for one in made for value in (*vars(one).values(), *one.info.values())]
+        return took, sum(part.nbytes for part in parts if isinstance(part, torch.Tensor)) / 2**20
+
+    counts = (0, 1, 2, 4, 8)
+    found = [[make(count) for count in counts] for _ in range(rounds + 1)][1:]
+    print(f"\n{samples} responses of {tokens} tokens on the driver")
+    print(f"{'objectives':>10} {'computes for, ms':>17} {'holds, MiB':>11}")
+    for count, own in zip(counts, zip(*found)):
+        took, held = (statistics.median(column) for column in zip(*own))
+        print(f"{count or 'stock':>10} {1000 * took:17.1f} {held:11.2f}")
 
 
 def main(blocks: int) -> None:
@@ -155,7 +197,7 @@ def main(blocks: int) -> None:
     finally:
         server.terminate()
         server.wait(60)
-    held_by_the_driver()
+    on_the_driver()
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ SEAMS = {
     "utils/deepspeed/deepspeed.py": """
         DeepspeedStrategy.prepare DeepspeedStrategy.save_model DeepspeedStrategy.save_ckpt
         DeepspeedStrategy.load_ckpt""",
+    "utils/logging_utils.py": "init_logger",
     "utils/utils.py": "get_strategy get_tokenizer zero_pad_sequences",
 }
 

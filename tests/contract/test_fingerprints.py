@@ -1,5 +1,7 @@
 """The drift guard: the table is what the real wheels have, and every kind of drift is noticed for what it is."""
 
+import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -20,7 +22,8 @@ pytestmark = pytest.mark.contract
 
 RELEASES = list(known_releases())
 SUPPORTED = [release for release in RELEASES if "+" not in release]
-BEHAVIOUR = ("parity", "experience", "seam")
+# Not trainer_async: its halves must run at the same time, which one process cannot play.
+BEHAVIOUR = ("parity", "experience", "critic", "checkpoint", "evaluation", "rollout", "seam")
 MAKER = "trainer/ppo_utils/experience_maker.py"
 ESTIMATE = f"{MAKER}:RemoteExperienceMaker.compute_advantages_and_returns"
 
@@ -55,6 +58,29 @@ def test_the_table_is_what_the_wheel_has(release, wheels) -> None:
     found = fingerprint(zipfile.Path(wheels[release]) / f"openrlhf-{release}.data" / "purelib" / "openrlhf")
     assert found == known_releases()[release], "write the table anew: see the docstring of host/fingerprints.py"
     assert set(found) == with_seams
+
+
+MODULES = [path.stem for path in (ROOT / "pama_plugin" / "host").glob("[a-z]*.py")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_is_imported_or_overridden_is_a_seam(module) -> None:
+    import openrlhf.trainer.ray  # noqa: F401  first: importing deepspeed before vLLM spoils its set-up
+
+    def is_hosts(thing: object) -> bool:
+        return (getattr(thing, "__module__", None) or "").startswith("openrlhf.")
+
+    guarded = {name for names in SEAMS.values() for name in names.split()}
+    for name, value in vars(importlib.import_module(f"pama_plugin.host.{module}")).items():
+        kind = getattr(getattr(value, "__ray_metadata__", None), "modified_class", value)
+        if is_hosts(kind):
+            assert name in {seam.partition(".")[0] for seam in guarded}, f"{name}, which {module} imports"
+        elif isinstance(kind, type):
+            for key, method in inspect.getmembers(kind, inspect.isfunction):
+                inherited = [inspect.unwrap(getattr(base, key)) for base in kind.__mro__ if hasattr(base, key)]
+                stock = [each for each in inherited if is_hosts(each)]
+                if stock and not is_hosts(method):
+                    assert stock[0].__qualname__ in guarded, f"{kind.__name__} overrides it"
 
 
 def test_every_list_of_releases_is_the_tables() -> None:

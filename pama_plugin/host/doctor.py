@@ -211,8 +211,8 @@ def _dry_run(flags: Sequence[str]) -> tuple[Any, str]:
         with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
             train(flags, started.append)
     except SystemExit:
-        said = written.getvalue().strip()
-        return None, " ".join(said.rpartition("error: ")[2].split()) or "they start nothing"
+        _, refused, problem = written.getvalue().rpartition("error: ")
+        return None, " ".join(problem.split()) if refused else "they start nothing"
     except Exception as error:  # the host validates with assertions, and its imports may fail in any way
         return None, f"{type(error).__name__}: {error}"
     return started[0], ""

@@ -53,6 +53,7 @@ def flags_for(models: dict[str, str], *objectives: str) -> list[str]:
     ]
 
 
+@pytest.mark.e2e  # whole commands, each of which imports the host: seconds apiece
 def test_a_run_that_could_start(models, cluster) -> None:
     flags = flags_for(models, f"a=rm:{models['same']}", f"b=rm:{models['other']}", "length=builtin:length")
     code, out = run(*flags, address=cluster)
@@ -71,6 +72,7 @@ def test_a_run_that_could_start(models, cluster) -> None:
         assert line in out
 
 
+@pytest.mark.e2e  # whole commands, each of which imports the host: seconds apiece
 @pytest.mark.parametrize(
     ("objective", "more", "found"),
     [

@@ -210,6 +210,7 @@ def older_runs(wheels, tmp_path_factory):
     return runs
 
 
+@pytest.mark.e2e  # whole commands, each of which imports the host: seconds apiece
 @pytest.mark.parametrize("release", SUPPORTED[:-1])
 def test_the_contract_holds_on_an_older_release(release, older_runs) -> None:
     output, _ = older_runs[release].communicate(timeout=280)

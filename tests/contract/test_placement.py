@@ -243,6 +243,7 @@ def test_ray_reserves_what_the_plan_says(options, gpus, local_ray, monkeypatch) 
         remove_placement_group(pg)
 
 
+@pytest.mark.e2e  # whole commands, each of which imports the host: seconds apiece
 def test_a_run_that_does_not_fit_ends_at_once(local_ray) -> None:
     """The literal command on a Ray of 16 GPUs: the stock one waits for ever."""
     import ray

@@ -105,6 +105,7 @@ def test_a_smaller_machine_is_refused(tmp_path, capsys) -> None:
     assert "PAMA plan: 8 of 4 GPUs" in capsys.readouterr().out
 
 
+@pytest.mark.e2e  # whole commands, each of which imports the host: seconds apiece
 def test_the_real_command_prints_the_plan_and_starts_nothing() -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     clusters = {"1x8": 0, "1x7": 2}

@@ -10,7 +10,6 @@ The same settings come from flags or from YAML, and flags win:
       length: {kind: builtin, location: length, scale: 140}
 """
 
-import argparse
 import math
 import re
 from collections.abc import Iterable
@@ -218,71 +217,6 @@ def load_config(
             "noon": True if noon is None else noon,
             "best": best,
         }
-    )
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the plugin's group to a parser, the host's or our own."""
-    group = parser.add_argument_group(
-        "PAMA",
-        "Multi-objective alignment (arXiv 2508.07768). One --pama.objective per reward; without --loss, or with "
-        f"--loss {STOCK}, the host runs as it is.",
-    )
-    group.add_argument(
-        "--loss",
-        dest="pama.loss",
-        metavar="RULE",
-        help=f"how the advantages are combined: {STOCK} (stock, one reward), {', '.join(available_rules())}",
-    )
-    group.add_argument(
-        "--pama.objective",
-        action="append",
-        default=[],
-        metavar="NAME=KIND:LOCATION[,key=value...]",
-        help="a reward, once per objective. KIND is rm (a value-head reward model of the host: path or hub name), py "
-        "(FILE.py:FUNCTION with the host's reward_func signature) or builtin (length, with scale=, min=, max=). Every "
-        "kind takes weight= (default 1); rm also gpus=, nodes= and offload= for GPUs other than --reward.* says.",
-    )
-    group.add_argument("--pama.config", metavar="FILE.yaml", help="the same settings as YAML; flags win over it")
-    group.add_argument(
-        "--pama.level",
-        metavar="LEVEL",
-        help=f"what pama projects: {', '.join(LEVELS)} (default: token with gae, sequence with any other estimator)",
-    )
-    group.add_argument(
-        "--pama.no_noon",
-        dest="pama.noon",
-        action="store_const",
-        const=False,
-        help="keep negative advantages too (default: Noon, 'No Negative', Eq. 5 of the paper)",
-    )
-    group.add_argument(
-        "--pama.best",
-        metavar="RULE",
-        help="which evaluation's checkpoint is kept as the best: min (the objective that rose least; the default), "
-        "weighted (the sum of mean rewards times weights) or hypervolume",
-    )
-    group.add_argument(
-        "--pama.allow_other_objectives",
-        action="store_true",
-        help="resume from a checkpoint of other objectives: the new ones start anew (not with gae, whose critic has a "
-        "value head for each)",
-    )
-    group.add_argument(
-        "--pama.allow_unsupported_host",
-        action="store_true",
-        help="run on an OpenRLHF release that this version of the plugin was not tested with",
-    )
-    group.add_argument(
-        "--pama.plan",
-        metavar="NODESxGPUS",
-        help="print which model takes which GPUs of such a cluster (1x8: one node with 8) and the resolved settings as "
-        "YAML, and start nothing",
-    )
-    group.add_argument(
-        "--pama.allow_waiting",
-        action="store_true",
-        help="start although the cluster has too few GPUs now, and wait for them: for one that grows on demand",
     )
 
 

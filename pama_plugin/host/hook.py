@@ -29,8 +29,8 @@ def arm(start: Callable[[Any], None] | None = None) -> None:
         if not _is_host_parser(parser):
             return stock(parser, args, namespace)
         argparse.ArgumentParser.parse_args = stock
-        from pama_plugin.config import add_flags
         from pama_plugin.errors import ConfigError
+        from pama_plugin.flags import add_flags
         from pama_plugin.host.seam import install
 
         add_flags(parser)

@@ -2,15 +2,17 @@
 
 Relied on (``fingerprints`` guards it, ``tests/contract/test_seam.py`` checks it against the real wheels):
 
-- ``openrlhf.cli.train_ppo_ray`` as ``__main__``: calls ``parse_args`` once, looks ``RayActorGroup`` up in its own
-  globals, builds one group of ``RewardModelActor`` unless ``args.reward.remote_url`` is set, and imports ``PPOTrainer``
-  from ``openrlhf.trainer.ppo_trainer`` inside ``train``, where it calls ``get_strategy``, one of its globals, when Ray
-  is up and nothing has been reserved, and then reserves what ``placement`` says;
+- ``openrlhf.cli.train_ppo_ray`` as ``__main__``: calls ``parse_args`` once; ``train`` looks ``RayActorGroup``,
+  ``PolicyModelActor``, ``CriticModelActor`` and ``RewardModelActor`` up in its globals, builds one group of reward
+  models unless ``args.reward.remote_url`` is set, imports ``PPOTrainer`` or ``PPOTrainerAsync`` where it needs it, and
+  calls ``get_strategy``, another global, when Ray is up and nothing is reserved yet: what ``placement`` says;
+- ``openrlhf.trainer.ppo_trainer_async``: ``PPOTrainerAsync`` looks its two halves up in its module's globals;
 - ``openrlhf.trainer.ray.vllm_engine``: ``create_vllm_engines`` looks ``RolloutRayActor`` up in its module's globals;
-- the classes that ``trainer``, ``experience``, ``rewards`` and ``rollout`` of this package subclass.
+- the classes that ``critic``, ``evaluation``, ``experience``, ``rewards``, ``rollout`` and the trainers subclass.
 
-Ray sends an importable class to its actors by reference, so patching a method here would be lost there. What arrives is
-an actor class replaced by a subclass: but for the driver's own ``get_strategy``, that is all this module swaps.
+Ray sends an importable class to its actors by reference, so patching a method here would be lost there. An actor class
+travels by value, with the globals that it refers to: but for the driver's own ``get_strategy`` and ``RayActorGroup``,
+actor classes are all that this module swaps.
 """
 
 import argparse
@@ -31,11 +33,11 @@ logger = logging.getLogger(__name__)
 # Each of these gives the host its one reward; with objectives there is no place for it.
 STOCK_REWARD_FLAGS = ("reward.model_name_or_path", "reward.remote_url", "train.agent_func_path")
 
-# The stock command dies of these, after minutes: OpenRLHF sends the policy's weights to vLLM under the names that they
-# have in the adapted model, which vLLM's model does not know. Remove an entry when the host runs it.
+# Seen with LoRA: OpenRLHF sends a policy's parameters to vLLM under the names of the adapted model, which vLLM's does
+# not know, and the run dies at its first weight sync. Remove an entry when the host runs it.
 BROKEN_IN_THE_HOST = {
     "ds.lora.rank": "OpenRLHF's PPO cannot send a policy with LoRA adapters to vLLM",
-    "ds.load_in_4bit": "OpenRLHF's PPO cannot send a policy with 4-bit weights to vLLM",
+    "ds.load_in_4bit": "it trains through LoRA adapters alone, which OpenRLHF's PPO cannot send to vLLM",
 }
 
 
@@ -100,8 +102,8 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
     with_heads = getattr(args, "algo.advantage.estimator") == "gae" and len(config.objectives) > 1
     if with_heads and getattr(args, "ds.tensor_parallel_size") > 1:
         raise ConfigError(
-            "--ds.tensor_parallel_size must be 1 with gae and several objectives, whose value heads DeepSpeed would "
-            f"split, found {getattr(args, 'ds.tensor_parallel_size')}: use another estimator or ZeRO-3"
+            "--ds.tensor_parallel_size must be 1 with gae and several objectives, whose value heads were never split "
+            f"over ranks, found {getattr(args, 'ds.tensor_parallel_size')}: use another estimator or ZeRO-3"
         )
     if getattr(args, "algo.dynamic_filtering_enable") and config.of_kind("rm"):
         raise ConfigError(
@@ -148,7 +150,6 @@ def _swap(
     vllm_engine.RolloutRayActor = rollout.rollout_actor(config, scalar_reward, seed)
     ppo_trainer.PPOTrainer = trainer.PPOTrainer
     ppo_trainer_async.PPOTrainerAsync = trainer_async.PPOTrainerAsync
-    # Looked up by the host's PPOTrainerAsync: an actor class travels by value, with the globals that it refers to.
     ppo_trainer_async.TrainingActor = trainer_async.TrainingActor
     ppo_trainer_async.GenerateSamplesActor = trainer_async.GenerateSamplesActor
     main = sys.modules["__main__"]

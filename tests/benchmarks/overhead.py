@@ -3,14 +3,16 @@
     examples/quickstart.sh                              once: its policy, reward model and prompts are used
     .venv/bin/python tests/benchmarks/overhead.py [BLOCKS]
 
-1. Blocks of PPO with a critic (GAE) on the real stack, stock and ours in turn, same seeds and flags; ours has the same
-   one reward model as its one objective, combined by ``linear``, which trains bit for bit what the stock host trains.
-   Step by step the two are paired; a step's time is make_experience + ppo_train + broadcast, as the host logs them.
+1. Short runs of PPO with a critic (GAE) on the real stack, in turn: stock, ours and stock again, same seeds and flags.
+   Ours has the same one reward model as its one objective, combined by ``linear``, which trains bit for bit what the
+   stock host trains. Steps are paired by their number; a step's time is make_experience + ppo_train + broadcast, as the
+   host logs them. Stock against itself is the control: a run starts a dozen processes, and what they cost varies.
 2. The actor's training time with 1, 2, 4 and 8 objectives, without a critic.
 3. What the driver itself computes for a rollout batch, with models that answer at once: stock, and with K objectives;
    and what it holds of the batch on the way to actor and critic.
 """
 
+import itertools
 import logging
 import os
 import re
@@ -33,7 +35,7 @@ from hosttools import host_args  # noqa: E402  (needs the path above)
 
 QUICKSTART = ROOT / "runs" / "quickstart"
 BIN = Path(sys.executable).parent
-STEPS, WARM_UP = 22, 2
+STEPS, WARM_UP = 12, 2
 PHASES = ("make_experience", "ppo_train", "broadcast")
 COMMON = f"""
     --actor.model_name_or_path {QUICKSTART}/models/policy --data.prompt_dataset {QUICKSTART}/data/prompts.jsonl
@@ -59,31 +61,38 @@ def times_of(*flags: str) -> list[dict[str, float]]:
 
 
 def against_stock(blocks: int) -> None:
+    """Stock, ours, and stock once more as the control: how far the same program is from itself."""
     reward = QUICKSTART / "models" / "reward"
     gae = ["--algo.advantage.estimator", "gae", "--critic.model_name_or_path", str(reward)]
+    stock = [*gae, "--reward.model_name_or_path", str(reward)]
     variants = {
-        "stock": [*gae, "--reward.model_name_or_path", str(reward)],
+        "stock": stock,
         "ours": [*gae, "--loss", "linear", "--pama.objective", f"sentiment=rm:{reward}"],
+        "stock again": stock,
     }
+    orders = itertools.cycle(itertools.permutations(variants))
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-    with tqdm(total=2 * blocks, desc="runs, stock and ours in turn") as bar:
-        for block in range(blocks):
-            for name in sorted(variants, reverse=block % 2 == 0):
+    with tqdm(total=len(variants) * blocks, desc="runs, in turn") as bar:
+        for order, _ in zip(orders, range(blocks)):
+            for name in order:
                 steps[name] += times_of(*variants[name])
                 bar.update()
-    pairs = list(zip(steps["stock"], steps["ours"], strict=True))
-    print(f"{len(pairs)} paired steps of 64 responses, {blocks} blocks of each")
-    print(f"{'phase':16} {'stock, s':>9} {'ours, s':>9} {'median ratio':>13}   by block")
+    print(f"{len(steps['ours'])} paired steps of 64 responses, {blocks} runs of each; ratios to stock, median of the")
+    print("pairs, with the 95 % interval of a bootstrap over the runs")
+    print(f"{'phase':16} {'stock, s':>9} {'ours':>24} {'stock again':>24}")
     for phases in (*((phase,) for phase in PHASES), PHASES):
-        stock, ours = ([sum(step[phase] for phase in phases) for step in side] for side in zip(*pairs))
-        ratios = [our / other for our, other in zip(ours, stock)]
-        size = len(ratios) // blocks
-        by_block = [statistics.median(ratios[start : start + size]) for start in range(0, len(ratios), size)]
+        times = {
+            name: torch.tensor([sum(step[phase] for phase in phases) for step in own]).view(blocks, -1)
+            for name, own in steps.items()
+        }
+        columns = []
+        for name in ("ours", "stock again"):
+            ratios = times[name] / times["stock"]
+            drawn = torch.randint(blocks, (10_000, blocks), generator=torch.Generator().manual_seed(0))
+            low, high = ratios[drawn].flatten(1).quantile(0.5, dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
+            columns.append(f"{ratios.quantile(0.5).item():.3f} [{low:.3f}, {high:.3f}]")
         label = phases[0] if len(phases) == 1 else "together"
-        print(
-            f"{label:16} {statistics.median(stock):9.3f} {statistics.median(ours):9.3f} "
-            f"{statistics.median(ratios):13.3f}   {' '.join(f'{ratio:.3f}' for ratio in by_block)}"
-        )
+        print(f"{label:16} {times['stock'].quantile(0.5).item():9.3f} {columns[0]:>24} {columns[1]:>24}")
 
 
 def by_objectives() -> None:
@@ -201,4 +210,4 @@ def main(blocks: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 12)

@@ -100,3 +100,31 @@ def test_held_out_samples_get_every_objective_and_their_weighted_sum(groups) -> 
     metrics = generator.pop_metrics()
     assert metrics["eval_all/helpful"] == pytest.approx(alone.mean().item(), rel=1e-5)
     assert {key.partition("/")[0] for key in metrics} == {"eval_d", "eval_unknown", "eval_all"}
+
+
+def test_reward_models_score_while_the_engines_sleep(monkeypatch) -> None:
+    """With vLLM awake there is no room for them on a GPU that they share: the host's own order, and ours after it."""
+    from openrlhf.trainer.ppo_utils import samples_generator
+    from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+
+    from pama_plugin.host.evaluation import ScoredSamplesGenerator
+
+    order = []
+    monkeypatch.setattr(samples_generator, "batch_vllm_engine_call", lambda engines, call: order.append(call))
+    args = host_args("--vllm.enable_sleep", "--rollout.batch_size", "4")
+    config = load_config("pama", ["length=builtin:length"], None, None, None, default_level="token")
+
+    def score(samples):
+        order.append("score")
+        return {"length": torch.ones(len(samples))}
+
+    def generate(self, **_):
+        order.append("generate")
+        return make_rollout(2), 2, True
+
+    monkeypatch.setattr(SamplesGenerator, "_generate_vllm", generate)
+    stock = SamplesGenerator(SimpleNamespace(args=args), None, [], None, None)
+    ScoredSamplesGenerator(stock, SimpleNamespace(score=score, config=config)).generate_eval_samples(
+        n_samples_per_prompt=1
+    )
+    assert order == ["wake_up", "generate", "sleep", "score"]

@@ -35,7 +35,7 @@ def test_scripts_exist_and_can_be_run(command) -> None:
 
 @pytest.mark.parametrize("command", HOST_RUNS, ids=" ".join)
 def test_host_commands_parse_and_install(command, tmp_path, monkeypatch) -> None:
-    from pama_plugin.config import add_flags
+    from pama_plugin.flags import add_flags
     from pama_plugin.host import seam
 
     (tmp_path / "reward-model").mkdir()
@@ -74,7 +74,7 @@ def test_the_python_runs(text) -> None:
 def test_every_flag_of_ours_is_in_the_table() -> None:
     import argparse
 
-    from pama_plugin.config import add_flags
+    from pama_plugin.flags import add_flags
 
     parser = argparse.ArgumentParser()
     add_flags(parser)

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from hosttools import parse_host_flags
 
-from pama_plugin.config import add_flags, load_config
+from pama_plugin.config import load_config
 from pama_plugin.errors import ConfigError
+from pama_plugin.flags import add_flags
 from pama_plugin.host import seam
 from pama_plugin.host.hook import HOST_COMMAND
 

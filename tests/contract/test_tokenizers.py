@@ -80,7 +80,7 @@ def test_without_a_policy_or_models_there_is_nothing_to_compare(models) -> None:
 
 @pytest.mark.parametrize("flag", ["--pama.objective", "--critic.model_name_or_path"])
 def test_a_run_with_it_is_refused_at_its_start(flag, policy, tmp_path) -> None:
-    from pama_plugin.config import add_flags
+    from pama_plugin.flags import add_flags
     from pama_plugin.host import seam
 
     small = save_tiny_model(tmp_path / "small", TOKENS - 1)

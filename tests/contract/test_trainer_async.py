@@ -8,18 +8,14 @@ pytestmark = pytest.mark.contract
 
 
 @pytest.fixture
-def trainer(local_ray, monkeypatch):
+def trainer(local_ray):
     """Our ``PPOTrainerAsync`` around two stand-ins, whose ``fit`` fails, waits for ever or ends."""
     import ray
 
     from pama_plugin.host import trainer_async
 
-    monkeypatch.setattr(trainer_async, "SECONDS_BETWEEN_LOOKS", 0.2)
-
     @ray.remote(num_cpus=0)
     class Half:
-        failure = None
-
         def __init__(self, ending):
             self.ending = ending
 
@@ -30,9 +26,6 @@ def trainer(local_ray, monkeypatch):
 
         def begin(self, strategy, groups, steps_done): ...
 
-        def get_failure(self):
-            return self.failure
-
         def fit(self, *_, **__):
             import os
             import time
@@ -42,14 +35,13 @@ def trainer(local_ray, monkeypatch):
             if self.ending == "dies":
                 os._exit(1)
             if self.ending == "fails":
-                self.failure = RewardError("length", "returned nan", "a response", 3)
-                raise self.failure
+                raise RewardError("length", "returned nan", "a response", 3)
 
     def make(generator: str, training: str):
         kind = trainer_async.PPOTrainerAsync.__ray_metadata__.modified_class
         made = kind.__new__(kind)
         made.generator_actor, made.trainer_actor = Half.remote(generator), Half.remote(training)
-        made.strategy = made.reward_model_group = made.failure = None
+        made.strategy = made.reward_model_group = None
         return made
 
     return make

@@ -1,7 +1,16 @@
 """Pareto multi-objective alignment (PAMA, arXiv 2508.07768) for OpenRLHF."""
 
 from pama_plugin.aggregation import Aggregation, aggregate, available_rules, register_rule
+from pama_plugin.rewards import Response, available_rewards, register_reward
 
 __version__ = "0.1.0"
 
-__all__ = ["Aggregation", "aggregate", "available_rules", "register_rule"]
+__all__ = [
+    "Aggregation",
+    "Response",
+    "aggregate",
+    "available_rewards",
+    "available_rules",
+    "register_reward",
+    "register_rule",
+]

@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         sys.exit(doctor(arguments[1:]))
 
+    from pama_plugin.score import add_arguments
+
     parser = argparse.ArgumentParser(prog="pama", description="Pareto multi-objective alignment for OpenRLHF.")
     parser.add_argument("--version", action="version", version=f"pama_plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -40,11 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = commands.add_parser("report", help="summarise a run from its TensorBoard folder: a table and a picture")
     report.add_argument("folder", type=Path, help="what --logger.tensorboard_dir was, or one run's folder in it")
     report.add_argument("--png", type=Path, help="where the curves go (default: curves.png in the folder)")
+    score = commands.add_parser(
+        "score",
+        help="score prompts and responses in a file with the objectives of a run, without training",
+        description="Score prompts and responses in a JSONL file with the objectives of a run, without training: a way "
+        "to try another reward model in a minute.",
+    )
+    add_arguments(score)
     options = parser.parse_args(arguments)
 
     from pama_plugin.errors import ConfigError
 
     try:
+        if options.command == "score":
+            from pama_plugin.score import score_file
+
+            sys.exit(score_file(options))
         if options.command == "report":
             from pama_plugin.report import report_run
 

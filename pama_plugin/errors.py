@@ -31,3 +31,7 @@ class RewardError(PamaError, RuntimeError):
 
 class HandshakeError(PamaError, RuntimeError):
     """A rank that does not run what the driver configured: raised before the first training step."""
+
+
+class ProbeError(PamaError, RuntimeError):
+    """A reward that is not what it is taken for, by ``--pama.probe strict``: raised before it trains anything."""

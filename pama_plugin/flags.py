@@ -3,7 +3,26 @@
 import argparse
 
 from pama_plugin.aggregation import LEVELS, available_rules
-from pama_plugin.config import STOCK
+from pama_plugin.config import PROBE_MODES, STOCK
+from pama_plugin.objective import COMMON
+from pama_plugin.rewards import available_rewards
+
+
+def add_objective_flags(group: argparse._ActionsContainer) -> None:
+    """The two ways to name objectives."""
+    group.add_argument(
+        "--pama.objective",
+        action="append",
+        default=[],
+        metavar="NAME=KIND:LOCATION[,key=value...]",
+        help="a reward, once per objective. KIND: rm (a value-head reward model of the host, folder or hub name), hf "
+        "(any sequence classifier with a tokenizer of its own), py (FILE.py:FUNCTION with the host's reward_func "
+        "signature), http (a reward server's URL, replicas separated by |), builtin "
+        f"({', '.join(available_rewards())}), agent (what --train.agent_func_path returns: a key of extra_logs, reward "
+        "or scores). "
+        f"Every kind takes {', '.join(f'{key}=' for key in COMMON)}; the README lists what each takes besides.",
+    )
+    group.add_argument("--pama.config", metavar="FILE.yaml", help="the same settings as YAML; flags win over it")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -19,16 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="RULE",
         help=f"how the advantages are combined: {STOCK} (stock, one reward), {', '.join(available_rules())}",
     )
-    group.add_argument(
-        "--pama.objective",
-        action="append",
-        default=[],
-        metavar="NAME=KIND:LOCATION[,key=value...]",
-        help="a reward, once per objective. KIND is rm (a value-head reward model of the host: path or hub name), py "
-        "(FILE.py:FUNCTION with the host's reward_func signature) or builtin (length, with scale=, min=, max=). Every "
-        "kind takes weight= (default 1); rm also gpus=, nodes= and offload= for GPUs other than --reward.* says.",
-    )
-    group.add_argument("--pama.config", metavar="FILE.yaml", help="the same settings as YAML; flags win over it")
+    add_objective_flags(group)
     group.add_argument(
         "--pama.level",
         metavar="LEVEL",
@@ -46,6 +56,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="RULE",
         help="which evaluation's checkpoint is kept as the best: min (the objective that rose least; the default), "
         "weighted (the sum of mean rewards times weights) or hypervolume",
+    )
+    group.add_argument(
+        "--pama.probe",
+        metavar="MODE",
+        help="let every objective score pairs of a good and a bad response before the first step, and look at the "
+        f"first rollout: {', '.join(PROBE_MODES)} (strict ends the run where a reward is broken; default: warn)",
     )
     group.add_argument(
         "--pama.allow_other_objectives",

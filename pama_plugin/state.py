@@ -7,10 +7,13 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from pama_plugin.config import Objective, PamaConfig, Placement
+from pama_plugin.config import PamaConfig
+from pama_plugin.objective import Objective
 from pama_plugin.rewards import split_location
 
 _MIB = 2**20
+# Options of the kinds that do not change what a response scores.
+HOW_IT_RUNS = ["gpus", "nodes", "offload", "replicas", "batch_size", "timeout", "retries", "concurrency", "token_env"]
 
 
 class Moments(BaseModel):
@@ -29,7 +32,9 @@ class Moments(BaseModel):
     squares: float = 0.0  # Σ (x − mean)²
 
     def update(self, values: Tensor) -> None:
-        """Take in a batch of any shape."""
+        """Take in a batch of any shape; an empty one changes nothing."""
+        if not values.numel():
+            return
         values = values.double()
         count, total = values.numel(), self.count + values.numel()
         difference = float(values.mean()) - self.mean
@@ -50,23 +55,25 @@ class ObjectiveState(BaseModel):
 
     scorer: str
     rewards: Moments = Moments()
+    steps: int = 0  # that ``rewards`` are of
     first_evaluation: tuple[float, float] | None = None  # mean, and standard deviation over prompts
 
 
 class RunState(BaseModel):
-    """The state of all objectives, by name, in the order of the critic's heads."""
+    """The state of all objectives, by name."""
 
     model_config = ConfigDict(extra="forbid")
 
     objectives: dict[str, ObjectiveState]
+    heads: tuple[str, ...]  # the trained ones, in the order of the critic's heads
     rating: str  # how evaluations were rated: ratings of another kind are no match for these
 
     @classmethod
     def start(cls, config: PamaConfig) -> "RunState":
         """The state before the first step."""
         fresh = {objective.name: ObjectiveState(scorer=identify(objective)) for objective in config.objectives}
-        weights = ", ".join(f"{objective.name} {objective.weight:g}" for objective in config.objectives)
-        return cls(objectives=fresh, rating=f"{config.best or 'min'} of {weights}")
+        weights = ", ".join(f"{objective.name} {objective.weight}" for objective in config.trained)
+        return cls(objectives=fresh, heads=config.trained_names, rating=f"{config.best or 'min'} of {weights}")
 
     def swapped(self, saved: "RunState") -> list[str]:
         """The names of ``saved`` whose scorer is another one now, or that are gone."""
@@ -89,17 +96,19 @@ def identify(objective: Objective) -> str:
 
     Of a model's weights the hash covers sizes, and the first and the last MiB, of each file. Where it runs is no part.
 
-    >>> from pama_plugin.config import parse_objective
+    >>> from pama_plugin.objective import parse_objective
     >>> identify(parse_objective("length=builtin:length,scale=140,weight=2"))
     'builtin:length scale=140'
     """
-    options = sorted(f" {key}={value}" for key, value in objective.options.items() if key not in Placement.model_fields)
+    only_how = () if objective.kind == "builtin" else HOW_IT_RUNS
+    options = sorted(f" {key}={value}" for key, value in objective.options.items() if key not in only_how)
     scorer = f"{objective.kind}:{objective.location}{''.join(options)}"
     if objective.kind == "py":
         files = [Path(split_location(objective.location)[0])]
     else:
         folder = Path(objective.location)
-        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) if objective.kind == "rm" else []
+        local = objective.kind in ("rm", "hf")
+        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) if local else []
     if not files:
         return scorer
     digest = hashlib.sha256()

@@ -4,6 +4,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pama_plugin import Aggregation, aggregate
+
 
 @st.composite
 def advantages(draw: st.DrawFn, min_objectives: int = 1, max_objectives: int = 8) -> tuple[Tensor, Tensor]:
@@ -16,3 +18,14 @@ def advantages(draw: st.DrawFn, min_objectives: int = 1, max_objectives: int = 8
     mask_BA = torch.rand(shape[1:], generator=generator) < 0.7
     mask_BA[0, 0] = True
     return values_KBA.masked_fill(~mask_BA, float("nan")), mask_BA
+
+
+VARIANTS = [
+    dict(rule="linear"),
+    *(dict(rule="pama", level=level, noon=noon) for level in ("token", "sequence", "batch") for noon in (True, False)),
+]
+variants = st.sampled_from(VARIANTS)
+
+
+def call(variant: dict, advantages_KBA: Tensor, mask_BA: Tensor, **more) -> Aggregation:
+    return aggregate(advantages_KBA=advantages_KBA, mask_BA=mask_BA, **variant, **more)

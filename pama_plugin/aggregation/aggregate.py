@@ -45,6 +45,7 @@ def aggregate(
     noon: bool = True,
     weights: Sequence[float] | Tensor | None = None,
     active: Sequence[bool] | Tensor | None = None,
+    present_KB: Tensor | None = None,
     **options: Any,
 ) -> Aggregation:
     """Combine the advantages of K objectives into the one that the policy update sees.
@@ -62,6 +63,8 @@ def aggregate(
         active: K flags, false for an objective that is known to carry no signal, such as one whose reward is constant.
             One whose advantages have a standard deviation below 1e-6 is found without being told. If that leaves none,
             none is dropped.
+        present_KB: (K, B), false where an objective has no reward for a response: it is left out of the combination for
+            that response alone. All true if not given.
         options: what the rule takes besides.
 
     Raises:
@@ -84,11 +87,17 @@ def aggregate(
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, found {level!r}")
     advantages_KBA = advantages_KBA.detach().to(torch.promote_types(advantages_KBA.dtype, torch.float32))
+    if present_KB is None:
+        present_KB = mask_BA.new_ones(advantages_KBA.shape[:2])
+    if present_KB.shape != advantages_KBA.shape[:2] or present_KB.dtype != torch.bool:
+        raise ValueError(
+            f"present_KB must be (K, B) = {tuple(advantages_KBA.shape[:2])} flags, found {tuple(present_KB.shape)}"
+        )
     for index, advantages_BA in enumerate(advantages_KBA):
-        if not bool((advantages_BA.isfinite() | ~mask_BA).all()):
+        if not bool((advantages_BA.isfinite() | ~(mask_BA & present_KB[index].unsqueeze(-1))).all()):
             raise ValueError(f"advantages must be finite at every valid token, found NaN or inf in objective {index}")
     weights_K = _check_weights(weights, advantages_KBA)
-    active_K = _find_active(active, advantages_KBA, mask_BA)
+    active_K = _find_active(active, advantages_KBA, mask_BA, present_KB)
 
     combine = get_rule(rule)
     parameters = inspect.signature(combine).parameters.values()
@@ -98,10 +107,10 @@ def aggregate(
         takes = ", ".join(accepted) or "none"
         raise ValueError(f"rule {rule!r} has no option {', '.join(unknown)}; it takes {takes}")
     shared = {key: value for key, value in (("level", level), ("noon", noon)) if key in accepted}
-    combined_BA, coefficients_K = combine(advantages_KBA, mask_BA, weights_K, active_K, **shared, **options)
+    combined_BA, coefficients_K = combine(advantages_KBA, mask_BA, weights_K, active_K, present_KB, **shared, **options)
 
     combined_BA = combined_BA.masked_fill(~mask_BA, 0)
-    metrics = _describe(advantages_KBA, mask_BA, combined_BA)
+    metrics = _describe(advantages_KBA, mask_BA, present_KB, combined_BA)
     metrics |= {f"inactive/{index}": float(not kept) for index, kept in enumerate(active_K.tolist())}
     return Aggregation(combined_BA, coefficients_K * bool((combined_BA != 0).any()), metrics)
 
@@ -115,33 +124,42 @@ def _check_weights(weights: Sequence[float] | Tensor | None, advantages_KBA: Ten
     return weights_K
 
 
-def _find_active(active: Sequence[bool] | Tensor | None, advantages_KBA: Tensor, mask_BA: Tensor) -> Tensor:
+def _find_active(
+    active: Sequence[bool] | Tensor | None, advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor
+) -> Tensor:
     """(K,) true for the objectives that carry signal; all of them if none does."""
-    count = mask_BA.sum()
     active_K = advantages_KBA.new_ones(len(advantages_KBA), dtype=torch.bool)
     if active is not None:
         active_K = torch.as_tensor(active, dtype=torch.bool, device=advantages_KBA.device)
         if active_K.shape != advantages_KBA.shape[:1]:
             raise ValueError(f"active must be {len(advantages_KBA)} flags, found {active_K.tolist()}")
-    if count > 1:  # one token has no spread to judge by
-        active_K = active_K & torch.stack([_std(row_BA, mask_BA, count) >= INACTIVE_STD for row_BA in advantages_KBA])
+    active_K = active_K & present_KB.any(-1)
+    if mask_BA.sum() > 1:  # one token has no spread to judge by
+        spread = [
+            _std(row_BA, mask_BA & present_B.unsqueeze(-1)) for row_BA, present_B in zip(advantages_KBA, present_KB)
+        ]
+        active_K = active_K & (torch.stack(spread) >= INACTIVE_STD)
     return active_K if bool(active_K.any()) else torch.ones_like(active_K)
 
 
-def _std(advantages_BA: Tensor, mask_BA: Tensor, count: Tensor) -> Tensor:
-    mean = advantages_BA.masked_fill(~mask_BA, 0).sum() / count
-    return (advantages_BA - mean).masked_fill_(~mask_BA, 0).square_().sum().div(count).sqrt()
+def _std(advantages_BA: Tensor, valid_BA: Tensor) -> Tensor:
+    count = valid_BA.sum().clamp(min=1)
+    mean = advantages_BA.masked_fill(~valid_BA, 0).sum() / count
+    return (advantages_BA - mean).masked_fill_(~valid_BA, 0).square_().sum().div(count).sqrt()
 
 
-def _describe(advantages_KBA: Tensor, mask_BA: Tensor, combined_BA: Tensor) -> dict[str, float]:
+def _describe(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, combined_BA: Tensor) -> dict[str, float]:
     count = mask_BA.sum().clamp(min=1)
-    conflict_BA = (advantages_KBA > 0).any(0) & (advantages_KBA < 0).any(0) & mask_BA
-    metrics = {
+    positive_BA, negative_BA = torch.zeros_like(mask_BA), torch.zeros_like(mask_BA)
+    gains = {}
+    for index, (advantages_BA, present_B) in enumerate(zip(advantages_KBA, present_KB)):
+        valid_BA = mask_BA & present_B.unsqueeze(-1)
+        positive_BA |= (advantages_BA > 0) & valid_BA
+        negative_BA |= (advantages_BA < 0) & valid_BA
+        gain_BA = advantages_BA.masked_fill(~valid_BA, 0).mul_(combined_BA)
+        gains[f"gain/{index}"] = float(gain_BA.sum() / valid_BA.sum().clamp(min=1))
+    return {
         "active_fraction": float((combined_BA != 0).sum() / count),
-        "conflict_rate": float(conflict_BA.sum() / count),
+        "conflict_rate": float((positive_BA & negative_BA).sum() / count),
         "rms": float((combined_BA.square().sum() / count).sqrt()),
-    }
-    for index, advantages_BA in enumerate(advantages_KBA):
-        gain_BA = advantages_BA.masked_fill(~mask_BA, 0).mul_(combined_BA)
-        metrics[f"gain/{index}"] = float(gain_BA.sum() / count)
-    return metrics
+    } | gains

@@ -19,11 +19,12 @@ _RULES: dict[str, Rule] = {}
 
 
 def register_rule(name: str) -> Callable[[Rule], Rule]:
-    """Register ``rule(advantages_KBA, mask_BA, weights_K, active_K, *, …)`` under ``name``.
+    """Register ``rule(advantages_KBA, mask_BA, weights_K, active_K, present_KB, *, …)`` under ``name``.
 
     Its keyword-only parameters are its options; of those, ``level`` and ``noon`` are passed if it names them.
     A rule gets advantages that are finite wherever ``mask_BA`` is true and may hold anything elsewhere, weights that
-    are positive, and the objectives that carry signal. It must not write to any of them.
+    are positive, the objectives that carry signal, and which responses each has a reward for: of the others its
+    advantages must not count. It must not write to any of them.
 
     Raises:
         ValueError: ``name`` is taken.

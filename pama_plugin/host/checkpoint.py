@@ -61,20 +61,24 @@ def prepare_resume(
     source = folders[0] / resume.tag
     saved = _read_state(source)
     if saved is None:
-        if with_critic and len(config.objectives) > 1:
+        if with_critic and len(config.trained) > 1:
             raise ConfigError(
                 f"--ckpt.load_enable: the critic in {root} has one value head, found the objectives "
-                f"{', '.join(config.names)}"
+                f"{', '.join(config.trained_names)}"
             )
         print(f"PAMA: {source} is a stock checkpoint; the objectives' statistics start anew", flush=True)
         return config, resume
 
     names = list(saved.objectives)
-    if set(names) != set(config.names) and (with_critic or not allow_other_objectives):
-        way_out = "its critic has one value head for each" if with_critic else "--pama.allow_other_objectives resumes"
+    if with_critic and set(saved.heads) != set(config.trained_names):
         raise ConfigError(
-            f"--ckpt.load_enable: {source} is of the objectives {', '.join(names)} ({way_out}), "
-            f"found {', '.join(config.names)}"
+            f"--ckpt.load_enable: {source} is of the objectives {', '.join(saved.heads)} (its critic has one value "
+            f"head for each), found {', '.join(config.trained_names)}"
+        )
+    if set(names) != set(config.names) and not allow_other_objectives:
+        raise ConfigError(
+            f"--ckpt.load_enable: {source} is of the objectives {', '.join(names)} (--pama.allow_other_objectives "
+            f"resumes), found {', '.join(config.names)}"
         )
     for name in RunState.start(config).swapped(saved):
         print(

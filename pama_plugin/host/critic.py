@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from pama_plugin.config import Objective
 from pama_plugin.errors import ConfigError
+from pama_plugin.objective import Objective
 
 HEADS = "value_heads"
 # Beside the saved value network, because the host can load a network with one head only.
@@ -30,19 +30,17 @@ class CriticModelActor(ppo_critic.CriticModelActor.__ray_metadata__.modified_cla
     """The host's critic; with more than one objective its value head gives way to one head per objective."""
 
     def init_model_from_pretrained(self, strategy: Any, pretrain: str, max_steps: int) -> None:
-        objectives = strategy.args.pama.objectives
+        objectives = strategy.args.pama.trained
         own = objective_of(objectives, pretrain)
         if own is not None:  # the strategy, and so its arguments, are this rank's own copy
-            strategy.args.ds.value_head_prefix = own.options.get(
-                "value_head_prefix", strategy.args.ds.value_head_prefix
-            )
+            strategy.args.ds.value_head_prefix = own.settings.value_head_prefix or strategy.args.ds.value_head_prefix
         if len(objectives) > 1:
             # Between the host's building of the model and DeepSpeed's taking it over there is this one call.
             prepare = strategy.prepare
             strategy.prepare = lambda pair: prepare((add_value_heads(pair[0], objectives, pretrain), pair[1]))
         super().init_model_from_pretrained(strategy, pretrain, max_steps)
         restore_normalization(self.critic.module)
-        self.names = strategy.args.pama.names
+        self.names = strategy.args.pama.trained_names
         self.trainer.critic_loss_fn = MultiObjectiveValueLoss(self.trainer.critic_loss_fn)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

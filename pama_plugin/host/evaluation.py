@@ -36,11 +36,12 @@ class ScoredSamplesGenerator(SamplesGenerator):
 
     @torch.no_grad()
     def generate_eval_samples(self, **generate_kwargs: Any) -> list[Experience]:
-        """As the host's; the one reward per sample, which its metrics show, is the sum of ours times their weights."""
+        """As the host's; the one reward per sample, which its metrics show, sums ours, times their last weights."""
         samples: list[Experience] = super().generate_eval_samples(**generate_kwargs)
         rewards = self.experience_maker.score(samples)
         config = self.experience_maker.config
-        totals = sum(rewards[objective.name] * objective.weight for objective in config.objectives)
+        weighted = torch.stack([rewards[objective.name] * objective.weight.end for objective in config.trained])
+        totals = weighted.sum(0)  # NaN where one of them is missing
         for sample, total in zip(samples, totals):
             sample.rewards = total.reshape(1)
         datasets = {
@@ -62,7 +63,8 @@ class ScoredSamplesGenerator(SamplesGenerator):
 def summarise(rewards: dict[str, Tensor], datasets: list[str], n_samples_per_prompt: int) -> dict[str, float]:
     """Mean and standard error of every objective, by dataset and over all of them.
 
-    Responses to one prompt are alike, so the standard error is that of the prompts' means.
+    Responses to one prompt are alike, so the standard error is that of the prompts' means. A response without a reward
+    (NaN) does not count.
 
     Args:
         rewards: by objective, (P·n,) for P prompts with n responses each, those of one prompt side by side.
@@ -78,12 +80,14 @@ def summarise(rewards: dict[str, Tensor], datasets: list[str], n_samples_per_pro
     names = datasets[::n_samples_per_prompt]
     metrics = {}
     for objective, rewards_PN in rewards.items():
-        means_P = rewards_PN.double().reshape(-1, n_samples_per_prompt).mean(1)
+        means_P = rewards_PN.double().reshape(-1, n_samples_per_prompt).nanmean(1)
         for dataset in (*dict.fromkeys(names), ALL):
             own = means_P[torch.tensor([dataset in (ALL, name) for name in names])]
+            own = own[~own.isnan()]
             std = float(own.std()) if len(own) > 1 else math.nan
+            error = std / math.sqrt(max(1, len(own)))
             key = f"eval_{dataset}/{objective}"
-            metrics |= {key: float(own.mean()), f"{key}_se": std / math.sqrt(len(own)), f"{key}_std": std}
+            metrics |= {key: float(own.mean()), f"{key}_se": error, f"{key}_std": std}
     return metrics
 
 
@@ -98,11 +102,11 @@ def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> floa
     - ``hypervolume``: ``Π max(0, 1 + z_i)``, the volume that the evaluation dominates over the reference point one
       standard deviation below the first one; 1 at the first evaluation.
 
-    ``state`` keeps the first evaluation of each objective, and so does the checkpoint. Of a single prompt ``min`` and
-    ``hypervolume`` are NaN.
+    Weights are those at the end of their schedules. ``state`` keeps the first evaluation of each objective, and so does
+    the checkpoint. Of a single prompt ``min`` and ``hypervolume`` are NaN.
     """
     rises = []
-    for objective in config.objectives:
+    for objective in config.trained:
         mean, std = metrics[f"eval_{ALL}/{objective.name}"], metrics[f"eval_{ALL}/{objective.name}_std"]
         own = state.objectives[objective.name]
         if own.first_evaluation is None and std > 0:
@@ -112,10 +116,11 @@ def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> floa
         else:
             rises.append((mean - own.first_evaluation[0]) / own.first_evaluation[1])
     if config.best == "weighted":
-        return sum(objective.weight * metrics[f"eval_{ALL}/{objective.name}"] for objective in config.objectives)
+        return sum(own.weight.end * metrics[f"eval_{ALL}/{own.name}"] for own in config.trained)
     if any(map(math.isnan, rises)):
         return math.nan  # which is no better than anything
     if config.best == "hypervolume":
         return math.prod(max(0.0, 1 + rise) for rise in rises)
-    mean_weight = sum(config.weights) / len(config.weights)
-    return min(rise * mean_weight / weight for rise, weight in zip(rises, config.weights))
+    weights = [objective.weight.end for objective in config.trained]
+    mean_weight = sum(weights) / len(weights)
+    return min(rise * mean_weight / weight for rise, weight in zip(rises, weights))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from pama_plugin.aggregation import Aggregation, aggregate
 from pama_plugin.config import PamaConfig
 from pama_plugin.errors import RewardError
 from pama_plugin.host.critic import flatten_objectives
+from pama_plugin.host.probe import probe_rollout
+from pama_plugin.host.scored import Scored
+from pama_plugin.objective import Objective
+from pama_plugin.scoring import check_reward
+from pama_plugin.shaping import shape_rewards
 from pama_plugin.state import RunState
 
 logger = init_logger(__name__)
@@ -33,107 +39,196 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         super().__init__(*args, **kwargs)
         self.config: PamaConfig = self.args.pama
         self.state = RunState.start(self.config)
+        self.steps_done = 0
         self.warned: set[str] = set()
+        self.probing = self.config.probe != "off"
+        if self.config.of_kind("hf"):
+            from pama_plugin.host.conversations import (
+                Conversations,
+            )  # needs transformers to be there, as those models do
+
+            self.conversations = Conversations(self.strategy, self.tokenizer)
 
     @torch.no_grad()
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
         """Score every response with every objective: all reward groups at once, beside the host's forwards."""
-        refs = self._dispatch_rewards(samples_list)
+        scored = self._dispatch_rewards(samples_list)
         for samples in samples_list:
             # Rewards that are there already keep the host from asking its one reward group. Nothing reads these.
             samples.rewards = torch.zeros(len(samples.sequences))
         experiences: list[Experience] = super().make_experience(samples_list)
-        self._collect_rewards(refs, experiences)
-        self._warn_of_clipping(experiences)
-        for name, own in self.state.objectives.items():
-            own.rewards.update(self._column(name, experiences))
+        self._collect_rewards(scored, experiences)
+        for objective in self.config.objectives:
+            self._apply_failure_policy(objective, experiences)
+            self._measure(objective, experiences)
+        if self.probing:
+            self.probing = False
+            probe_rollout(self, experiences)
         return experiences
 
     @torch.no_grad()
     def score(self, samples: list[Experience]) -> dict[str, Tensor]:
         """The rewards (B,) of every objective for B single samples that are not trained on, in their order."""
+        micro_batches = self._in_micro_batches(samples)
+        self._collect_rewards(self._dispatch_rewards(micro_batches), micro_batches)
+        for objective in self.config.objectives:
+            self._apply_failure_policy(objective, micro_batches)
+        return {name: self._column(name, micro_batches) for name in self.config.names}
+
+    @torch.no_grad()
+    def score_models(self, samples: list[Experience]) -> dict[str, Tensor]:
+        """What the reward models alone give, as it is."""
+        micro_batches = self._in_micro_batches(samples)
+        self._collect_rewards(self._dispatch_rewards(micro_batches), micro_batches)
+        return {own.name: self._column(own.name, micro_batches) for own in self.config.of_kind("rm", "hf")}
+
+    def _in_micro_batches(self, samples: list[Experience]) -> list[Experience]:
         size = self.args.rollout.micro_batch_size
-        micro_batches = [
+        return [
             Experience.concat_experiences(samples[start : start + size], self.tokenizer.pad_token_id)
             for start in range(0, len(samples), size)
         ]
-        self._collect_rewards(self._dispatch_rewards(micro_batches), micro_batches)
-        return {name: self._column(name, micro_batches) for name in self.config.names}
 
-    def _dispatch_rewards(self, samples_list: list[Experience]) -> dict[str, list[Any]]:
+    def _dispatch_rewards(self, samples_list: list[Experience]) -> dict[str, Scored]:
         # Models that share a GPU run one after the other and free the cache in between, as the host's own do.
         shared_with_critic = self.args.train.colocate_critic_reward and self.args.algo.advantage.estimator == "gae"
-        refs = {}
+        one_by_one = self.args.train.colocate_all or shared_with_critic
+        scored = {}
         for objective in self.config.of_kind("rm"):
-            group = self.reward_model_group.groups[objective.name]
+            group, start = self.reward_model_group.groups[objective.name], time.perf_counter()
             # Copies of the last micro-batch fill up: with ZeRO-3 all ranks must be asked equally often, or they hang.
             ranks = len(group._actor_handlers) // group.duplicate_actors
             filled = samples_list + samples_list[-1:] * (-len(samples_list) % ranks)
-            refs[objective.name] = self._dispatch_forward(
+            refs = self._dispatch_forward(
                 group,
-                self.args.train.colocate_all or shared_with_critic,
+                one_by_one,
                 sequences=[samples.sequences for samples in filled],
                 attention_mask=[samples.attention_mask for samples in filled],
                 pad_sequence=[True] * len(filled),
             )
-        return refs
+            scored[objective.name] = Scored(start, refs)
+        if readers := self.config.of_kind("hf"):
+            conversations = self.conversations.of(samples_list)
+            for objective in readers:
+                group = self.reward_model_group.groups[objective.name]
+                scored[objective.name] = group.score(conversations, one_by_one=one_by_one)
+        return scored
 
-    def _collect_rewards(self, refs: dict[str, list[Any]], experiences: list[Experience]) -> None:
+    def _collect_rewards(self, scored: dict[str, Scored], experiences: list[Experience]) -> None:
+        sizes = [len(experience.sequences) for experience in experiences]
         copies = self.args.ds.ring_attn_size * self.args.ds.tensor_parallel_size
-        for name, group_refs in refs.items():
-            rewards = self._flatten_results(group_refs, copies)[: len(experiences)]
+        for objective in self.config.of_kind("rm", "hf"):
+            own = scored[objective.name]
+            if objective.kind == "rm":
+                rewards = self._flatten_results(own.refs, copies)[: len(experiences)]
+            else:
+                rewards = self.reward_model_group.groups[objective.name].collect(own).split(sizes)
+            seconds = own.seconds()
             for experience, rewards_B in zip(experiences, rewards, strict=True):
-                experience.info[f"reward/{name}"] = rewards_B.float()
-        for name, experience in itertools.product(self.config.names, experiences):
-            self._check_rewards(name, experience)
+                experience.info[f"reward/{objective.name}"] = rewards_B.float()
+                experience.info[f"seconds/{objective.name}"] = torch.full((len(rewards_B),), seconds)
 
     def _column(self, name: str, experiences: list[Experience]) -> Tensor:
         return torch.cat([experience.info[f"reward/{name}"] for experience in experiences])
 
-    def _check_rewards(self, name: str, experience: Experience) -> None:
-        rewards_B = experience.info.get(f"reward/{name}")
-        missing_B = torch.ones(len(experience.sequences)) if rewards_B is None else ~rewards_B.isfinite()
-        if missing_B.any():
-            row = int(missing_B.nonzero()[0])
-            found = "nothing" if rewards_B is None else rewards_B[row].item()
-            tokens = experience.sequences[row][experience.attention_mask[row].bool()]
-            raise RewardError(name, f"returned {found}", self.tokenizer.decode(tokens))
+    def _apply_failure_policy(self, objective: Objective, experiences: list[Experience]) -> None:
+        """After it a column has a number that training can use, or NaN, for every response."""
+        name, failures = objective.name, []
+        for experience in experiences:
+            rewards_B = experience.info.get(f"reward/{name}")
+            if rewards_B is None:  # no failure of the reward: a rollout that does not score
+                raise RewardError(name, "returned nothing", self._text(experience, 0))
+            outcomes = [check_reward(objective, reward) for reward in rewards_B.tolist()]
+            failures += [(own.problem, experience, row) for row, own in enumerate(outcomes) if own.problem is not None]
+            failed_B = torch.tensor([own.problem is not None for own in outcomes])
+            experience.info[f"reward/{name}"] = rewards_B.masked_fill(failed_B, math.nan)
+            experience.info[f"pama/failures/{name}"] = failed_B.float()
+        if not failures:
+            return
+        problem, experience, row = failures[0]
+        total = sum(len(experience.sequences) for experience in experiences)
+        if objective.on_failure.action == "fail":
+            raise RewardError(name, problem, self._text(experience, row))
+        if len(failures) > objective.max_failures * total:
+            ceiling = f"{len(failures)} of {total} responses have no reward, more than max_failures"
+            raise RewardError(name, f"{ceiling}={objective.max_failures}", self._text(experience, row))
 
-    def _warn_of_clipping(self, experiences: list[Experience]) -> None:
+    def _text(self, experience: Experience, row: int) -> str:
+        return self.tokenizer.decode(experience.sequences[row][experience.attention_mask[row].bool()])
+
+    def _measure(self, objective: Objective, experiences: list[Experience]) -> None:
+        """Statistics of what was measured; frozen after so many steps, but not before anything has varied."""
+        own = self.state.objectives[objective.name]
+        if objective.freeze_after is not None and own.steps >= objective.freeze_after and own.rewards.std > 0:
+            return
+        rewards_B = self._column(objective.name, experiences)
+        own.rewards.update(rewards_B[rewards_B.isfinite()])
+        own.steps += 1
+
+    def _rewards(self, objective: Objective, experiences: list[Experience]) -> Tensor:
+        """(B,): what was measured or is imputed; NaN where the objective is left out of the aggregation."""
+        rewards_B = self._column(objective.name, experiences)
+        if objective.on_failure.action == "impute":
+            value, measured = objective.on_failure.value, self.state.objectives[objective.name].rewards
+            if value is None and measured.count:
+                value = measured.mean
+            if value is not None:
+                return rewards_B.nan_to_num(value)
+        return rewards_B
+
+    def _shape(self, objective: Objective, experiences: list[Experience]) -> tuple[Tensor, ...]:
+        """What the host's estimator is given of one objective, split as ``experiences`` are."""
+        order = _order(experiences)
+        rewards_B = torch.empty(len(order))
+        rewards_B[order] = self._rewards(objective, experiences)
+        shaped_GN = shape_rewards(
+            objective,
+            rewards_B.reshape(-1, self.args.rollout.n_samples_per_prompt),
+            self.state.objectives[objective.name].rewards,
+            fill_by_group=self.advantage_estimator in GROUP_ESTIMATORS,
+        )
+        self._warn_of_clipping(objective.name, shaped_GN)
+        return shaped_GN.flatten()[order].split([len(experience.sequences) for experience in experiences])
+
+    def _warn_of_clipping(self, name: str, rewards: Tensor) -> None:
         """The host clamps every reward before its estimator, without a word: say so, once per objective."""
         low, high = self.args.reward.clip_range
-        for name in self.config.names:
-            rewards_B = self._column(name, experiences)
-            clipped = int(((rewards_B < low) | (rewards_B > high)).sum())
-            if clipped and name not in self.warned:
-                self.warned.add(name)
-                logger.warning(
-                    f"objective {name!r}: {clipped} of {len(rewards_B)} rewards lie outside --reward.clip_range "
-                    f"{low} {high} and are clipped by OpenRLHF; reward/{name} in the logs is the raw one"
-                )
+        clipped = int(((rewards < low) | (rewards > high)).sum())
+        if clipped and name not in self.warned:
+            self.warned.add(name)
+            logger.warning(
+                f"objective {name!r}: {clipped} of {rewards.numel()} rewards lie outside --reward.clip_range {low} "
+                f"{high} and are clipped by OpenRLHF; reward/{name} in the logs is the raw one"
+            )
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
         """Run the host's estimator with each objective's rewards, and give the actor the aggregate of the K results.
 
-        ``reward`` and ``return`` of ``info``, and ``rewards``, become sums of the objectives' own, times their weights:
-        the host shows and logs them. With one objective of weight 1 and the rule ``linear`` every tensor is the stock
-        one, bit for bit.
+        ``reward`` and ``return`` of ``info``, and ``rewards``, become sums of what the estimator saw of each objective,
+        times the weights: the host shows and logs them. With one objective of weight 1 and the rule ``linear`` every
+        tensor is the stock one, bit for bit.
         """
-        runs = [self._estimate(index, experiences) for index in range(len(self.config.names))]
+        trained, weights = self.config.trained, self.config.weights_at(self.steps_done)
+        present_KB = torch.stack([self._rewards(objective, experiences).isfinite() for objective in trained])
+        runs = [
+            self._estimate(index, objective, present_KB[index], experiences) for index, objective in enumerate(trained)
+        ]
         result = aggregate(
             self.config.loss,
             torch.stack([_join([experience.advantages for experience in run]) for run in runs]),
             _join([experience.action_mask for experience in experiences]),
             level=self.config.level,
             noon=self.config.noon,
-            weights=self.config.weights,
-            active=[self._tells_responses_apart(run) for run in runs],
+            weights=weights,
+            active=[self._tells_responses_apart(run, present_B) for run, present_B in zip(runs, present_KB)],
+            present_KB=present_KB,
         )
         metrics = self._name_metrics(result)
         if self.advantage_estimator == "gae":
             metrics |= {
-                f"explained_variance/{name}": _explained_variance(run) for name, run in zip(self.config.names, runs)
+                f"explained_variance/{objective.name}": _explained_variance(run, present_B)
+                for objective, run, present_B in zip(trained, runs, present_KB)
             }
 
         sizes = [len(experience.sequences) for experience in experiences]
@@ -147,34 +242,36 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             valid_BA = combined.action_mask.bool()
             advantages_BA = advantages_BA[:, : valid_BA.shape[1]]
             combined.advantages = torch.where(valid_BA, advantages_BA, combined.advantages)  # padding stays the host's
-            combined.rewards = self._weighted([experience.rewards for experience in own])
+            combined.rewards = _weighted([experience.rewards for experience in own], weights)
             for key in [key for key, value in combined.info.items() if value is not stock.info.get(key)]:
-                combined.info[key] = self._weighted([experience.info[key] for experience in own])
+                combined.info[key] = _weighted([experience.info[key] for experience in own], weights)
             if len(own) > 1:  # a sum of standard deviations is not one
                 combined.info.pop("group_reward_std", None)
             # One value per rollout batch, as a column like any other of ``info``; the trainer takes them out again.
             combined.info |= {key: torch.full((len(valid_BA),), value) for key, value in metrics.items()}
         return runs[0]
 
-    def _tells_responses_apart(self, run: list[Experience]) -> bool:
+    def _tells_responses_apart(self, run: list[Experience], present_B: Tensor) -> bool:
         """Whether the rewards that the estimator sees differ where it compares them: in the batch, or a prompt's group.
 
         Where they do not, the advantages are 0 up to rounding, which whitening blows up to a signal.
         """
-        order = torch.tensor(list(itertools.chain.from_iterable(experience.index for experience in run)))
-        rewards_B = torch.empty(len(order))
-        rewards_B[order] = torch.cat([experience.rewards for experience in run]).float()
-        rewards_B.clamp_(*self.args.reward.clip_range)
+        order = _order(run)
+        rewards_B = torch.cat([experience.rewards for experience in run]).float()
+        rewards_B = rewards_B.clamp(*self.args.reward.clip_range)
+        low_B, high_B = (torch.empty(len(order)) for _ in range(2))
+        low_B[order] = rewards_B.masked_fill(~present_B, math.inf)
+        high_B[order] = rewards_B.masked_fill(~present_B, -math.inf)
         size = self.args.rollout.n_samples_per_prompt if self.advantage_estimator in GROUP_ESTIMATORS else len(order)
-        groups_GB = rewards_B.reshape(-1, size)
-        return bool((groups_GB.amin(1) < groups_GB.amax(1)).any())
+        return bool((low_B.reshape(-1, size).amin(1) < high_B.reshape(-1, size).amax(1)).any())
 
-    def _estimate(self, index: int, experiences: list[Experience]) -> list[Experience]:
+    def _estimate(
+        self, index: int, objective: Objective, present_B: Tensor, experiences: list[Experience]
+    ) -> list[Experience]:
         """What the host's estimator makes of one objective's rewards and values, in copies that share all the rest."""
-        name = self.config.names[index]
         copies = []
-        for experience in experiences:
-            rewards_B = experience.info[f"reward/{name}"].clone()  # the host applies penalties to it in place
+        for experience, rewards_B in zip(experiences, self._shape(objective, experiences)):
+            rewards_B = rewards_B.clone()  # the host applies penalties to it in place
             values = experience.values
             own = {
                 "rewards": rewards_B,
@@ -182,29 +279,49 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
                 "values": values if values is None or values.dim() == 2 else values[..., index],
             }
             copies.append(Experience(**vars(experience) | own))
-        estimated: list[Experience] = super().compute_advantages_and_returns(copies)
-        return estimated
+        if present_B.all() or not present_B.any():
+            return super().compute_advantages_and_returns(copies)
 
-    def _weighted(self, tensors: list[Tensor]) -> Tensor:
-        return sum(tensor * weight for tensor, weight in zip(tensors, self.config.weights))
+        # Whoever has no reward must not enter the whitening, nor teach the value head.
+        rows = present_B.split([len(experience.sequences) for experience in experiences])
+        for copy, rows_B in zip(copies, rows):
+            copy.action_mask = copy.action_mask * rows_B.unsqueeze(-1)
+        estimated: list[Experience] = super().compute_advantages_and_returns(copies)
+        for copy, experience, rows_B in zip(estimated, experiences, rows):
+            copy.action_mask = experience.action_mask
+            if copy.values is not None:
+                copy.returns = torch.where(rows_B.unsqueeze(-1), copy.returns, copy.values)
+        return estimated
 
     def _name_metrics(self, result: Aggregation) -> dict[str, float]:
         """``gain/1`` → ``pama/gain/<name of objective 1>``."""
-        named = {f"pama/coefficient/{name}": float(c) for name, c in zip(self.config.names, result.coefficients)}
+        names = self.config.trained_names
+        named = {f"pama/coefficient/{name}": float(c) for name, c in zip(names, result.coefficients)}
         for key, value in result.metrics.items():
             stem, _, index = key.partition("/")
-            named[f"pama/{stem}/{self.config.names[int(index)]}" if index else f"pama/{key}"] = value
-        return named
+            named[f"pama/{stem}/{names[int(index)]}" if index else f"pama/{key}"] = value
+        scheduled = [objective for objective in self.config.trained if objective.weight.shape != "constant"]
+        return named | {f"pama/weight/{own.name}": own.weight.at(self.steps_done) for own in scheduled}
 
 
-def _explained_variance(run: list[Experience]) -> float:
-    """``1 − Var(R − V) / Var(R)`` over the response tokens of the rollout batch; NaN where the returns do not vary."""
-    mask = torch.cat([experience.action_mask.flatten() for experience in run]).bool()
+def _order(experiences: list[Experience]) -> Tensor:
+    """(B,): where each response stands among those of the rollout, in which a prompt's own are side by side."""
+    return torch.tensor(list(itertools.chain.from_iterable(experience.index for experience in experiences)))
+
+
+def _weighted(tensors: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    return sum(tensor * weight for tensor, weight in zip(tensors, weights))
+
+
+def _explained_variance(run: list[Experience], present_B: Tensor) -> float:
+    """``1 − Var(R − V) / Var(R)`` over the tokens of the responses with a reward; NaN where the returns do not vary."""
+    rows = present_B.split([len(experience.sequences) for experience in run])
+    mask = torch.cat([(own.action_mask.bool() & rows_B.unsqueeze(-1)).flatten() for own, rows_B in zip(run, rows)])
     returns, values = (
         torch.cat([getattr(experience, field).flatten() for experience in run])[mask].double()
         for field in ("returns", "values")
     )
-    if returns.std() <= 1e-6 * returns.abs().max():  # rounding
+    if len(returns) < 2 or returns.std() <= 1e-6 * returns.abs().max():  # rounding
         return math.nan
     return float(1 - (returns - values).var() / returns.var())
 

@@ -33,6 +33,8 @@ TABLE = Path(__file__).with_name("fingerprints.json")
 # File of the host → functions, classes (their header and fields) and, as __main__, what runs when it is the command.
 SEAMS = {
     "cli/train_ppo_ray.py": "train __main__",
+    "datasets/prompts_dataset.py": "preprocess_data",
+    "datasets/utils.py": "blending_datasets",
     "models/loss.py": "PolicyLoss.forward ValueLoss.__init__ ValueLoss.forward",
     "models/model.py": "get_llm_for_sequence_regression _get_reward_model _get_critic_model",
     "models/utils.py": "compute_reward masked_mean",
@@ -78,6 +80,7 @@ SEAMS = {
     "trainer/ray/vllm_engine.py": """
         _load_agent_executor create_vllm_engines batch_vllm_engine_call
         RolloutRayActor RolloutRayActor.__init__ RolloutRayActor.generate_responses""",
+    "trainer/ray/utils.py": "ray_noset_visible_devices",
     "utils/agent.py": """
         AgentExecutorBase.execute MultiTurnAgentExecutor.__init__ MultiTurnAgentExecutor.execute
         SingleTurnAgentExecutor.__init__ SingleTurnAgentExecutor.execute""",

@@ -9,10 +9,11 @@ import argparse
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pama_plugin.config import Objective, PamaConfig
+from pama_plugin.config import PamaConfig
 from pama_plugin.errors import ConfigError
+from pama_plugin.objective import Objective
 
 # Ray counts GPUs in steps of 0.0001: rounding a share up would make K of them overflow their GPU, for ever pending.
 GPU_STEPS = 10_000
@@ -78,7 +79,7 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
 
     Args:
         args: the host's flags, flat: ``getattr(args, "actor.num_nodes")``.
-        config: the objectives; each of kind ``rm`` is a group of ranks.
+        config: the objectives; each of kind ``rm`` is a group of ranks, each of kind ``hf`` one of replicas.
 
     Raises:
         ConfigError: flags that no cluster can serve, which the host would refuse or wait for once Ray has started.
@@ -94,12 +95,14 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
     references = [_role(args, "reference", "ref")] if getattr(args, "algo.kl.init_coef") > 0 else []
     critics = [_role(args, "critic", "critic")] if getattr(args, "algo.advantage.estimator") == "gae" else []
     critic_shares = bool(critics) and getattr(args, "train.colocate_critic_reward")
-    rewards = _reward_roles(args, config.of_kind("rm"), colocated=colocate_all or critic_shares)
+    rewards = _reward_roles(args, config.of_kind("rm", "hf"), colocated=colocate_all or critic_shares)
     engines = getattr(args, "vllm.num_engines") or 0
     rollouts = [Role("rollout", engines, getattr(args, "vllm.tensor_parallel_size"))] if engines > 0 else []
 
+    independent = {reward_role(objective) for objective in config.of_kind("hf")}  # of batches, and of each other
     for role in (policy, *references, *critics, *rewards):
-        _check_batches(args, role)
+        if role.name not in independent:
+            _check_batches(args, role)
     if policy_shares and references and policy[1:] != references[0][1:]:
         _refuse_sizes("--train.colocate_all and --train.colocate_actor_ref", policy, references[0])
     if rollout_is_inside and rollouts and policy.ranks != rollouts[0].ranks:
@@ -108,7 +111,8 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
         _refuse_sizes("--train.colocate_critic_reward", critics[0], default)
 
     first = [*rollouts, policy, *references] if rollout_is_inside else [policy, *references]
-    second = [*critics, *rewards]
+    on_cpus = [role for role in rewards if not role.share]
+    second = [*critics, *(role for role in rewards if role.share)]
     if colocate_all and not critic_shares:
         first, second = [*first, *second], []
     blocks = [_share(policy.ranks, first)] if policy_shares else []
@@ -117,11 +121,11 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
     if not policy_shares:
         blocks += _stand_alone(first)
     blocks += [_share(critics[0].ranks, second)] if critic_shares else _stand_alone(second)
-    return Plan(tuple(blocks))
+    return Plan((*blocks, *(Block(0, (role,)) for role in on_cpus)))
 
 
 def reward_role(objective: Objective) -> str:
-    """What a plan calls the ranks of an ``rm`` objective: what the trackers call its rewards."""
+    """What a plan calls the ranks of an objective: what the trackers call its rewards."""
     return f"reward/{objective.name}"
 
 
@@ -130,25 +134,33 @@ def _role(args: argparse.Namespace, name: str, flag: str) -> Role:
 
 
 def _reward_roles(args: argparse.Namespace, objectives: Sequence[Objective], *, colocated: bool) -> list[Role]:
-    """One role per objective. Where the host colocates its one reward model, all of them split that model's share."""
-    share = math.floor(HOST_SHARE / max(1, len(objectives)) * GPU_STEPS) / GPU_STEPS if colocated else 1.0
+    """One role per objective. Where the host colocates its one reward model, all on GPUs split that model's share."""
+    on_gpus = [objective for objective in objectives if objective.settings.gpus != 0]
+    share = math.floor(HOST_SHARE / max(1, len(on_gpus)) * GPU_STEPS) / GPU_STEPS if colocated else 1.0
     roles = []
     for objective in objectives:
-        own = objective.placement
-        if own.offload and getattr(args, "ds.zero_stage") != 3:
+        own: Any = objective.settings
+        if objective.kind == "rm" and own.offload and getattr(args, "ds.zero_stage") != 3:
             raise ConfigError(
                 f"objective {objective.name!r}: offload=true needs --ds.zero_stage 3, without which DeepSpeed keeps "
                 f"parameters on the GPU, found {getattr(args, 'ds.zero_stage')}"
             )
-        if own.gpus is not None and own.gpus < 1:
-            if colocated:
+        if colocated and own.gpus is not None and 0 < own.gpus < 1:
+            raise ConfigError(
+                f"objective {objective.name!r}: gpus must be a whole number where reward models are colocated "
+                f"(they split one share of a GPU anyway), found {own.gpus}"
+            )
+        default = _role(args, reward_role(objective), "reward")
+        if objective.kind == "hf":
+            if 0 < own.gpus < 1 < own.gpus * own.replicas:
                 raise ConfigError(
-                    f"objective {objective.name!r}: gpus must be a whole number where reward models are colocated "
-                    f"(they split one share of a GPU anyway), found {own.gpus}"
+                    f"objective {objective.name!r}: replicas with a fraction of a GPU share one, so replicas × gpus "
+                    f"must be at most 1, found {own.replicas} × {own.gpus}"
                 )
-            roles.append(Role(reward_role(objective), 1, 1, own.gpus))
+            roles.append(Role(default.name, 1, own.replicas, min(own.gpus, share)))
+        elif own.gpus is not None and own.gpus < 1:
+            roles.append(Role(default.name, 1, 1, own.gpus))
         else:
-            default = _role(args, reward_role(objective), "reward")
             gpus_per_node = int(own.gpus or default.gpus_per_node)
             roles.append(Role(default.name, own.nodes or default.nodes, gpus_per_node, share))
     return roles
@@ -197,15 +209,15 @@ def _share(gpus: int, roles: Iterable[Role]) -> Block:
 
 def _stand_alone(roles: Iterable[Role]) -> list[Block]:
     """A block per role of whole GPUs; fractions fill a GPU, in their order, until the next one would not fit."""
-    blocks = []
+    blocks: list[Block] = []
     for role in roles:
         for index, block in enumerate(blocks):
-            steps = sum(round(other.share * GPU_STEPS) for other in (*block.roles, role))
+            steps = sum(round(other.share * GPU_STEPS) * other.ranks for other in (*block.roles, role))
             if role.share < 1 and steps <= GPU_STEPS:
                 blocks[index] = Block(1, (*block.roles, role))
                 break
         else:
-            blocks.append(Block(role.ranks, (role,)))
+            blocks.append(Block(role.ranks if role.share == 1 else 1, (role,)))
     return blocks
 
 
@@ -244,8 +256,8 @@ def format_plan(plan: Plan, cluster: Sequence[Node]) -> str:
     rows = [("role", "ranks", "GPUs each", "block", "node")]
     for index, (block, nodes) in enumerate(zip(plan.blocks, place(plan, cluster)), start=1):
         for role in block.roles:
-            where = list(dict.fromkeys(nodes[: role.ranks])) + ["none"] * (len(nodes) < role.ranks)
-            rows.append((role.name, str(role.ranks), f"{role.share:g}", str(index), ", ".join(where)))
+            where = list(dict.fromkeys(nodes[: role.ranks])) + ["none"] * (len(nodes) < min(role.ranks, block.gpus))
+            rows.append((role.name, str(role.ranks), f"{role.share:g}", str(index), ", ".join(where) or "any"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
         "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:4])), node])

@@ -1,4 +1,4 @@
-"""K groups of stock ``RewardModelActor`` where the host's driver and trainer expect one."""
+"""K groups of reward models where the host's driver and trainer expect one."""
 
 import copy
 from collections.abc import Callable
@@ -9,23 +9,25 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ray.launcher import RayActorGroup
 from ray.util.placement_group import PlacementGroup, placement_group
 
-from pama_plugin.config import Objective, PamaConfig
+from pama_plugin.config import PamaConfig
 from pama_plugin.host.critic import restore_normalization
 from pama_plugin.host.placement import Plan, Role, reward_role
+from pama_plugin.objective import Objective
 
 
 class RewardGroups:
-    """One ``RayActorGroup`` per ``rm`` objective, keyed by name; stands in for the host's single reward group.
+    """A group per ``rm`` and ``hf`` objective, keyed by name; stands in for the host's single reward group.
 
-    Each is a world of its own, of the size and with the share of a GPU that the plan says: in the placement group that
-    the host gives (``pg``), else on whole GPUs of its own, or, with a fraction, on one that several objectives share.
+    Those of ``rm`` are groups of stock ``RewardModelActor``, each a world of its own; those of ``hf`` are replicas.
+    Each has the size and the share of a GPU that the plan says: in the placement group that the host gives (``pg``),
+    else on whole GPUs of its own, or, with a fraction, on one that several objectives share.
     """
 
     def __init__(
         self,
         objectives: tuple[Objective, ...],
         plan: Plan,
-        make_group: Callable[[Role, PlacementGroup | None], RayActorGroup],
+        make_group: Callable[[Objective, Role, PlacementGroup | None], Any],
         pg: PlacementGroup | None,
     ) -> None:
         homes = {role.name: (role, block) for block in plan.blocks for role in block.roles}
@@ -34,17 +36,20 @@ class RewardGroups:
         self.groups = {}
         for objective in objectives:
             role, block = homes[reward_role(objective)]
-            if pg is None and role.share < 1 and block not in gpus:
+            if pg is None and 0 < role.share < 1 and block not in gpus:
                 gpus[block] = placement_group([{"GPU": 1, "CPU": 1}])
                 ray.get(gpus[block].ready())
-            self.groups[objective.name] = make_group(role, gpus.get(block, pg))
+            self.groups[objective.name] = make_group(objective, role, gpus.get(block, pg))
 
     def async_init_model_from_pretrained(self, strategy: Any, pretrain: str) -> list[Any]:
         """Load every objective's own model; ``pretrain`` is the first one's location, which the host passes."""
         refs = []
         for objective in self.objectives:
-            own = _strategy_of(objective, strategy)
             group = self.groups[objective.name]
+            if objective.kind == "hf":
+                refs += group.async_ready()
+                continue
+            own = _strategy_of(objective, strategy)
             refs += group.async_init_model_from_pretrained(own, objective.location)
             refs += group.async_run_method("__ray_call__", lambda rank: restore_normalization(rank.model.module))
         return refs
@@ -54,12 +59,13 @@ def _strategy_of(objective: Objective, strategy: Any) -> Any:
     """The strategy with this objective's own settings. Copies are shallow: no rank sees another objective's."""
     own = copy.copy(strategy)
     own.args = copy.copy(strategy.args)
-    if "value_head_prefix" in objective.options:
+    settings = objective.settings
+    if settings.value_head_prefix is not None:
         own.args.ds = copy.copy(strategy.args.ds)
-        own.args.ds.value_head_prefix = objective.options["value_head_prefix"]
-    if objective.placement.offload is not None:
+        own.args.ds.value_head_prefix = settings.value_head_prefix
+    if settings.offload is not None:
         own.args.reward = copy.copy(strategy.args.reward)
-        own.args.reward.offload = objective.placement.offload
+        own.args.reward.offload = settings.offload
     return own
 
 
@@ -84,10 +90,14 @@ def group_builder(
         if ray_actor_type is not reward_actor:
             return stock(num_nodes, num_gpus_per_node, ray_actor_type, **placement)
 
-        def make_group(role: Role, pg: PlacementGroup | None) -> RayActorGroup:
+        def make_group(objective: Objective, role: Role, pg: PlacementGroup | None) -> Any:
+            if objective.kind == "hf":
+                from pama_plugin.host.hf import HfGroup
+
+                return HfGroup(objective, role, pg)
             own = placement | {"pg": pg, "num_gpus_per_actor": role.share}
             return stock(role.nodes, role.gpus_per_node, ray_actor_type, **own)
 
-        return RewardGroups(config.of_kind("rm"), plan, make_group, placement["pg"])
+        return RewardGroups(config.of_kind("rm", "hf"), plan, make_group, placement["pg"])
 
     return build

@@ -2,71 +2,114 @@
 
 import asyncio
 import copy
-import math
+import logging
+import time
 import zlib
 from typing import Any
 
 import ray
+import torch
 from openrlhf.trainer.ray import vllm_engine
-from openrlhf.utils.agent import SingleTurnAgentExecutor
+from openrlhf.utils.agent import AgentExecutorBase
 
-from pama_plugin.config import Objective, PamaConfig
-from pama_plugin.errors import RewardError
-from pama_plugin.rewards import Response, Scorer, load_builtin, load_function
+from pama_plugin.config import PamaConfig
+from pama_plugin.errors import PamaError, RewardError
+from pama_plugin.objective import IN_THE_ROLLOUT, Objective
+from pama_plugin.rewards import Response
+from pama_plugin.scoring import attempt, load_scorer
 
-
-def _scorer(objective: Objective) -> Scorer:
-    if objective.kind == "py":
-        return load_function(objective.location)
-    return load_builtin(objective.location, objective.options)
+logger = logging.getLogger(__name__)
 
 
-class ObjectiveExecutor(SingleTurnAgentExecutor):
-    """The host's single-turn executor, then one reward per ``py`` and ``builtin`` objective.
+class ObjectiveExecutor(AgentExecutorBase):
+    """The host's executor, or the user's own agent, then one reward per objective that is scored in the rollout.
 
-    The rewards leave as ``extra_logs``, which the host turns into one column per objective of ``Experience.info``. The
-    host's own executor logs and swallows an exception of a reward; here it stops the run.
+    The rewards leave as ``extra_logs``, which the host turns into one column per objective of ``Experience.info``: NaN
+    for a response without a reward, where the objective's policy is not to fail. The host's own executor logs and
+    swallows an exception of a reward.
     """
 
-    def __init__(self, config: PamaConfig, scalar_reward: bool) -> None:
-        super().__init__(remote_rm_url=None)
-        self.config = config
-        self.scalar_reward = scalar_reward
-        self.scored = config.of_kind("py", "builtin")
-        self.scorers = {objective.name: _scorer(objective) for objective in self.scored}
+    def __init__(self, config: PamaConfig, base: AgentExecutorBase, scalar_reward: bool) -> None:
+        self.config, self.base, self.scalar_reward = config, base, scalar_reward
+        self.scored = config.of_kind(*IN_THE_ROLLOUT)
+        self.scorers = {own.name: load_scorer(own) for own in self.scored if own.kind != "agent"}
+        self.failures = dict.fromkeys(config.names, 0)
+        self.steps_done = 0
 
     async def execute(self, *, hf_tokenizer: Any, **request: Any) -> dict[str, Any]:
-        output: dict[str, Any] = await super().execute(hf_tokenizer=hf_tokenizer, **request)
-        if not self.scorers:
+        output: dict[str, Any] = await self.base.execute(hf_tokenizer=hf_tokenizer, **request)
+        if not self.scored:
             return output
+        tokens, turns = output["observation_tokens"], output["action_ranges"]
+        actions = [token for start, end in turns for token in tokens[start:end]]
         response = Response(
-            query=hf_tokenizer.decode(output["observation_tokens"], skip_special_tokens=False),
+            query=hf_tokenizer.decode(tokens, skip_special_tokens=False),
             prompt=output["prompt"],
             label=output["label"],
-            num_tokens=sum(end - start for start, end in output["action_ranges"]),
+            response=hf_tokenizer.decode(actions, skip_special_tokens=True),
+            num_tokens=len(actions),
         )
-        rewards = await asyncio.gather(
-            *(asyncio.to_thread(_score, name, scorer, response) for name, scorer in self.scorers.items())
-        )
-        output["extra_logs"] = {f"reward/{name}": reward for name, reward in zip(self.scorers, rewards)}
+        logs = output.get("extra_logs") or {}
+        given = {"reward": output.get("reward"), "scores": output.get("scores")} | logs
+        outcomes = await asyncio.gather(*(self._score(own, response, given) for own in self.scored))
+        columns = {}
+        for own, (reward, seconds) in zip(self.scored, outcomes):
+            columns |= {f"reward/{own.name}": reward, f"seconds/{own.name}": seconds}
+        output["extra_logs"] = logs | columns
         if self.scalar_reward:
-            total = sum(objective.weight * reward for objective, reward in zip(self.scored, rewards))
+            rewards = [own.weight.at(self.steps_done) * reward for own, (reward, _) in zip(self.scored, outcomes)]
+            total = sum(reward for own, reward in zip(self.scored, rewards) if own.role == "train")
             output |= {"reward": total, "scores": total}
         return output
 
+    async def score_texts(self, responses: list[Response]) -> dict[str, list[float]]:
+        """What each objective but an agent's gives; NaN, and a line in the log, where it gives nothing."""
+        found = {}
+        for own in self.scored:
+            if own.kind == "agent":
+                continue
+            outcomes = await asyncio.gather(*(attempt(own, self.scorers[own.name](each)) for each in responses))
+            for problem in [outcome.problem for outcome in outcomes if outcome.problem is not None][:1]:
+                logger.warning("PAMA: objective %r, asked before the first step: %s", own.name, problem)
+            found[own.name] = [outcome.reward for outcome in outcomes]
+        return found
 
-def _score(name: str, scorer: Scorer, response: Response) -> float:
-    try:
-        reward = scorer(response)
-    except Exception as error:  # the user's code may raise anything, and every failure must name its objective
-        raise RewardError(name, f"{type(error).__name__}: {error}", response.query) from error
-    if not math.isfinite(reward):
-        raise RewardError(name, f"returned {reward}", response.query)
-    return reward
+    async def _score(self, own: Objective, response: Response, given: dict[str, Any]) -> tuple[float, float]:
+        """The reward, or NaN, and the seconds it took."""
+        start = time.perf_counter()
+        reward = _read(given, own.location) if own.kind == "agent" else self.scorers[own.name](response)
+        outcome = await attempt(own, reward)
+        if outcome.problem is not None:
+            if own.on_failure.action == "fail":
+                raise RewardError(own.name, outcome.problem, response.query)
+            self._warn(own, outcome.problem)
+        return outcome.reward, time.perf_counter() - start
+
+    def _warn(self, own: Objective, problem: str) -> None:
+        """At the first failure, the second, the fourth …: a dead server must not fill the log."""
+        self.failures[own.name] += 1
+        count = self.failures[own.name]
+        if count & (count - 1) == 0:
+            logger.warning(
+                "objective %r: %d responses without a reward in this engine so far (%s); the last: %s",
+                *(own.name, count, own.on_failure, problem),
+            )
+
+
+async def _read(given: dict[str, Any], key: str) -> float:
+    """One number of what the agent returned."""
+    if given.get(key) is None:
+        raise PamaError(
+            f"the agent returned no {key!r}, but {', '.join(name for name in given if given[name] is not None)}"
+        )
+    values = torch.as_tensor(given[key]).flatten()
+    if len(values) != 1:
+        raise PamaError(f"the agent returned {len(values)} values as {key!r}")
+    return float(values[0])
 
 
 def rollout_actor(config: PamaConfig, scalar_reward: bool, seed: int | None) -> Any:
-    """The host's vLLM actor with our executor.
+    """The host's vLLM actor with our executor around its own.
 
     The host gives this actor neither its arguments nor a hook, so the class carries the configuration: being local, it
     travels to the actors by value.
@@ -80,11 +123,13 @@ def rollout_actor(config: PamaConfig, scalar_reward: bool, seed: int | None) -> 
     class RolloutRayActor(vllm_engine.RolloutRayActor.__ray_metadata__.modified_class):
         async def __init__(self, *args: Any, remote_rm_url: Any = None, **kwargs: Any) -> None:
             await super().__init__(*args, **kwargs)
-            self.executor = ObjectiveExecutor(config, scalar_reward)
-            self.step = 0
+            self.executor = ObjectiveExecutor(config, self.executor, scalar_reward)
 
-        async def begin_step(self, step: int) -> None:
-            self.step = step
+        async def score_texts(self, responses: list[Response]) -> dict[str, list[float]]:
+            return await self.executor.score_texts(responses)
+
+        async def begin_step(self, steps_done: int) -> None:
+            self.executor.steps_done = steps_done
 
         async def generate_responses(
             self, *, prompt: str, sampling_params: Any, num_samples: int = 1, **request: Any
@@ -97,7 +142,7 @@ def rollout_actor(config: PamaConfig, scalar_reward: bool, seed: int | None) -> 
             samples = []
             for index in range(num_samples):
                 own = copy.deepcopy(sampling_params)
-                own.seed = zlib.crc32(f"{seed} {self.step} {index} {prompt}".encode())
+                own.seed = zlib.crc32(f"{seed} {self.executor.steps_done} {index} {prompt}".encode())
                 samples.append(generate(prompt=prompt, sampling_params=own, num_samples=1, **request))
             return [sample for (sample,) in await asyncio.gather(*samples)]
 

@@ -19,6 +19,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pama_plugin.config import STOCK, PamaConfig, dump_config, load_config
@@ -31,7 +32,7 @@ from pama_plugin.host.tokenizers import check_vocabularies
 logger = logging.getLogger(__name__)
 
 # Each of these gives the host its one reward; with objectives there is no place for it.
-STOCK_REWARD_FLAGS = ("reward.model_name_or_path", "reward.remote_url", "train.agent_func_path")
+STOCK_REWARD_FLAGS = ("reward.model_name_or_path", "reward.remote_url")
 
 # Seen with LoRA: OpenRLHF sends a policy's parameters to vLLM under the names of the adapted model, which vLLM's does
 # not know, and the run dies at its first weight sync. Remove an entry when the host runs it.
@@ -74,17 +75,17 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     config, resume = prepare_resume(args, config, allow_other_objectives=allowed["other_objectives"])
 
     args.pama = config
-    models = config.of_kind("rm")
-    if models:
+    if scored_by_models := config.of_kind("rm", "hf"):
         # Truthy, so that the host initialises the reward groups.
-        setattr(args, "reward.model_name_or_path", models[0].location)
-        if estimator == "gae" and getattr(args, "critic.model_name_or_path") is None:
-            setattr(args, "critic.model_name_or_path", models[0].location)  # as the host does with its one reward model
+        setattr(args, "reward.model_name_or_path", scored_by_models[0].location)
+    models = [own for own in config.trained if own.kind == "rm"]
+    if models and estimator == "gae" and getattr(args, "critic.model_name_or_path") is None:
+        setattr(args, "critic.model_name_or_path", models[0].location)  # as the host does with its one reward model
     critic = getattr(args, "critic.model_name_or_path") or getattr(args, "actor.model_name_or_path")
     if estimator == "gae" and critic:
         from pama_plugin.host.critic import load_value_heads  # as late as what it imports
 
-        load_value_heads(critic, config.names)  # refuses those of other objectives
+        load_value_heads(critic, config.trained_names)  # refuses those of other objectives
     # Truthy while the host validates its arguments: evaluation has its rewards. ``_ready`` takes it back where the host
     # must build reward-model groups; our rollout actor does not pass it on.
     setattr(args, "reward.remote_url", "pama")
@@ -99,16 +100,29 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
     for flag, why in BROKEN_IN_THE_HOST.items():
         if getattr(args, flag):
             raise ConfigError(f"--{flag} cannot be used: {why}; leave it out, found {getattr(args, flag)}")
-    with_heads = getattr(args, "algo.advantage.estimator") == "gae" and len(config.objectives) > 1
+    _check_agent(getattr(args, "train.agent_func_path"), config)
+    with_heads = getattr(args, "algo.advantage.estimator") == "gae" and len(config.trained) > 1
     if with_heads and getattr(args, "ds.tensor_parallel_size") > 1:
         raise ConfigError(
             "--ds.tensor_parallel_size must be 1 with gae and several objectives, whose value heads were never split "
             f"over ranks, found {getattr(args, 'ds.tensor_parallel_size')}: use another estimator or ZeRO-3"
         )
-    if getattr(args, "algo.dynamic_filtering_enable") and config.of_kind("rm"):
+    if getattr(args, "algo.dynamic_filtering_enable"):
+        if late := config.of_kind("rm", "hf"):
+            raise ConfigError(
+                "--algo.dynamic_filtering_enable needs every reward in the rollout, where rm and hf objectives are not "
+                f"scored, found {', '.join(objective.name for objective in late)}"
+            )
+        # Filtering comes before the failures are dealt with: a prompt whose responses have no reward has no rating.
+        if tolerant := [own.name for own in config.trained if own.on_failure.action != "fail"]:
+            raise ConfigError(
+                "--algo.dynamic_filtering_enable rates prompts by their rewards, so each needs on_failure=fail, found "
+                f"another in {', '.join(tolerant)}"
+            )
+    grouped = [own.name for own in config.objectives if own.normalize == "group"]
+    if grouped and getattr(args, "rollout.n_samples_per_prompt") == 1:
         raise ConfigError(
-            "--algo.dynamic_filtering_enable needs every reward in the rollout, where an rm objective is not scored, "
-            f"found {', '.join(objective.name for objective in config.of_kind('rm'))}"
+            f"normalize=group needs --rollout.n_samples_per_prompt of at least 2, found 1 with {', '.join(grouped)}"
         )
     ranks_in_step = getattr(args, "ds.ring_attn_size") * getattr(args, "ds.tensor_parallel_size")
     evaluates = getattr(args, "train.async_enable") and getattr(args, "eval.dataset")
@@ -125,15 +139,34 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
         )
 
 
+def _check_agent(agent: str | None, config: PamaConfig) -> None:
+    names = ", ".join(objective.name for objective in config.of_kind("agent"))
+    if names and not agent:
+        raise ConfigError(f"objectives of kind agent need --train.agent_func_path, found none with {names}")
+    if agent and not Path(agent).is_file():
+        raise ConfigError(f"--train.agent_func_path must be a file, found {agent}")
+
+
 def _check_models(args: argparse.Namespace, config: PamaConfig) -> list[str]:
-    """Warnings, or a ``ConfigError`` where a model that is given the policy's token ids cannot read them."""
+    """Warnings of what may be meant otherwise; ``ConfigError`` where a model cannot read the policy's token ids."""
+    warnings = []
+    for objective in config.of_kind("http"):
+        from pama_plugin.rewards.http import check_http
+
+        warnings += [
+            f"objective {objective.name!r}: {line}" for line in check_http(objective.location, objective.settings)
+        ]
+    if getattr(args, "train.agent_func_path") and not config.of_kind("agent"):
+        warnings.append(
+            "--train.agent_func_path: what the agent rewards is no objective; NAME=agent:reward makes it one"
+        )
     if args.use_ms:  # the host turns to another hub only after its flags are parsed
-        return []
+        return warnings
     readers = {f"--pama.objective {objective.name}": objective.location for objective in config.of_kind("rm")}
     critic = getattr(args, "critic.model_name_or_path")
     if critic and getattr(args, "algo.advantage.estimator") == "gae":
         readers["--critic.model_name_or_path"] = critic
-    return check_vocabularies(getattr(args, "actor.model_name_or_path"), readers)
+    return warnings + check_vocabularies(getattr(args, "actor.model_name_or_path"), readers)
 
 
 def _swap(
@@ -185,7 +218,7 @@ def _ready(
             print(f"[Warning] {error}", flush=True)
         if resume is not None:
             resume.point()
-        if config.of_kind("rm"):
+        if config.of_kind("rm", "hf"):
             args.reward.remote_url = None  # so that the host builds the reward-model groups
         return stock(args)
 

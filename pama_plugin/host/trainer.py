@@ -13,9 +13,10 @@ from pama_plugin.host.checkpoint import STATE
 from pama_plugin.host.evaluation import BEST, ScoredSamplesGenerator, rate
 from pama_plugin.host.experience import MultiObjectiveExperienceMaker
 from pama_plugin.host.handshake import report, shake_hands
+from pama_plugin.host.probe import probe_pairs
 from pama_plugin.state import RunState
 
-OUR_COLUMNS = ("reward/", "pama/", "explained_variance/")
+OUR_COLUMNS = ("reward/", "pama/", "explained_variance/", "seconds/")
 
 
 class MultiObjectiveTrainer:
@@ -42,8 +43,10 @@ class MultiObjectiveTrainer:
         self.steps_done = 0
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
-        """Shake hands with every actor, then train; a reward that fails is reported with its step."""
+        """Shake hands with every actor, probe every reward, train; a reward that fails is reported with its step."""
         print(self.shake_hands(), flush=True)
+        if self.config.probe != "off":
+            probe_pairs(self.experience_maker, self.vllm_engines)
         try:
             super().fit(*args, **kwargs)
         except RewardError as error:
@@ -53,13 +56,13 @@ class MultiObjectiveTrainer:
         def reports(group: Any) -> list[Any]:
             return group.async_run_method("__ray_call__", report) if group is not None else []
 
-        reward_groups = self.reward_model_group.groups if self.reward_model_group is not None else {}
+        models = [own.name for own in self.config.of_kind("rm")]  # ranks of the host's; replicas of hf load no strategy
         return shake_hands(
             self.config,
             {
                 "policy": [[rank] for rank in reports(self.actor_model_group)],
                 "critic": [[rank] for rank in reports(self.critic_model_group)],
-                "reward groups": [reports(group) for group in reward_groups.values()],
+                "reward groups": [reports(self.reward_model_group.groups[name]) for name in models],
                 "reference": [[rank] for rank in reports(self.reference_model_group)],
                 "rollout": [[engine.__ray_call__.remote(report)] for engine in self.vllm_engines],
             },
@@ -71,11 +74,11 @@ class MultiObjectiveTrainer:
         comparable = key == self.best_eval_metric_key
         if STATE in states:
             saved = RunState.model_validate_json(states[STATE])
-            if self.critic_model_group is not None and [*saved.objectives] != [*self.state.objectives]:
+            if self.critic_model_group is not None and saved.heads != self.state.heads:
                 # The driver puts them in order, unless it cannot see the checkpoint.
                 raise PamaError(
-                    f"the value heads of the checkpoint are those of {', '.join(saved.objectives)}, found "
-                    f"{', '.join(self.state.objectives)}: --ckpt.path must be the same folder on every node"
+                    f"the value heads of the checkpoint are those of {', '.join(saved.heads)}, found "
+                    f"{', '.join(self.state.heads)}: --ckpt.path must be the same folder on every node"
                 )
             if key == BEST and (self.state.swapped(saved) or self.state.rating != saved.rating):
                 comparable = False
@@ -100,8 +103,11 @@ class MultiObjectiveTrainer:
         """
         stats: dict[str, float] = super()._compute_rollout_stats(experiences)
         for key in [key for key in experiences[0].info if key.startswith(OUR_COLUMNS)]:
-            column = torch.cat([experience.info.pop(key) for experience in experiences])
-            stats[key] = column.float().mean().item()
+            column = torch.cat([experience.info.pop(key) for experience in experiences]).float()
+            if key.startswith("pama/failures/"):
+                stats[key] = column.sum().item()
+            else:  # of the responses that have a reward
+                stats[key] = column.nanmean().item()
         return stats
 
     def _begin_step(self, steps_done: int) -> None:
@@ -109,15 +115,21 @@ class MultiObjectiveTrainer:
 
         The host seeds its models' processes once, at their start: a resumed run would draw the first step's again.
         """
-        self.steps_done = steps_done
+        self.steps_done = self.experience_maker.steps_done = steps_done
+        if self.args.train.full_determinism_enable or self.args.algo.dynamic_filtering_enable:
+            batch_vllm_engine_call(self.vllm_engines, "begin_step", steps_done)
         if self.args.train.full_determinism_enable:
             seed = self.args.train.seed + steps_done
             for group in (self.actor_model_group, self.critic_model_group):
                 if group is not None:
                     ray.get(group.async_run_method("__ray_call__", lambda _, seed=seed: set_seed(seed)))
-            batch_vllm_engine_call(self.vllm_engines, "begin_step", steps_done)
 
     def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
+        # Not before: the host adds up all timing/* of a step, and these go on beside the other phases.
+        logs_dict = {
+            f"timing/reward/{key.removeprefix('seconds/')}" if key.startswith("seconds/") else key: value
+            for key, value in (logs_dict or {}).items()
+        }
         own = {
             STATE: self.state.model_dump_json(),
             # As OpenRLHF 0.11.2 does; before, a resumed run took its first evaluation for the best.

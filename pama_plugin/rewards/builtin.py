@@ -1,23 +1,43 @@
-"""Kind ``builtin``: rewards that come with the package, by name."""
+"""Kind ``builtin``: rewards that come with this package, or with any that registers its own, by name."""
 
+import functools
 import inspect
+import json
 import math
+import re
 from collections.abc import Callable
-from typing import Any
+from importlib.metadata import entry_points
+from typing import Any, Literal
 
 from pydantic import validate_call
 
 from pama_plugin.rewards.response import Response, Scorer
+from pama_plugin.rewards.threads import Threads
 
-_REWARDS: dict[str, Callable[..., Scorer]] = {}
+Measure = Callable[[Response], float]
+Factory = Callable[..., Measure]
+
+# Packages that are not ours name theirs in it: [project.entry-points."pama_plugin.rewards"] NAME = "MODULE:FACTORY".
+ENTRY_POINTS = "pama_plugin.rewards"
+SECONDS = 60.0  # for one call: what is registered should take milliseconds
+REGEX_SECONDS = 5.0  # a pattern can take longer than the age of the universe
+
+_REWARDS: dict[str, Factory] = {}
 
 
-def register_reward(name: str) -> Callable[[Callable[..., Scorer]], Callable[..., Scorer]]:
-    """Register a function from options (keyword-only, annotated) to a scorer; a taken name raises ``ValueError``."""
+def register_reward(name: str) -> Callable[[Factory], Factory]:
+    """Register a function from options (keyword-only, annotated) to a ``Response -> float``.
 
-    def register(factory: Callable[..., Scorer]) -> Callable[..., Scorer]:
+    Registered in a module that the rollout engines do not import, it is not known there: a package should name the
+    function in the entry-point group ``pama_plugin.rewards``.
+
+    Raises:
+        ValueError: ``name`` is taken.
+    """
+
+    def register(factory: Factory) -> Factory:
         if name in _REWARDS:
-            raise ValueError(f"the reward name {name!r} is taken; registered: {', '.join(available_rewards())}")
+            raise ValueError(f"the reward name {name!r} is taken; registered: {', '.join(sorted(_REWARDS))}")
         _REWARDS[name] = factory
         return factory
 
@@ -25,39 +45,133 @@ def register_reward(name: str) -> Callable[[Callable[..., Scorer]], Callable[...
 
 
 def available_rewards() -> tuple[str, ...]:
-    """The names that ``builtin:NAME`` accepts, sorted.
+    """The names that ``builtin:NAME`` accepts, sorted: ours, and those of installed packages.
 
     >>> available_rewards()
-    ('length',)
+    ('json', 'length', 'regex', 'repetition')
     """
-    return tuple(sorted(_REWARDS))
+    return tuple(sorted({*_REWARDS, *entry_points(group=ENTRY_POINTS).names}))
 
 
-def load_builtin(name: str, options: dict[str, Any]) -> Scorer:
-    """The scorer that ``builtin:NAME,key=value…`` asks for; text values are converted to the options' types.
+def _find(name: str) -> Factory:
+    if name not in _REWARDS:
+        for entry_point in entry_points(group=ENTRY_POINTS, name=name):
+            try:
+                factory = entry_point.load()  # whose module may well use ``register_reward``
+            except Exception as error:  # somebody else's code
+                raise ValueError(f"builtin:{name} cannot be loaded from {entry_point.value}: {error}") from error
+            return _REWARDS.setdefault(name, factory)
+        raise ValueError(f"unknown builtin reward {name!r}; known: {', '.join(available_rewards())}")
+    return _REWARDS[name]
+
+
+def load_measure(name: str, options: dict[str, Any]) -> Measure:
+    """What ``builtin:NAME,key=value…`` asks for; text values are converted to the options' types.
 
     Raises:
         ValueError: an unknown name or option (both list the known ones), or a value of the wrong type.
 
-    >>> load_builtin("length", {"scale": "140", "min": "0.5", "max": "1.5"})(Response("", "", "", 280))
+    >>> load_measure("length", {"scale": "140", "min": "0.5", "max": "1.5"})(Response("", "", "", "", 280))
     1.5
     """
-    if name not in _REWARDS:
-        raise ValueError(f"unknown builtin reward {name!r}; known: {', '.join(available_rewards())}")
-    known = list(inspect.signature(_REWARDS[name]).parameters)
+    factory = _find(name)
+    known = list(inspect.signature(factory).parameters)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"builtin:{name} has no option {', '.join(unknown)}; it takes {', '.join(known)}")
-    return validate_call(_REWARDS[name])(**options)
+        takes = ", ".join(known) or "none"
+        raise ValueError(f"builtin:{name} has no option {', '.join(unknown)}; it takes {takes}")
+    return validate_call(factory)(**options)
+
+
+def load_builtin(name: str, options: dict[str, Any]) -> Scorer:
+    """The same, to be awaited beside others."""
+    return functools.partial(Threads(limit=16, timeout=SECONDS).call, load_measure(name, options))
+
+
+# arXiv 2508.07768, section 6: clip(l / 140, 70/140, 210/140) for film reviews, clip(l / 140, 0, 4096/140) for HH-RLHF.
+PAPER_LENGTHS = {"imdb": (140.0, 70 / 140, 210 / 140), "hh": (140.0, 0.0, 4096 / 140)}
 
 
 @register_reward("length")
-def length(*, scale: float = 1.0, min: float = -math.inf, max: float = math.inf) -> Scorer:
-    """``clip(l / scale, min, max)`` of a response of l tokens: the length reward of arXiv 2508.07768, section 6."""
+def length(
+    *,
+    scale: float = 1.0,
+    min: float = -math.inf,
+    max: float = math.inf,
+    unit: Literal["tokens", "words", "characters"] = "tokens",
+    preset: Literal["imdb", "hh"] | None = None,
+) -> Measure:
+    """``clip(l / scale, min, max)`` of a response of length l.
+
+    ``preset`` is one of the paper's two settings, ``imdb`` and ``hh``, in tokens of the policy.
+    """
+    if preset is not None:
+        if (scale, min, max, unit) != (1.0, -math.inf, math.inf, "tokens"):
+            raise ValueError("length takes preset or scale, min, max and unit, found both")
+        scale, min, max = PAPER_LENGTHS[preset]
     if not (scale > 0 and math.isfinite(scale)) or not min <= max:
         raise ValueError(f"length needs a finite scale > 0 and min ≤ max, found scale={scale}, min={min}, max={max}")
 
-    def score(response: Response) -> float:
-        return float(sorted((min, response.num_tokens / scale, max))[1])
+    def measure(response: Response) -> float:
+        counts = {"words": len(response.response.split()), "characters": len(response.response)}
+        return float(sorted((min, counts.get(unit, response.num_tokens) / scale, max))[1])
 
-    return score
+    return measure
+
+
+@register_reward("repetition")
+def repetition(*, n: int = 3) -> Measure:
+    """``distinct n-grams / n-grams − 1`` over words: 0 where none is repeated, towards −1 where all are the same."""
+    if n < 1:
+        raise ValueError(f"repetition needs n ≥ 1, found n={n}")
+
+    def measure(response: Response) -> float:
+        words = response.response.split()
+        grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+        return len(set(grams)) / len(grams) - 1 if grams else 0.0
+
+    return measure
+
+
+@register_reward("regex")
+def regex(*, pattern: str, full: bool = False) -> Measure:
+    """1 if the pattern is found in the response (``full``: if it is all of the response), else 0; ``.`` is any one.
+
+    Patterns are those of the package ``regex``, whose search ends after 5 seconds and lets other threads run: some
+    patterns take exponential time.
+    """
+    try:
+        from regex import DOTALL, compile, error
+    except ImportError as missing:
+        raise ValueError(f"builtin:regex needs pip install 'pama_plugin[rewards]', found {missing}") from missing
+    try:
+        compiled = compile(pattern, DOTALL)
+    except error as problem:
+        raise ValueError(f"regex needs a valid pattern, found {pattern!r}: {problem}") from problem
+    search = compiled.fullmatch if full else compiled.search
+
+    def measure(response: Response) -> float:
+        return float(search(response.response, timeout=REGEX_SECONDS, concurrent=True) is not None)
+
+    return measure
+
+
+@register_reward("json")
+def valid_json(*, fenced: bool = False) -> Measure:
+    """1 if the whole response is JSON (``fenced``: if its first ```` ```json ```` block is), else 0."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    def measure(response: Response) -> float:
+        text = response.response
+        if fenced:
+            block = re.search(r"```(?:json)?\n(.*?)```", text, re.DOTALL)
+            text = block[1] if block else ""
+        try:
+            json.loads(text, parse_constant=refuse)
+        except (ValueError, RecursionError):
+            return 0.0
+        return 1.0
+
+    return measure

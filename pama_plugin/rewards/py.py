@@ -7,10 +7,28 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
+from pama_plugin.rewards.options import IsNumber
 from pama_plugin.rewards.response import Response, Scorer
+from pama_plugin.rewards.threads import Threads
+
+
+class PyOptions(BaseModel):
+    """What a ``py`` objective takes besides.
+
+    Args:
+        timeout: seconds for one call.
+        concurrency: calls at once in one rollout engine.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    timeout: Annotated[float, IsNumber, Field(gt=0, allow_inf_nan=False)] = 180.0
+    concurrency: Annotated[int, IsNumber, Field(ge=1)] = 16
 
 
 def split_location(location: str) -> tuple[Path, str]:
@@ -76,23 +94,27 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def load_function(location: str) -> Scorer:
+def load_function(location: str, options: PyOptions) -> Scorer:
     """Import the file and wrap ``function(queries, prompts, labels)``, called with lists of one.
 
-    The function returns what the host's ``reward_func`` returns, a dict with ``rewards``, or the rewards themselves.
-    The host's other keys (``scores``, ``extra_logs``) are not used.
+    The function returns what the host's ``reward_func`` returns, a dict with ``rewards``, or the rewards themselves:
+    one number, in whatever shape. The host's other keys (``scores``, ``extra_logs``) are not used.
     """
     path, name = split_location(location)
     function = getattr(_import(path), name)
+    threads = Threads(options.concurrency, options.timeout)
 
-    def score(response: Response) -> float:
-        result = function([response.query], [response.prompt], [response.label])
-        rewards = result.get("rewards") if isinstance(result, dict) else result
-        if rewards is None:
-            raise ValueError("returned None")
-        values = torch.as_tensor(rewards).flatten()
-        if len(values) != 1:
-            raise ValueError(f"returned {len(values)} rewards for 1 response")
-        return float(values[0])
+    async def score(response: Response) -> float:
+        return _only_number(await threads.call(function, [response.query], [response.prompt], [response.label]))
 
     return score
+
+
+def _only_number(result: Any) -> float:
+    rewards = result.get("rewards") if isinstance(result, dict) else result
+    if rewards is None:
+        raise ValueError("returned None")
+    values = torch.as_tensor(rewards).flatten()
+    if len(values) != 1:
+        raise ValueError(f"returned {len(values)} rewards for 1 response")
+    return float(values[0])

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from hosttools import host_args  # noqa: E402  (needs the path above)
+from one_process import Done  # noqa: E402
 
 QUICKSTART = ROOT / "runs" / "quickstart"
 BIN = Path(sys.executable).parent
@@ -117,9 +118,9 @@ class Immediate:
     def __init__(self, heads: int) -> None:
         self.heads = heads
 
-    def async_run_method_batch(self, sequences: list[torch.Tensor], **_: Any) -> list[list[torch.Tensor]]:
+    def async_run_method_batch(self, sequences: list[torch.Tensor], **_: Any) -> list[Any]:
         shapes = [(len(rows), rows.shape[1] - 1, self.heads) for rows in sequences]
-        return [[torch.randn(shape).squeeze(-1) if self.heads else torch.randn(shape[0]) for shape in shapes]]
+        return [Done([torch.randn(shape).squeeze(-1) if self.heads else torch.randn(shape[0]) for shape in shapes])]
 
 
 def on_the_driver(samples: int = 64, tokens: int = 1024, rounds: int = 15) -> None:

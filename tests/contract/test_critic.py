@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pama_plugin.config import parse_objective
 from pama_plugin.errors import ConfigError
+from pama_plugin.objective import parse_objective
 
 pytestmark = pytest.mark.contract
 

@@ -26,6 +26,15 @@ def test_mean_and_standard_error_by_dataset_and_over_all() -> None:
     assert found["eval_all/a_se"] == pytest.approx(std / math.sqrt(3))
 
 
+def test_who_has_no_reward_does_not_count() -> None:
+    from pama_plugin.host.evaluation import summarise
+
+    rewards = torch.tensor([1.0, math.nan, 4.0, 6.0, math.nan, math.nan])
+    found = summarise({"a": rewards}, ["x", "x", "x", "x", "y", "y"], 2)
+    assert found["eval_x/a"] == found["eval_all/a"] == 3 and found["eval_all/a_se"] == 2
+    assert math.isnan(found["eval_y/a"]) and math.isnan(found["eval_y/a_se"])
+
+
 def rated(best: str | None, *evaluations: dict[str, tuple[float, float]]) -> list[float]:
     from pama_plugin.host.evaluation import rate
 

@@ -80,9 +80,10 @@ def test_the_metric_keys_are_frozen(groups) -> None:
     per_objective = {
         f"{stem}/{n}"
         for n in ("helpful", "harmless", "length")
-        for stem in ("reward", "pama/coefficient", "pama/gain", "pama/inactive")
+        for stem in ("reward", "pama/coefficient", "pama/failures", "pama/gain", "pama/inactive")
     }
-    assert ours == per_objective | {"pama/active_fraction", "pama/conflict_rate", "pama/rms"}
+    of_models = {f"seconds/{name}" for name in MODELS}  # the rollout sends those of the others
+    assert ours == per_objective | of_models | {"pama/active_fraction", "pama/conflict_rate", "pama/rms"}
     assert all(len(experience.info[key]) == 8 for key in ours)
 
 

@@ -73,6 +73,9 @@ def compare(found: Any, expected: Any, name: str) -> None:
     elif isinstance(expected, dict):
         for key, value in expected.items():
             compare(found[key], value, f"{name}[{key}]")
-        assert all(key.startswith(("pama/", "reward/", "explained_variance/")) for key in set(found) - set(expected))
+        assert all(
+            key.startswith(("pama/", "reward/", "explained_variance/", "seconds/"))
+            for key in set(found) - set(expected)
+        )
     else:
         assert found == expected, name

@@ -51,6 +51,19 @@ def test_host_commands_parse_and_install(command, tmp_path, monkeypatch) -> None
     assert args.pama.loss == "pama"
 
 
+def test_every_objective_can_be_parsed(tmp_path, monkeypatch) -> None:
+    from pama_plugin.objective import parse_objective
+
+    (tmp_path / "reward-model").mkdir()
+    (tmp_path / "reward-model" / "config.json").write_text("{}")
+    (tmp_path / "rewards.py").write_text("def polite(queries, prompts, labels): ...\n")
+    monkeypatch.chdir(tmp_path)
+    objectives = [
+        words[index + 1] for words in COMMANDS for index, word in enumerate(words) if word == "--pama.objective"
+    ]
+    assert {parse_objective(text).kind for text in objectives} >= {"rm", "hf", "py", "builtin"}
+
+
 def test_the_yaml_loads(tmp_path, monkeypatch) -> None:
     from pama_plugin.config import load_config
 

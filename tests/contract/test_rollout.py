@@ -27,6 +27,7 @@ def test_sleep_weight_sync_and_everything_else_is_the_hosts() -> None:
         "__init__",
         "begin_step",
         "generate_responses",
+        "score_texts",
     }
     assert {"sleep", "wake_up", "pause_generation", "update_weight", "reset_prefix_cache"} <= set(dir(stock))
 
@@ -35,12 +36,12 @@ def sample(seed: int | None, step: int = 0, prompt: str = "p", num_samples: int 
     """The seeds of the requests that reach the executor."""
     ours, _ = actor_classes(seed)
     actor = ours.__new__(ours)
-    actor.step = 0
 
     async def execute(*, sampling_params, **_):
         return sampling_params.seed
 
     async def generate():
+        actor.executor = SimpleNamespace(execute=execute, steps_done=0)
         await actor.begin_step(step)
         return await actor.generate_responses(
             prompt=prompt,
@@ -51,7 +52,6 @@ def sample(seed: int | None, step: int = 0, prompt: str = "p", num_samples: int 
             num_samples=num_samples,
         )
 
-    actor.executor = SimpleNamespace(execute=execute)
     return asyncio.run(generate())
 
 

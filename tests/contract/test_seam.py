@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -197,8 +198,28 @@ def test_stock_flags_come_through_untouched(flags) -> None:
         (("--loss", "pama"), "at least one --pama.objective"),
         ((*TWO, *GROUPS, "--reward.model_name_or_path", "x"), "found the stock --reward.model_name_or_path x"),
         ((*TWO, *GROUPS, "--reward.remote_url", "http://h"), "found the stock --reward.remote_url http://h"),
-        ((*TWO, *GROUPS, "--train.agent_func_path", "a.py"), "found the stock --train.agent_func_path a.py"),
+        ((*TWO, *GROUPS, "--train.agent_func_path", "a.py"), "--train.agent_func_path must be a file, found a.py"),
+        (
+            (*TWO, *GROUPS, "--pama.objective", "s=agent:k"),
+            "kind agent need --train.agent_func_path, found none with s",
+        ),
         ((*TWO, *GROUPS, "--algo.dynamic_filtering_enable"), "--algo.dynamic_filtering_enable needs every reward"),
+        (
+            ("--loss", "pama", "--pama.objective", f"{LENGTH},on_failure=mask", *GROUPS)
+            + ("--algo.dynamic_filtering_enable", "--rollout.n_samples_per_prompt", "4"),
+            "rates prompts by their rewards, so each needs on_failure=fail, found another in length",
+        ),
+        (
+            (
+                "--loss",
+                "pama",
+                "--pama.objective",
+                f"{LENGTH},normalize=group",
+                *"--algo.advantage.estimator reinforce".split(),
+            ),
+            "normalize=group needs --rollout.n_samples_per_prompt of at least 2, found 1 with length",
+        ),
+        ((*TWO, *GROUPS, "--pama.probe", "maybe"), "--pama.probe must be one of off, warn, strict, found 'maybe'"),
         ((*TWO, *GROUPS, "--ds.lora.rank", "8"), "--ds.lora.rank cannot be used: .* with LoRA adapters .*found 8"),
         ((*TWO, *GROUPS, "--ds.load_in_4bit"), "--ds.load_in_4bit cannot be used: it trains through LoRA"),
         (
@@ -220,6 +241,19 @@ def test_what_cannot_run_is_refused(flags, message) -> None:
 
     with pytest.raises(ConfigError, match=message):
         install(*flags)
+
+
+@pytest.mark.parametrize(
+    ("objective", "warning"),
+    [
+        ("j=http:http://judge.example/get_reward", "objective 'j': .*plain http to another machine"),
+        (LENGTH, "--train.agent_func_path: what the agent rewards is no objective"),
+    ],
+)
+def test_what_may_be_meant_otherwise_is_pointed_out(objective, warning, tmp_path, caplog) -> None:
+    (tmp_path / "agent.py").write_text("")
+    install("--loss", "pama", "--pama.objective", objective, "--train.agent_func_path", f"{tmp_path}/agent.py", *GROUPS)
+    assert re.search(warning, caplog.text)
 
 
 def test_an_unsupported_release_is_refused_unless_overridden(monkeypatch, caplog) -> None:

@@ -33,7 +33,10 @@ def trainer(states: dict[str, Any] | None = None, objectives=TWO, best=None, cri
     made.state = RunState.start(made.config)
     made.critic_model_group = critic
     made.best_eval_metric_key = key or BEST
-    made.args = SimpleNamespace(train=SimpleNamespace(full_determinism_enable=False))
+    made.experience_maker = SimpleNamespace(steps_done=0)
+    made.args = SimpleNamespace(
+        train=SimpleNamespace(full_determinism_enable=False), algo=SimpleNamespace(dynamic_filtering_enable=False)
+    )
     return made
 
 
@@ -46,6 +49,26 @@ def test_our_columns_become_means_of_the_rollout_batch_and_do_not_ride_to_the_ac
     stats = trainer()._compute_rollout_stats(experiences)
     assert stats == {"rollout/num_samples": 5.0, "reward/a": pytest.approx(4.8), "pama/rms": 0.5}
     assert [set(experience.info) for experience in experiences] == [{"return"}] * 2
+
+
+def test_a_response_without_a_reward_is_no_part_of_the_mean_and_failures_are_counted() -> None:
+    columns = {
+        "reward/a": torch.tensor([1.0, float("nan"), 3.0]),
+        "pama/failures/a": torch.tensor([0.0, 1.0, 0.0]),
+        "seconds/a": torch.tensor([0.1, 0.3, 0.2]),
+    }
+    stats = trainer()._compute_rollout_stats([SimpleNamespace(info=columns)])
+    assert (stats["reward/a"], stats["pama/failures/a"], stats["seconds/a"]) == (2, 1, pytest.approx(0.2))
+
+
+def test_latencies_are_logged_beside_the_hosts_and_not_added_to_its_total() -> None:
+    """The host adds up whatever is called timing/* in a step."""
+    ours, logged = trainer(), {}
+    host = type(ours).__mro__[-2]
+    host.save_logs_and_checkpoints = lambda self, step, logs, states: logged.update(logs)
+    ours.best_eval_metric_value = 0.0
+    ours.save_logs_and_checkpoints(1, {"seconds/a": 0.5, "timing/step_total": 3.0})
+    assert logged == {"timing/reward/a": 0.5, "timing/step_total": 3.0}
 
 
 def checkpoint(objectives=TWO, best=None, **others: Any) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def ray_address(environment: dict[str, str]) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``policy``, reward models ``helpful`` and ``harmless`` (untrained, tiny), and ``prompts.jsonl``."""
+    """``policy``, reward models ``helpful`` and ``harmless``, classifier ``polite``, all untrained; prompts."""
     import torch
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
@@ -106,11 +106,53 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         LlamaForSequenceClassification(config).save_pretrained(folder / name)  # saves model.* and score.weight
     for name in ("policy", "helpful", "harmless"):
         fast.save_pretrained(folder / name)
+    save_classifier(folder / "polite")
     prompts = [" ".join(WORDS[(index + shift * 3) % len(WORDS)] for shift in range(4)) for index in range(64)]
     for name, chosen in {"prompts": prompts, "held_out": prompts[:3]}.items():
         lines = [json.dumps({"prompt": prompt, "datasource": "default"}) + "\n" for prompt in chosen]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder
+
+
+def save_classifier(folder: Path) -> None:
+    """A classifier of two labels, with a tokenizer that has nothing in common with the policy's."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers.models import WordLevel
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+    tokenizer = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(names), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    config.id2label = {0: "rude", 1: "polite"}
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+@pytest.fixture
+def serve_rm(environment: dict[str, str], models: Path, tmp_path: Path) -> Iterator[str]:
+    """The host's own reward server, with ``harmless``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "openrlhf.cli.serve_rm", "--reward.model_name_or_path", f"{models}/harmless"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--ds.attn_implementation", "eager"]
+    log = tmp_path / "server.log"
+    with log.open("w") as file:
+        server = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while "Uvicorn running" not in log.read_text():
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/get_reward"
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Whole runs on the real Ray, DeepSpeed and vLLM, a few steps each."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -20,34 +21,74 @@ GROUPS = [
 ]
 
 
-def test_four_objectives_of_every_kind_with_the_literal_command(run_host, models, tmp_path) -> None:
+AGENT = """
+import torch
+from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
+
+
+class Twice(AgentInstanceBase):
+    turns = 0
+
+    def __init__(self):
+        pass
+
+    async def step(self, states, **_):
+        self.turns += 1
+        words = len(states["action_text"].split())
+        extra_logs = {"words": torch.tensor([float(words)]), "turns": self.turns}
+        return {
+            "rewards": torch.tensor(0.0),
+            "environment_feedback": " and",
+            "done": self.turns == 2,
+            "extra_logs": extra_logs,
+        }
+
+
+class AgentExecutor(MultiTurnAgentExecutor):
+    def __init__(self):
+        super().__init__(Twice)
+"""
+
+
+def test_all_six_kinds_with_the_literal_command(run_host, models, serve_rm, tmp_path) -> None:
+    """Models of two tokenizers, the host's reward server, a function, a rule and a multi-turn agent in one run."""
+    (tmp_path / "agent.py").write_text(AGENT)
     (tmp_path / "rewards.py").write_text(
         "import torch\n\n\ndef vowels(queries, prompts, labels):\n"
         "    rewards = torch.tensor([float(sum(query.count(v) for v in 'aeiou')) for query in queries])\n"
         "    return {'rewards': rewards, 'scores': rewards, 'extra_logs': {}}\n"
     )
+    objectives = {
+        "helpful": f"rm:{models}/helpful,weight=2",
+        "polite": f"hf:{models}/polite,label=polite,output=log_odds,replicas=2,gpus=0",
+        "harmless": f"http:{serve_rm},timeout=60",
+        "vowels": f"py:{tmp_path}/rewards.py:vowels,normalize=running",
+        "length": "builtin:length,scale=4,clip=0:3",
+        "words": "agent:words,on_failure=mask",
+        "form": "builtin:json,role=monitor",
+    }
     run = run_host(
         *GROUPS,
-        *("--loss", "pama", "--pama.objective", f"helpful=rm:{models}/helpful,weight=2"),
-        *("--pama.objective", f"harmless=rm:{models}/harmless", "--pama.objective", "length=builtin:length,scale=4"),
-        *("--pama.objective", f"vowels=py:{tmp_path}/rewards.py:vowels"),
-        # At batch level some objective always binds; at the others four untrained ones may well agree on nothing.
+        *("--train.agent_func_path", f"{tmp_path}/agent.py", "--loss", "pama"),
+        *(word for name, spec in objectives.items() for word in ("--pama.objective", f"{name}={spec}")),
+        # At batch level some objective always binds; at the others so many untrained ones may well agree on nothing.
         *("--pama.level", "batch"),
         *("--algo.advantage.is_correction_level", "token", "--algo.advantage.is_correction_mode", "clip"),
         steps=3,
     )
     assert run.status == 0, run.output[-5000:]
-    line = "active: 4 objectives, policy 1/1, critic –, reward groups 2/2, reference 1/1, rollout 1/1"
+    line = "active: 7 objectives, policy 1/1, critic –, reward groups 1/1, reference 1/1, rollout 1/1"
     assert f"PAMA {__version__} {line}" in run.output
+    assert "PAMA probe: 8 pairs" in run.output and "words: not probed, the agent scores it" in run.output
 
-    names = ("helpful", "harmless", "length", "vowels")
+    trained = [name for name in objectives if name != "form"]
     assert len(run.steps) == 3
     for step in run.steps:
-        assert all(f"{stem}/{name}" in step for stem in ("reward", "pama/coefficient", "pama/gain") for name in names)
-        assert 0.25 <= step["reward/length"] <= 3 and step["reward/vowels"] >= 1
-        total = 2 * step["reward/helpful"] + sum(step[f"reward/{name}"] for name in names[1:])
-        assert step["reward"] == pytest.approx(total, rel=1e-4)
-        assert sum(step[f"pama/coefficient/{name}"] for name in names) == pytest.approx(1, abs=1e-5)
+        assert all(math.isfinite(step[f"reward/{name}"]) and step[f"pama/failures/{name}"] == 0 for name in objectives)
+        assert all(step[f"seconds/{name}"] > 0 for name in objectives)
+        assert all(f"{stem}/{name}" in step for stem in ("pama/coefficient", "pama/gain") for name in trained)
+        assert "pama/gain/form" not in step and 1 <= step["turns"] <= 2
+        assert sum(step[f"pama/coefficient/{name}"] for name in trained) == pytest.approx(1, abs=1e-5)
         # vLLM and the trained policy agree on every token: the weights of each step did arrive, the tied head's too
         assert abs(step["vllm_kl"]) < 1e-3
     assert run.steps[-1]["kl"] > 1e-4, "the policy did not move, so the agreement above shows nothing"
@@ -71,7 +112,7 @@ def test_a_reward_that_raises_stops_the_run_with_its_name_and_step(run_host, tmp
         "    if calls > 16:\n        raise KeyError('no such label')\n    return [float(calls)]\n"
     )
     objective = ["--loss", "linear", "--pama.objective", f"fragile=py:{tmp_path}/rewards.py:fragile"]
-    run = run_host(*GROUPS, *objective, steps=3)
+    run = run_host(*GROUPS, *objective, "--pama.probe", "off", steps=3)
     assert run.status != 0 and len(run.steps) == 1
     assert "objective 'fragile' at step 2: KeyError: 'no such label'; the run was stopped" in run.output
     assert "Response: '" in run.output

@@ -4,21 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import advantages
+from strategies import VARIANTS, advantages, call, variants
 
 from pama_plugin import aggregate
 
 pytestmark = pytest.mark.property
-
-VARIANTS = [
-    dict(rule="linear"),
-    *(dict(rule="pama", level=level, noon=noon) for level in ("token", "sequence", "batch") for noon in (True, False)),
-]
-variants = st.sampled_from(VARIANTS)
-
-
-def call(variant, advantages_KBA, mask_BA, **more):
-    return aggregate(advantages_KBA=advantages_KBA, mask_BA=mask_BA, **variant, **more)
 
 
 @given(advantages(), variants)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pama_plugin.config import PamaConfig, Placement, dump_config, load_config, parse_objective
+from pama_plugin.config import PamaConfig, dump_config, load_config
 from pama_plugin.errors import ConfigError
+from pama_plugin.objective import Bounds, OnFailure, RmOptions, parse_objective
 
 LENGTH = "length=builtin:length,scale=140,min=0.5,max=1.5"
 
@@ -16,12 +17,8 @@ def load(*objectives: str, loss: str | None = "pama", file: Path | None = None, 
 
 def test_the_grammar() -> None:
     objective = parse_objective(LENGTH + ",weight=0.5")
-    assert (objective.name, objective.kind, objective.location, objective.weight) == (
-        "length",
-        "builtin",
-        "length",
-        0.5,
-    )
+    assert (objective.name, objective.kind, objective.location) == ("length", "builtin", "length")
+    assert objective.weight.at(0) == objective.weight.at(1000) == 0.5
     assert objective.options == {"scale": "140", "min": "0.5", "max": "1.5"}
 
 
@@ -64,7 +61,7 @@ def test_home_is_expanded(tmp_path, monkeypatch) -> None:
 
 def test_defaults() -> None:
     config = load(LENGTH)
-    assert (config.loss, config.level, config.noon, config.names, config.weights) == (
+    assert (config.loss, config.level, config.noon, config.names, config.weights_at(0)) == (
         "pama",
         "sequence",
         True,
@@ -80,7 +77,7 @@ def test_yaml_says_the_same_and_flags_win(tmp_path) -> None:
         "  length: {kind: builtin, location: length, scale: 140, weight: 2}\n  long: builtin:length,scale=10\n"
     )
     config = load(loss=None, file=file)
-    assert (config.loss, config.level, config.noon, config.weights) == ("pama", "token", False, (2.0, 1.0))
+    assert (config.loss, config.level, config.noon, config.weights_at(0)) == ("pama", "token", False, (2.0, 1.0))
     assert config.objectives[0].options == {"scale": 140}
     config = load("long=builtin:length,scale=5", "third=builtin:length", file=file, level="batch")
     assert config.names == ("length", "long", "third") and config.level == "batch"
@@ -88,17 +85,60 @@ def test_yaml_says_the_same_and_flags_win(tmp_path) -> None:
 
 
 def test_a_reward_model_may_say_where_it_runs(tmp_path) -> None:
-    given = parse_objective("r=rm:org/model,gpus=2,nodes=3,offload=false").placement
+    given = parse_objective("r=rm:org/model,gpus=2,nodes=3,offload=false").settings
     assert (given.gpus, given.nodes, given.offload) == (2, 3, False)
-    assert parse_objective("r=rm:org/model").placement == Placement(gpus=None, nodes=None, offload=None)
+    assert parse_objective("r=rm:org/model").settings == RmOptions(gpus=None, nodes=None, offload=None)
     (tmp_path / "run.yaml").write_text("objectives: {r: {kind: rm, location: org/model, gpus: 0.5, offload: true}}")
     (objective,) = load(file=tmp_path / "run.yaml").objectives
-    assert objective.placement == Placement(gpus=0.5, offload=True)
+    assert objective.settings == RmOptions(gpus=0.5, offload=True)
+
+
+def test_what_every_kind_takes(tmp_path) -> None:
+    text = "a=builtin:length,clip=-1:2,range=0:inf,on_failure=impute:mean,max_failures=0.2,normalize=running"
+    flagged = parse_objective(text + ",freeze_after=7")
+    assert (flagged.clip, flagged.range) == (Bounds(-1, 2), Bounds(0, float("inf")))
+    assert flagged.on_failure == OnFailure("impute", None) and flagged.max_failures == 0.2
+    assert (flagged.normalize, flagged.freeze_after) == ("running", 7)
+    (tmp_path / "run.yaml").write_text(
+        "objectives:\n  a: {kind: builtin, location: length, clip: [-1, 2], range: [0, .inf],\n"
+        "      on_failure: 'impute:mean', max_failures: 0.2, normalize: running, freeze_after: 7}\n"
+    )
+    assert load(file=tmp_path / "run.yaml").objectives == (flagged,)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2", [2, 2, 2, 2, 2]),
+        ("linear:1:3:4", [1, 1.5, 2, 2.5, 3, 3]),
+        ("cosine:1:3:4", [1, 2 - 2**0.5 / 2, 2, 2 + 2**0.5 / 2, 3, 3]),
+        ("step:1:3:4", [1, 1, 1, 1, 3, 3]),
+    ],
+)
+def test_the_weight_of_every_step(text, expected) -> None:
+    weight = parse_objective(f"a=builtin:length,weight={text}").weight
+    assert [weight.at(step) for step in range(len(expected))] == pytest.approx(expected)
+    assert str(weight) == text
+
+
+def test_monitors_are_named_but_not_combined() -> None:
+    config = load(LENGTH, "seen=builtin:json,role=monitor", "b=builtin:length,weight=3")
+    assert config.names == ("length", "seen", "b") and config.trained_names == ("length", "b")
+    assert config.weights_at(0) == (1, 3)
+
+
+def test_replicas_may_be_a_list(tmp_path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "objectives: {judge: {kind: http, location: ['http://a/get_reward', 'http://b/get_reward'], timeout: 5}}"
+    )
+    (objective,) = load(file=tmp_path / "run.yaml").objectives
+    assert objective.location == "http://a/get_reward|http://b/get_reward" and objective.settings.timeout == 5
 
 
 @pytest.mark.parametrize("loss", ["pama", "linear"])
 def test_what_is_dumped_loads_as_the_same(loss, tmp_path) -> None:
-    config = load(LENGTH, "r=rm:org/model,gpus=0.5,weight=2", loss=loss)
+    every = "a=agent:style,weight=linear:0.3333333:2:9,clip=-1:inf,on_failure=impute:0.5,normalize=batch,probe=polite"
+    config = load(LENGTH, "r=rm:org/model,gpus=0.5,weight=2", every, loss=loss)
     (tmp_path / "run.yaml").write_text(dump_config(config))
     assert load(loss=None, file=tmp_path / "run.yaml") == config
 
@@ -112,22 +152,22 @@ BAD_OBJECTIVES = {
     "=builtin:length": "name: must be a letter.*found ''",
     "a/b=builtin:length": "must be a letter followed by.*metric key, found 'a/b'",
     "a b=builtin:length": "metric key",
-    "x=gpt:length": "unknown kind 'gpt'; known: rm, py, builtin",
+    "x=gpt:length": "unknown kind 'gpt'; known: rm, hf, py, http, builtin, agent",
     "x=builtin:": "location: .*at least 1 character",
-    "x=builtin:len": "unknown builtin reward 'len'; known: length",
-    "x=builtin:length,sclae=1": "no option sclae; it takes scale, min, max",
+    "x=builtin:len": "unknown builtin reward 'len'; known: json, length, regex, repetition",
+    "x=builtin:length,sclae=1": "no option sclae; it takes scale, min, max, unit, preset",
     "x=builtin:length,scale=ten": "scale: .*valid number.*found 'ten'",
     "x=builtin:length,scale=0": "finite scale > 0",
     "x=builtin:length,min=2,max=1": "min ≤ max, found",
-    "x=builtin:length,weight=0": "weight: .*greater than 0, found '0'",
-    "x=builtin:length,weight=-1": "weight: .*greater than 0, found '-1'",
+    "x=builtin:length,weight=0": "weight: must be from 1e-9 to 1e9.*found '0'",
+    "x=builtin:length,weight=-1": "weight: must be from 1e-9 to 1e9.*found '-1'",
     "x=builtin:length,weight=nan": "weight: .*found 'nan'",
     "x=builtin:length,weight=inf": "weight: .*found 'inf'",
-    "x=builtin:length,weight=much": "weight: .*valid number.*found 'much'",
+    "x=builtin:length,weight=much": "weight: must be a number, or SHAPE:START:END:STEPS .*, found 'much'",
     "x=rm:./nowhere": "no such folder: ./nowhere",
     "x=rm:runs/typo/model": "no such folder: runs/typo/model",
     "x=rm:.": "no reward model in .: it has no config.json",
-    "x=rm:org/model,head=1": "kind 'rm' has no option head; it takes weight, value_head_prefix",
+    "x=rm:org/model,head=1": "kind 'rm' has no option head; it takes weight, role, .*, value_head_prefix",
     "x=rm:org/model,gpus=many": "gpus: .*valid number.*found 'many'",
     "x=rm:org/model,gpus=0": "gpus: must be a whole number of ranks per node, or a fraction of one GPU .*, found '0'",
     "x=rm:org/model,gpus=-1": "gpus: must be a whole number.*found '-1'",
@@ -138,13 +178,53 @@ BAD_OBJECTIVES = {
     "x=rm:org/model,gpus=0.5,nodes=2": "gpus=0.5 is one rank that shares a GPU, so nodes must be 1, found 2",
     "x=rm:org/model,nodes=0": "nodes: .*greater than or equal to 1, found '0'",
     "x=rm:org/model,offload=maybe": "offload: .*valid boolean.*found 'maybe'",
-    "x=builtin:length,gpus=1": "no option gpus; it takes scale, min, max",
+    "x=builtin:length,gpus=1": "no option gpus; it takes scale, min, max, unit, preset",
     "x=py:HERE:length,offload=true": "kind 'py' has no option offload; it takes weight",
     "x=py:nowhere.py:f": "no such file: .*nowhere.py",
     "x=py:rewards": "expected FILE.py:FUNCTION, found 'rewards'",
     "x=py:HERE:polite": "no function 'polite' in .*; it defines length",
     "x=py:HERE:length,k=1": "kind 'py' has no option k; it takes weight",
     "x=py:BROKEN:f": "is not valid Python",
+    "x=builtin:length,weight=linear:1:2": "weight: must be a number, or SHAPE:START:END:STEPS .*, found 'linear:1:2'",
+    "x=builtin:length,weight=spline:1:2:3": "must have one of the shapes linear, cosine, step, found 'spline:1:2:3'",
+    "x=builtin:length,weight=linear:1:0:5": "weight: must be from 1e-9 to 1e9, over at least 1 step",
+    "x=builtin:length,weight=linear:1:2:0": "over at least 1 step, found 'linear:1:2:0'",
+    "x=builtin:length,weight=linear:1:2:1.5": "weight: must be a number, or SHAPE",
+    "x=builtin:length,role=judge": "role: .*'train', 'monitor' or 'constraint', found 'judge'",
+    "x=builtin:length,role=constraint": "role=constraint and threshold= need each other",
+    "x=builtin:length,threshold=1": "role=constraint and threshold= need each other",
+    "x=builtin:length,role=constraint,threshold=1": "a rule that knows constraints, which no --loss does, found 'x'",
+    "x=builtin:length,role=monitor": "at least one objective must have role=train, found none",
+    "x=builtin:length,normalize=running,freeze_after=0": "freeze_after: .*greater than or equal to 1, found '0'",
+    "x=builtin:length,freeze_after=5": "freeze_after has a meaning with normalize=running alone, found none",
+    "x=builtin:length,normalize=z": "normalize: .*'none', 'batch', 'group' or 'running', found 'z'",
+    "x=builtin:length,clip=5": r"clip: must be LOW:HIGH, two numbers \(in a file \[LOW, HIGH\]\), found '5'",
+    "x=builtin:length,clip=5:1": "clip: must be LOW:HIGH with LOW < HIGH.*found '5:1'",
+    "x=builtin:length,clip=0:1e30": "each infinite or at most 1e.18, found '0:1e30'",
+    "x=builtin:length,range=nan:1": "range: must be LOW:HIGH with LOW < HIGH.*found 'nan:1'",
+    "x=builtin:length,on_failure=impute:1e300": "on_failure: must be fail, mask, impute:VALUE",
+    "x=builtin:length,role=monitor,weight=2": "role=monitor takes no weight, normalize or clip",
+    "x=py:HERE:length,timeout=true": "timeout: .*valid number.*found 'true'",
+    "x=rm:~nobody_at_all/model": "nobody_at_all|home directory",
+    "x=builtin:length,on_failure=0": "on_failure: must be fail, mask, impute:VALUE or impute:mean, found '0'",
+    "x=builtin:length,on_failure=impute": "on_failure: must be fail, mask, impute:VALUE",
+    "x=builtin:length,on_failure=impute:inf": "on_failure: must be fail, mask, impute:VALUE",
+    "x=builtin:length,on_failure=mask:1": "on_failure: must be fail, mask, impute:VALUE",
+    "x=builtin:length,max_failures=0.1": "max_failures has no meaning with on_failure=fail",
+    "x=builtin:length,on_failure=mask,max_failures=2": "max_failures: .*less than or equal to 1, found '2'",
+    "x=builtin:length,probe=taste": "probe: must be one of sentiment, helpful, harmless, polite, found 'taste'",
+    "x=builtin:length,preset=imdb,scale=2": "takes preset or scale, min, max and unit, found both",
+    "x=builtin:regex": "pattern: Missing required",
+    "x=builtin:regex,pattern=(": "regex needs a valid pattern, found '\\('",
+    "x=builtin:repetition,n=0": "repetition needs n ≥ 1, found n=0",
+    "x=py:HERE:length,timeout=0": "timeout: .*greater than 0, found '0'",
+    "x=http:ftp://server/get_reward": r"must be http\(s\)://HOST",
+    "x=http:http://server/get_reward,retries=-1": "retries: .*greater than or equal to 0, found '-1'",
+    "x=http:http://server/get_reward,token_env=PAMA_NOT_SET": "PAMA_NOT_SET .* must hold the bearer token",
+    "x=hf:./nowhere": "no such folder: ./nowhere",
+    "x=hf:org/model,text=song": "text: .*'chat', 'full', 'pair' or 'response', found 'song'",
+    "x=hf:org/model,replicas=0": "replicas: .*greater than or equal to 1, found '0'",
+    "x=agent:style,timeout=5": "kind 'agent' has no option timeout; it takes weight",
 }
 
 
@@ -155,7 +235,8 @@ def test_a_bad_objective_is_named_with_the_rule_and_what_was_found(text, tmp_pat
     given = text.replace("HERE", f"{tmp_path}/here.py").replace("BROKEN", f"{tmp_path}/broken.py")
     with pytest.raises(ConfigError, match=BAD_OBJECTIVES[text]) as error:
         load(given)
-    assert str(error.value).startswith(f"--pama.objective {given!r}: ")
+    if "at least one" not in str(error.value) and "knows constraints" not in str(error.value):  # of the whole run
+        assert str(error.value).startswith(f"--pama.objective {given!r}: ")
 
 
 @pytest.mark.parametrize(
@@ -181,10 +262,13 @@ def test_a_bad_run(arguments, message) -> None:
     ("content", "message"),
     [
         ("objectives: [a, b]", "objectives must map names to specifications, found list"),
-        ("- a", "must be a mapping of best, level, loss, noon, objectives, found list"),
+        ("- a", "must be a mapping of best, level, loss, noon, objectives, probe, found list"),
         ("objective: {}", "must be a mapping of .*, found objective"),
         ("objectives: {a: 'builtin:length', a: 'builtin:length'}", "keys must differ, found a twice"),
-        ("objectives: {a: {kind: builtin, location: length, weight: true}}", "weight: must be a number, found True"),
+        (
+            "objectives: {a: {kind: builtin, location: length, weight: true}}",
+            "weight: must be a number, or .*found True",
+        ),
         ("objectives: {a: {kind: rm, location: o/m, gpus: true}}", "gpus: must be a number, found True"),
         ("objectives: {a: {kind: rm, location: o/m, nodes: true}}", "nodes: must be a number, found True"),
         ("objectives: {a: 3}", "objective 'a': expected NAME=KIND:LOCATION.*found 3"),

@@ -1,21 +1,38 @@
-"""The builtin length and the user's own function."""
+"""The builtin rewards, the user's own function, and rewards of other packages."""
+
+import asyncio
+import sys
 
 import pytest
 
-from pama_plugin.rewards import Response, load_builtin, load_function
+from pama_plugin.errors import PamaError
+from pama_plugin.rewards import (
+    PyOptions,
+    Response,
+    available_rewards,
+    load_builtin,
+    load_function,
+    load_measure,
+)
 
 
-def response(num_tokens: int = 7) -> Response:
-    return Response(query="Once more, please", prompt="Once", label="tale", num_tokens=num_tokens)
+def response(num_tokens: int = 7, text: str = " more, please") -> Response:
+    return Response(query="Once more, please", prompt="Once", label="tale", response=text, num_tokens=num_tokens)
+
+
+def call(location: str, **options) -> float:
+    return asyncio.run(load_function(location, PyOptions(**options))(response()))
 
 
 @pytest.mark.parametrize(("tokens", "reward"), [(35, 0.5), (70, 0.5), (140, 1.0), (210, 1.5), (400, 1.5)])
 def test_length_as_in_the_papers_first_experiment(tokens, reward) -> None:
-    assert load_builtin("length", {"scale": "140", "min": "0.5", "max": "1.5"})(response(tokens)) == reward
+    assert load_measure("length", {"scale": "140", "min": "0.5", "max": "1.5"})(response(tokens)) == reward
+    assert load_measure("length", {"preset": "imdb"})(response(tokens)) == reward
 
 
 def test_length_counts_tokens_by_default() -> None:
-    assert load_builtin("length", {})(response(7)) == 7.0
+    assert load_measure("length", {})(response(7)) == 7.0
+    assert asyncio.run(load_builtin("length", {})(response(7))) == 7.0
 
 
 @pytest.mark.parametrize(
@@ -28,7 +45,7 @@ def test_a_function_gets_what_the_host_gives_it(tmp_path, body) -> None:
         "    assert (queries, prompts, labels) == (['Once more, please'], ['Once'], ['tale'])\n"
         f"    return {body}\n"
     )
-    assert load_function(f"{file}:f")(response()) == 0.5
+    assert call(f"{file}:f") == 0.5
 
 
 def test_two_functions_of_one_file_share_it(tmp_path) -> None:
@@ -41,7 +58,7 @@ def test_two_functions_of_one_file_share_it(tmp_path) -> None:
         "def f(q, p, l):\n    model.calls += 1\n    return [model.calls]\n"
         "def g(q, p, l):\n    model.calls += 1\n    return [model.calls]\n"
     )
-    assert load_function(f"{file}:f")(response()) == 1 and load_function(f"{file}:g")(response()) == 2
+    assert call(f"{file}:f") == 1 and call(f"{file}:g") == 2
 
 
 @pytest.mark.parametrize(
@@ -51,10 +68,136 @@ def test_two_functions_of_one_file_share_it(tmp_path) -> None:
         ("{}", "returned None"),
         ("[0.5, 0.5]", "returned 2 rewards for 1 response"),
         ("[]", "returned 0 rewards for 1 response"),
+        ("'0.5'", "str"),
     ],
 )
 def test_a_function_that_returns_the_wrong_thing(tmp_path, body, message) -> None:
     file = tmp_path / "rewards.py"
     file.write_text(f"def f(queries, prompts, labels):\n    return {body}\n")
-    with pytest.raises(ValueError, match=message):
-        load_function(f"{file}:f")(response())
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(f"{file}:f")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise KeyError('label')", "KeyError: 'label'"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("next(iter(()))", "StopIteration"),  # which a future cannot carry
+        ("import time; time.sleep(60)", "no answer within 0.1 s"),
+    ],
+)
+def test_a_function_that_does_not_return(tmp_path, body, message) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text(f"def f(queries, prompts, labels):\n    {body}\n")
+    with pytest.raises(PamaError, match=message):
+        call(f"{file}:f", timeout=0.1)
+
+
+def test_functions_that_hang_take_no_more_threads_than_they_may(tmp_path) -> None:
+    """And the process can end although they never return: pytest would hang here."""
+    file = tmp_path / "rewards.py"
+    file.write_text("import time\n\ndef f(queries, prompts, labels):\n    time.sleep(3600)\n")
+
+    async def ask():
+        score = load_function(f"{file}:f", PyOptions(timeout=0.05, concurrency=2))
+        return await asyncio.gather(*(score(response()) for _ in range(9)), return_exceptions=True)
+
+    problems = [str(problem) for problem in asyncio.run(ask())]
+    assert problems[:2] == ["no answer within 0.05 s"] * 2
+    assert problems[-1] == "2 earlier calls never returned, so no more are made"
+
+
+def test_a_function_that_takes_its_time_is_waited_for_by_all(tmp_path) -> None:
+    """The time limit is that of a call, not of waiting for one's turn."""
+    file = tmp_path / "rewards.py"
+    file.write_text("import time\n\ndef f(queries, prompts, labels):\n    time.sleep(0.1)\n    return 1.0\n")
+
+    async def ask():
+        score = load_function(f"{file}:f", PyOptions(timeout=0.3, concurrency=1))
+        return await asyncio.gather(*(score(response()) for _ in range(6)))
+
+    assert asyncio.run(ask()) == [1.0] * 6
+
+
+def test_what_a_function_does_to_its_arguments_nobody_else_sees(tmp_path) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text("def f(queries, prompts, labels):\n    queries.clear(); labels[0] = 'x'\n    return 1.0\n")
+    given = response()
+    asyncio.run(load_function(f"{file}:f", PyOptions())(given))
+    assert given == response()
+
+
+@pytest.mark.parametrize(("unit", "reward"), [("tokens", 7), ("words", 2), ("characters", 13)])
+def test_units_of_length(unit, reward) -> None:
+    assert load_measure("length", {"unit": unit})(response(7)) == reward
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"), [("a b c a b c", -0.25), ("a b c d", 0), ("a a a a a", -2 / 3), ("a b", 0), ("", 0)]
+)
+def test_repetition(text, reward) -> None:
+    assert load_measure("repetition", {})(response(text=text)) == pytest.approx(reward)
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "reward"),
+    [
+        ({"pattern": r"<answer>.*</answer>"}, "so <answer>4\n2</answer>.", 1),
+        ({"pattern": r"<answer>.*</answer>"}, "so 42", 0),
+        ({"pattern": r"\d+", "full": "true"}, "42", 1),
+        ({"pattern": r"\d+", "full": "true"}, "42.", 0),
+    ],
+)
+def test_regex(options, text, reward) -> None:
+    assert load_measure("regex", options)(response(text=text)) == reward
+
+
+def test_a_regex_that_never_ends_is_ended(monkeypatch) -> None:
+    from pama_plugin.rewards import builtin
+
+    monkeypatch.setattr(builtin, "REGEX_SECONDS", 0.1)
+    with pytest.raises(PamaError, match="TimeoutError"):
+        asyncio.run(load_builtin("regex", {"pattern": "(a|aa)+$"})(response(text="a" * 60 + "b")))
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "reward"),
+    [
+        ({}, '{"a": [1, 2]}', 1),
+        ({}, ' "text" ', 1),
+        ({}, '{"a": 1} and more', 0),
+        ({}, "NaN", 0),
+        ({}, "[" * 100_000, 0),
+        ({}, "", 0),
+        ({"fenced": "true"}, 'Here:\n```json\n{"a": 1}\n```\nbye', 1),
+        ({"fenced": "true"}, '{"a": 1}', 0),
+    ],
+)
+def test_json(options, text, reward) -> None:
+    assert load_measure("json", options)(response(text=text)) == reward
+
+
+@pytest.mark.parametrize("decorated", [False, True])
+def test_another_package_adds_a_reward_by_being_installed(decorated, tmp_path, monkeypatch) -> None:
+    name = f"shout{decorated}"
+    decorator = f"@register_reward({name!r})\n" if decorated else ""
+    (tmp_path / f"other{decorated}.py").write_text(
+        f"from pama_plugin.rewards import register_reward\n\n{decorator}def shout(*, marks: int = 1):\n"
+        "    return lambda response: float(response.response.count('!') >= marks)\n"
+    )
+    metadata = tmp_path / f"other{decorated}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: other{decorated}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[pama_plugin.rewards]\n{name} = other{decorated}:shout\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert name in available_rewards()
+    try:
+        assert load_measure(name, {"marks": "2"})(response(text="no!!")) == 1
+        with pytest.raises(ValueError, match="no option loud; it takes marks"):
+            load_measure(name, {"loud": 1})
+    finally:
+        from pama_plugin.rewards import builtin
+
+        builtin._REWARDS.pop(name, None)
+        sys.modules.pop(f"other{decorated}", None)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pama_plugin.config import parse_objective
+from pama_plugin.objective import parse_objective
 from pama_plugin.state import Moments, identify
 
 

@@ -1,0 +1,74 @@
+"""What a reward model with a tokenizer of its own is given: the prompt as messages, and the response as text."""
+
+import logging
+from typing import Any
+
+from openrlhf.datasets.prompts_dataset import preprocess_data
+from openrlhf.datasets.utils import blending_datasets
+from openrlhf.trainer.ppo_utils.experience import Experience
+
+from pama_plugin.rewards.hf import Conversation
+
+logger = logging.getLogger(__name__)
+
+
+class Conversations:
+    """Takes rollouts back to text.
+
+    The rollout knows a prompt only as the policy's template wrote it, with the policy's special tokens. So with
+    --data.apply_chat_template or --data.input_template the data sets are read once more, for what a prompt was made of.
+    """
+
+    def __init__(self, strategy: Any, tokenizer: Any) -> None:
+        self.strategy, self.args, self.tokenizer = strategy, strategy.args, tokenizer
+        self.origins: dict[str, Any] = {}  # prompt as the policy sees it → what the data set has
+        self.complete = not (self.args.data.apply_chat_template or self.args.data.input_template)
+
+    def of(self, samples_list: list[Experience]) -> list[Conversation]:
+        """One per response, in their order; of several turns all that follows the first prompt is the response."""
+        return [
+            Conversation(self._messages(samples.prompts[row]), self._response(samples, row))
+            for samples in samples_list
+            for row in range(len(samples.sequences))
+        ]
+
+    def _messages(self, prompt: str) -> list[dict[str, Any]]:
+        if prompt not in self.origins and not self.complete:
+            self._read()
+        if prompt not in self.origins and (self.args.data.apply_chat_template or self.args.data.input_template):
+            logger.warning(
+                "no data set has the prompt %r: hf objectives read it as the policy's template wrote it", prompt
+            )
+        origin = self.origins.setdefault(prompt, prompt)
+        return [{"role": "user", "content": origin}] if isinstance(origin, str) else origin
+
+    def _response(self, samples: Experience, row: int) -> str:
+        actions = samples.action_mask[row].nonzero()
+        if not len(actions):
+            return ""
+        first = int(actions[0]) + 1  # the mask is of the tokens from the second on
+        tokens = samples.sequences[row][first:][samples.attention_mask[row][first:].bool()]
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _read(self) -> None:
+        data, template = self.args.data, self.args.data.input_template
+        apply = self.tokenizer.apply_chat_template if data.apply_chat_template else None
+        sets = [
+            blending_datasets(
+                data.prompt_dataset,
+                data.prompt_probs,
+                self.strategy,
+                self.args.train.seed,
+                max_count=data.max_samples,
+                dataset_split=data.prompt_split,
+            )
+        ]
+        if self.args.eval.dataset:
+            sets.append(
+                blending_datasets(self.args.eval.dataset, None, self.strategy, dataset_split=self.args.eval.split)
+            )
+        for rows in sets:
+            for row in rows.select(range(min(data.max_samples, len(rows)))):
+                prompt, _ = preprocess_data(row, template, data.input_key, None, apply)
+                self.origins[prompt] = row[data.input_key]
+        self.complete = True

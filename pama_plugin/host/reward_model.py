@@ -1,0 +1,38 @@
+"""A value-head reward model of the host in this process, for ``pama score``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from openrlhf.models import get_llm_for_sequence_regression
+
+from pama_plugin.objective import Objective
+from pama_plugin.rewards import Response
+
+BATCH = 8
+
+
+@torch.no_grad()
+def score_responses(
+    objective: Objective, responses: list[Response], tokenizer: Any, advance: Callable[[int], None]
+) -> list[float]:
+    """The rewards of the policy's tokens, as in training, without --reward.normalize_enable."""
+    settings: Any = objective.settings
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = get_llm_for_sequence_regression(
+        objective.location,
+        "reward",
+        param_dtype="bf16" if device == "cuda" else "fp32",
+        attn_implementation="sdpa",
+        value_head_prefix=settings.value_head_prefix or "score",
+    )
+    model.to(device).eval()
+    rewards: list[float] = []
+    for start in range(0, len(responses), BATCH):
+        part = responses[start : start + BATCH]
+        rows = [torch.tensor(tokenizer(own.query, add_special_tokens=False)["input_ids"]) for own in part]
+        sequences = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # masked, so that any token will do
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        rewards += model(sequences.to(device), mask.to(device), pad_sequence=True).float().tolist()
+        advance(len(part))
+    return rewards

@@ -1,0 +1,372 @@
+"""One objective: a named reward, and what is done with it. Parsed and validated before Ray starts, then frozen."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pama_plugin.errors import ConfigError
+from pama_plugin.rewards import PyOptions, check_location, load_measure, split_location
+from pama_plugin.rewards.options import LARGEST, IsNumber, refuse_bool
+from pama_plugin.rewards.probes import PAIRS
+
+Kind = Literal["rm", "hf", "py", "http", "builtin", "agent"]
+IN_THE_ROLLOUT: tuple[Kind, ...] = ("py", "http", "builtin", "agent")
+Role = Literal["train", "monitor", "constraint"]
+SHAPES = ("constant", "linear", "cosine", "step")
+
+# A name becomes a part of metric keys such as reward/NAME, which trackers split at "/".
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+
+
+class Weight(NamedTuple):
+    """A preference weight over the steps of a run: ``1``, or ``SHAPE:START:END:STEPS``.
+
+    ``linear`` and ``cosine`` go from START to END in STEPS steps, ``step`` jumps after them.
+
+    >>> parse_weight("linear:1:0.5:100").at(50), parse_weight(2).at(50)
+    (0.75, 2.0)
+    """
+
+    shape: str
+    start: float
+    end: float
+    steps: int
+
+    def at(self, steps_done: int) -> float:
+        """The weight of the step that follows ``steps_done`` others."""
+        done = min(1.0, steps_done / self.steps)
+        if self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        elif self.shape == "step":
+            done = math.floor(done)
+        return self.start + (self.end - self.start) * done
+
+    def __str__(self) -> str:
+        if self.shape == "constant":
+            return _shortest(self.start)
+        return f"{self.shape}:{_shortest(self.start)}:{_shortest(self.end)}:{self.steps}"
+
+
+ONE = Weight("constant", 1.0, 1.0, 1)
+
+
+class Bounds(NamedTuple):
+    """``LOW:HIGH``, both included.
+
+    >>> parse_bounds("-5:inf")
+    Bounds(low=-5.0, high=inf)
+    """
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{_shortest(self.low)}:{_shortest(self.high)}"
+
+
+class OnFailure(NamedTuple):
+    """What becomes of a response that has no reward: ``fail``, ``mask``, ``impute:VALUE`` or ``impute:mean``.
+
+    >>> parse_on_failure("impute:-1.5")
+    OnFailure(action='impute', value=-1.5)
+    """
+
+    action: str
+    value: float | None = None  # to impute; None is the mean of all rewards so far
+
+    def __str__(self) -> str:
+        if self.action != "impute":
+            return self.action
+        return "impute:mean" if self.value is None else f"impute:{_shortest(self.value)}"
+
+
+def _shortest(number: float) -> str:
+    """The shortest text that is the same number again."""
+    return repr(number).removesuffix(".0")
+
+
+def parse_weight(given: Any) -> Weight:
+    """A number, ``SHAPE:START:END:STEPS``, or a ``Weight``; else ``ValueError``."""
+    if isinstance(given, Weight):
+        return given
+    shape, *rest = given.split(":") if isinstance(given, str) and ":" in given else ("constant", given, given, 1)
+    try:
+        start, end, steps = rest
+        weight = Weight(shape, float(refuse_bool(start)), float(end), int(steps))
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError("must be a number, or SHAPE:START:END:STEPS such as linear:1:0.5:100") from None
+    if shape not in SHAPES:
+        raise ValueError(f"must have one of the shapes {', '.join(SHAPES[1:])}")
+    if not (1e-9 <= min(weight.start, weight.end) <= max(weight.start, weight.end) <= 1e9 and weight.steps >= 1):
+        raise ValueError("must be from 1e-9 to 1e9, over at least 1 step")
+    return weight
+
+
+def parse_bounds(given: Any) -> Bounds | None:
+    """``LOW:HIGH``, a pair of numbers, or None; else ``ValueError``."""
+    if given is None or isinstance(given, Bounds):
+        return given
+    try:
+        low, high = given.split(":") if isinstance(given, str) else given
+        bounds = Bounds(float(refuse_bool(low)), float(refuse_bool(high)))
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError("must be LOW:HIGH, two numbers (in a file [LOW, HIGH])") from None
+    if not bounds.low < bounds.high or any(LARGEST < abs(end) < math.inf for end in bounds):
+        raise ValueError(f"must be LOW:HIGH with LOW < HIGH, each infinite or at most {LARGEST:g}")
+    return bounds
+
+
+def parse_on_failure(given: Any) -> OnFailure:
+    """``fail``, ``mask``, ``impute:VALUE``, ``impute:mean``, or an ``OnFailure``; else ``ValueError``."""
+    if isinstance(given, OnFailure):
+        return given
+    action, _, value = str(given).partition(":")
+    if action in ("fail", "mask") and not value:
+        return OnFailure(action)
+    try:
+        if action == "impute" and (value == "mean" or abs(float(value)) <= LARGEST):
+            return OnFailure("impute", None if value == "mean" else float(value))
+    except ValueError:
+        pass
+    raise ValueError("must be fail, mask, impute:VALUE or impute:mean")
+
+
+class Placement(BaseModel):
+    """Where the ranks of an ``rm`` objective run, from its options of the same names; None is what ``--reward.*`` says.
+
+    Args:
+        gpus: ranks per node, or a fraction of one GPU for a single rank that shares it with other such objectives.
+        nodes: how many times ``gpus``.
+        offload: whether the parameters wait in the memory of the CPU.
+
+    >>> Placement.model_validate({"gpus": "0.5", "offload": "true"})
+    Placement(gpus=0.5, nodes=None, offload=True)
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gpus: Annotated[float | None, IsNumber] = None
+    nodes: Annotated[Annotated[int, Field(ge=1)] | None, IsNumber] = None
+    offload: bool | None = None
+
+    @field_validator("gpus")
+    @classmethod
+    def _is_whole_or_a_fraction(cls, gpus: float | None) -> float | None:
+        if gpus is None or gpus >= 1 and gpus.is_integer() or 0 < gpus < 1 and round(gpus, 4) == gpus:
+            return gpus
+        raise ValueError("must be a whole number of ranks per node, or a fraction of one GPU with up to 4 decimals")
+
+    @model_validator(mode="after")
+    def _is_one_rank_if_a_fraction(self) -> "Placement":
+        if self.gpus is not None and self.gpus < 1 and (self.nodes or 1) > 1:
+            raise ValueError(f"gpus={self.gpus} is one rank that shares a GPU, so nodes must be 1, found {self.nodes}")
+        return self
+
+
+class RmOptions(Placement):
+    """What an ``rm`` objective takes besides."""
+
+    value_head_prefix: str | None = None
+
+
+class NoOptions(BaseModel):
+    """Of a kind that takes none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def options_of(kind: Kind) -> type[BaseModel]:
+    """The model that validates the options of a kind other than ``builtin``."""
+    try:
+        if kind == "http":
+            from pama_plugin.rewards.http import HttpOptions
+
+            return HttpOptions
+        if kind == "hf":
+            from pama_plugin.rewards.hf import HfOptions
+
+            return HfOptions
+    except ImportError as error:
+        raise ValueError(f"kind {kind!r} needs pip install 'pama_plugin[rewards]', found {error}") from error
+    models: dict[str, type[BaseModel]] = {"rm": RmOptions, "py": PyOptions}
+    return models.get(kind, NoOptions)
+
+
+class Objective(BaseModel):
+    """One named reward: ``NAME=KIND:LOCATION[,key=value…]``.
+
+    Args:
+        name: a part of the metric keys.
+        kind: what scores.
+        location: which one of that kind.
+        weight: its weight in the aggregation; logged rewards stay raw.
+        role: ``monitor`` is scored and logged, never aggregated; ``constraint`` needs a rule that knows constraints.
+        threshold: of a constraint.
+        normalize: subtract the mean and divide by the standard deviation of the rollout batch, of the prompt's group of
+            responses, or of all rewards so far, before the host's estimator.
+        freeze_after: steps after which ``running`` statistics stay as they are.
+        clip: bounds of the reward that the estimator sees, after ``normalize``.
+        range: bounds outside which a reward is a failure.
+        on_failure: what becomes of a response without a reward.
+        max_failures: share of a step's responses that may be without a reward; more end the run.
+        probe: pairs of a good and a bad response that the reward must tell apart when the run starts.
+        options: what the kind takes besides.
+
+    >>> objective = parse_objective("polite=builtin:length,weight=0.5,scale=140")
+    >>> objective.name, objective.weight.start, objective.options
+    ('polite', 0.5, {'scale': '140'})
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    kind: Kind
+    location: str = Field(min_length=1)
+    weight: Annotated[Weight, BeforeValidator(parse_weight)] = ONE
+    role: Role = "train"
+    threshold: Annotated[Annotated[float, Field(allow_inf_nan=False)] | None, IsNumber] = None
+    normalize: Literal["none", "batch", "group", "running"] = "none"
+    freeze_after: Annotated[Annotated[int, Field(ge=1)] | None, IsNumber] = None
+    clip: Annotated[Bounds | None, BeforeValidator(parse_bounds)] = None
+    range: Annotated[Bounds | None, BeforeValidator(parse_bounds)] = None
+    on_failure: Annotated[OnFailure, BeforeValidator(parse_on_failure)] = OnFailure("fail")
+    max_failures: Annotated[float, IsNumber, Field(ge=0, le=1)] = 1.0
+    probe: str | None = None
+    options: dict[str, Any] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_metric_key(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError("must be a letter followed by letters, digits, '_', '.' or '-': it becomes a metric key")
+        return name
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _is_known(cls, kind: Any) -> Any:
+        if kind not in get_args(Kind):
+            raise ValueError(f"unknown kind {kind!r}; known: {', '.join(get_args(Kind))}")
+        return kind
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Objective":
+        if (self.role == "constraint") != (self.threshold is not None):
+            raise ValueError("role=constraint and threshold= need each other")
+        if self.freeze_after is not None and self.normalize != "running":
+            raise ValueError(f"freeze_after has a meaning with normalize=running alone, found {self.normalize}")
+        shaped = (self.weight, self.normalize, self.clip) != (ONE, "none", None)
+        if self.role == "monitor" and shaped:
+            raise ValueError("role=monitor takes no weight, normalize or clip: nothing is made of its rewards")
+        if self.max_failures < 1 and self.on_failure.action == "fail":
+            raise ValueError("max_failures has no meaning with on_failure=fail, where one failure ends the run")
+        return self
+
+    @field_validator("probe")
+    @classmethod
+    def _is_an_aspect(cls, probe: str | None) -> str | None:
+        if probe is not None and probe not in PAIRS:
+            raise ValueError(f"must be one of {', '.join(PAIRS)}")
+        return probe
+
+    @model_validator(mode="after")
+    def _can_be_scored(self) -> "Objective":
+        if self.kind == "builtin":
+            load_measure(self.location, self.options)
+            return self
+        settings = self.settings
+        if self.kind == "py":
+            check_location(self.location)
+        elif self.kind in ("rm", "hf"):
+            _check_model(self.location)
+        elif self.kind == "http":
+            from pama_plugin.rewards.http import check_http
+
+            check_http(self.location, settings)  # type: ignore[arg-type]
+        return self
+
+    @property
+    def settings(self) -> BaseModel:
+        """The options, validated, of a kind other than ``builtin``, whose rewards say themselves what they take."""
+        model = options_of(self.kind)
+        unknown = sorted(set(self.options) - set(model.model_fields))
+        if unknown:
+            takes = ", ".join((*COMMON, *model.model_fields))
+            raise ValueError(f"kind {self.kind!r} has no option {', '.join(unknown)}; it takes {takes}")
+        return model.model_validate(self.options)
+
+    def absolute(self) -> "Objective":
+        """The same objective with local paths made absolute: workers need not share the driver's folder."""
+        if self.kind == "py":
+            path, function = split_location(self.location)
+            return self.model_copy(update={"location": f"{path}:{function}"})
+        if self.kind in ("rm", "hf") and (folder := Path(self.location).expanduser()).exists():
+            return self.model_copy(update={"location": str(folder.absolute())})
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """What a configuration file says of it, without the defaults."""
+        given = self.model_dump(include={"kind", "location"})
+        for key in COMMON:
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default:
+                given[key] = str(value) if isinstance(value, tuple) else value
+        if "weight" in given and self.weight.shape == "constant":
+            given["weight"] = self.weight.start
+        return given | self.options
+
+
+# What every kind takes.
+COMMON = tuple(key for key in Objective.model_fields if key not in ("name", "kind", "location", "options"))
+
+
+def parse_objective(text: str) -> Objective:
+    """Parse ``NAME=KIND:LOCATION[,key=value…]``; anything else raises ``ConfigError``."""
+    name, equals, rest = text.partition("=")
+    return make_objective(name, rest if equals else "", f"--pama.objective {text!r}")
+
+
+def make_objective(name: str, spec: Any, source: str) -> Objective:
+    """Build one objective from its name and either the rest of a flag or a mapping; errors name their ``source``."""
+    if isinstance(spec, str):
+        kind, colon, rest = spec.partition(":")
+        location, *pairs = rest.split(",")
+        options = dict(pair.partition("=")[::2] for pair in pairs)
+        broken = [pair for pair in pairs if "=" not in pair]
+        if not colon or broken or len(options) < len(pairs):
+            found = f"{broken[0]!r} without '='" if broken else "an option twice" if colon else repr(spec)
+            raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found {found}")
+        fields: dict[str, Any] = options | {"kind": kind, "location": location}
+    elif isinstance(spec, Mapping):
+        fields = {str(key): value for key, value in spec.items()}
+    else:
+        raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found {spec!r}")
+    shared = {key: fields.pop(key) for key in ("kind", "location", *COMMON) if key in fields}
+    if isinstance(shared.get("location"), list):  # replicas, as a file may list them
+        shared["location"] = "|".join(map(str, shared["location"]))
+    try:
+        return Objective.model_validate(shared | {"name": name, "options": fields}).absolute()
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {describe(error)}") from error
+    except (OSError, RuntimeError) as error:  # of a path: no such user, no right to look, too long a name
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def describe(error: ValidationError) -> str:
+    """The first of pydantic's findings in one line: where, the rule, and what was found."""
+    first = error.errors()[0]
+    where = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+    found = f", found {first['input']!r}" if first["loc"] else ""
+    return f"{where}{first['msg'].removeprefix('Value error, ')}{found}"
+
+
+def _check_model(location: str) -> None:
+    """A folder must hold a model; what is no folder must read like a name on the hub, which the host resolves."""
+    folder = Path(location).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"no reward model in {location}: it has no config.json")
+    if not folder.exists() and (location.startswith((".", "/", "~")) or location.count("/") > 1):
+        raise ValueError(f"no such folder: {location}")

@@ -1,0 +1,204 @@
+"""``pama score``: what the objectives of a run make of prompts and responses in a file, without training."""
+
+import argparse
+import asyncio
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from pama_plugin.config import PamaConfig, load_config
+from pama_plugin.errors import ConfigError
+from pama_plugin.flags import add_objective_flags
+from pama_plugin.objective import Objective
+from pama_plugin.rewards import Response
+from pama_plugin.scoring import Outcome, attempt, check_reward, load_scorer
+
+TEXT_ONLY = ("json", "regex", "repetition")  # rewards that count no tokens
+AT_ONCE = 64  # responses that py, http and builtin objectives are asked for together
+
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own flags, and those that name objectives."""
+    add_objective_flags(parser)
+    parser.add_argument("file", type=Path, help='JSONL: {"prompt": text or messages, "response": text, "label": text}')
+    parser.add_argument("--out", type=Path, help="where the lines go with their rewards (default: FILE.scored.jsonl)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="the policy, whose tokens rm reads and builtin counts (default: the first rm objective's model)",
+    )
+
+
+def score_file(options: argparse.Namespace) -> int:
+    """Score every line, write the lines with their rewards, print a table; the exit code is 1 if an objective is dead.
+
+    Raises:
+        ConfigError: no such file, a line that cannot be read, or objectives that cannot be scored here.
+    """
+    flags = vars(options)
+    # Nothing is combined here, and pama is the rule that takes whatever a file may say of one.
+    config = load_config("pama", flags["pama.objective"], flags["pama.config"], None, None, default_level="token")
+    if agents := config.of_kind("agent"):
+        raise ConfigError(f"pama score has no rollouts for an agent to score, found {agents[0].name!r}")
+    rows = _read(options.file)
+    tokenizer = _load_tokenizer(options.tokenizer, config)
+    responses = [_as_response(row, tokenizer) for row in rows]
+    results: dict[str, list[Outcome]] = {}
+    seconds = {}
+    for objective in config.objectives:
+        start = time.perf_counter()
+        with _progress(objective.name, len(rows)) as advance:
+            results[objective.name] = _score(objective, rows, responses, tokenizer, advance)
+        seconds[objective.name] = time.perf_counter() - start
+    out = options.out or options.file.with_suffix(".scored.jsonl")
+    with out.open("w", encoding="utf-8") as file:
+        for index, row in enumerate(rows):
+            outcomes = {name: outcomes[index] for name, outcomes in results.items()}
+            rewards = {name: None if outcome.problem else outcome.reward for name, outcome in outcomes.items()}
+            file.write(json.dumps(row | {"rewards": rewards}) + "\n")
+    _print_table(results, seconds)
+    print(f"rewards  {out}")
+    return int(any(all(outcome.problem for outcome in outcomes) for outcomes in results.values()))
+
+
+def _read(path: Path) -> list[Row]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"pama score: cannot read {path}: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"pama score: {path}, line {number} must be JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("response"), str) or not _is_prompt(row.get("prompt")):
+            raise ConfigError(
+                f"pama score: {path}, line {number} must have a prompt (text or messages) and a response (text), found "
+                f"{line[:80]!r}"
+            )
+        rows.append(row)
+    if not rows:
+        raise ConfigError(f"pama score: {path} must have at least one line, found none")
+    return rows
+
+
+def _is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, list) and prompt:
+        return all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt)
+    return isinstance(prompt, str)
+
+
+def _load_tokenizer(location: str | None, config: PamaConfig) -> Any:
+    models = config.of_kind("rm")
+    location = location or (models[0].location if models else None)
+    if location is None:
+        for own in config.of_kind("builtin"):
+            if own.location not in TEXT_ONLY and own.options.get("unit", "tokens") == "tokens":
+                raise ConfigError(f"--tokenizer MODEL is needed to count tokens for {own.name!r}, found none")
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(location)
+
+
+def _as_response(row: Row, tokenizer: Any) -> Response:
+    """As the rollout has it: a prompt of messages goes through the tokenizer's chat template."""
+    prompt, text = row["prompt"], row["response"]
+    if not isinstance(prompt, str):
+        if tokenizer is None or not tokenizer.chat_template:
+            prompt = "\n".join(str(message["content"]) for message in prompt)
+        else:
+            prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    end = tokenizer.eos_token or "" if tokenizer else ""
+    tokens = len(tokenizer(text + end, add_special_tokens=False)["input_ids"]) if tokenizer else 0
+    return Response(prompt + text + end, prompt, str(row.get("label") or ""), text, tokens)
+
+
+def _score(
+    objective: Objective, rows: list[Row], responses: list[Response], tokenizer: Any, advance: Callable[[int], None]
+) -> list[Outcome]:
+    if objective.kind == "hf":
+        return _score_hf(objective, rows, advance)
+    if objective.kind == "rm":
+        from pama_plugin.host.reward_model import score_responses
+
+        rewards = score_responses(objective, responses, tokenizer, advance)
+        return [check_reward(objective, reward) for reward in rewards]
+    return asyncio.run(_score_in_turn(objective, responses, advance))
+
+
+def _score_hf(objective: Objective, rows: list[Row], advance: Callable[[int], None]) -> list[Outcome]:
+    import torch
+
+    from pama_plugin.rewards.hf import Conversation, HfOptions, HfScorer
+
+    settings: Any = objective.settings
+    options: HfOptions = settings
+    scorer = HfScorer(objective.location, options, "cuda" if torch.cuda.is_available() and options.gpus else "cpu")
+    outcomes = []
+    for start in range(0, len(rows), options.batch_size):
+        part = rows[start : start + options.batch_size]
+        prompts = [row["prompt"] for row in part]
+        messages = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
+        rewards = scorer.score([Conversation(own, row["response"]) for own, row in zip(messages, part)])
+        outcomes += [check_reward(objective, reward) for reward in rewards]
+        advance(len(part))
+    return outcomes
+
+
+async def _score_in_turn(
+    objective: Objective, responses: list[Response], advance: Callable[[int], None]
+) -> list[Outcome]:
+    scorer = load_scorer(objective)
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def score(response: Response) -> Outcome:
+        async with slots:
+            outcome = await attempt(objective, scorer(response))
+            advance(1)
+            return outcome
+
+    return list(await asyncio.gather(*map(score, responses)))
+
+
+@contextmanager
+def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=name, unit="response") as bar:
+        yield lambda count: bar.update(count) and None
+
+
+def _print_table(results: dict[str, list[Outcome]], seconds: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("objective", *("mean", "std", "min", "max", "without a reward", "seconds"))
+    for name, outcomes in results.items():
+        rewards = [outcome.reward for outcome in outcomes if outcome.problem is None]
+        numbers = [measure(rewards) if rewards else math.nan for measure in (fmean, pstdev, min, max)]
+        failed = [outcome.problem for outcome in outcomes if outcome.problem is not None]
+        table.add_row(
+            name, *(f"{number:.4g}" for number in numbers), f"{len(failed)} of {len(outcomes)}", f"{seconds[name]:.1f}"
+        )
+    console = Console()
+    console.print(table)
+    for name, outcomes in results.items():
+        problems = _count([outcome.problem for outcome in outcomes if outcome.problem is not None])
+        for problem, count in problems[:3]:
+            console.print(f"{name}: {count} × {problem}", style="yellow", markup=False)
+
+
+def _count(problems: Sequence[str]) -> list[tuple[str, int]]:
+    """The problems, the most frequent first."""
+    return sorted(((own, problems.count(own)) for own in set(problems)), key=lambda pair: -pair[1])

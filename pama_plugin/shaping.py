@@ -1,0 +1,67 @@
+"""From the raw rewards of an objective to those that the estimator is given: normalised, clipped, with no gap."""
+
+import torch
+from torch import Tensor
+
+from pama_plugin.objective import Objective
+from pama_plugin.state import Moments
+
+# A standard deviation below this share of the largest reward is that of a constant, up to rounding.
+CONSTANT = 1e-6
+
+
+def shape_rewards(objective: Objective, rewards_GN: Tensor, seen: Moments, *, fill_by_group: bool) -> Tensor:
+    """``(r − mean) / std`` by ``objective.normalize``, then ``objective.clip``, then something for the missing ones.
+
+    A response without a reward is left out of the aggregation, but the host's estimator compares all responses with
+    each other. So a missing reward becomes the mean of those that it is compared with: means stay what they are. With k
+    of n rewards in a group, ``rloo`` gives advantages times ``n (k − 1) / (k (n − 1))`` and ``group_norm`` times
+    ``√((n − 1) / (k − 1))`` of what the k alone would get.
+
+    Args:
+        objective: says how.
+        rewards_GN: raw rewards of G prompts with N responses each, NaN where there is none. Not modified.
+        seen: of all rewards so far, for ``normalize=running``.
+        fill_by_group: whether the estimator compares the responses to one prompt, or all of the batch.
+
+    Returns:
+        (G, N), finite; bit for bit what was given where nothing is asked for.
+
+    >>> from pama_plugin.objective import parse_objective
+    >>> rewards_GN = torch.tensor([[1.0, 3.0], [5.0, torch.nan]])
+    >>> shape_rewards(parse_objective("a=builtin:length"), rewards_GN, Moments(), fill_by_group=True)
+    tensor([[1., 3.],
+            [5., 5.]])
+    >>> shape_rewards(parse_objective("a=builtin:length,normalize=batch"), rewards_GN, Moments(), fill_by_group=False)
+    tensor([[-1.,  0.],
+            [ 1.,  0.]])
+    """
+    shaped_GN = rewards_GN
+    if objective.normalize == "running":
+        # While nothing has varied there is no unit to divide by.
+        shaped_GN = (rewards_GN - seen.mean) / (seen.std if seen.std > CONSTANT * abs(seen.mean) else 1.0)
+    elif objective.normalize == "batch":
+        present = rewards_GN[rewards_GN.isfinite()]
+        shaped_GN = _standardize(rewards_GN, present.mean(), present.std(), rewards_GN.abs().nan_to_num(0.0).max())
+    elif objective.normalize == "group":
+        mean_G1 = rewards_GN.nanmean(1, keepdim=True)
+        count_G1 = rewards_GN.isfinite().sum(1, keepdim=True)
+        std_G1 = ((rewards_GN - mean_G1).square().nansum(1, keepdim=True) / (count_G1 - 1)).sqrt()
+        largest_G1 = rewards_GN.abs().nan_to_num(0.0).amax(1, keepdim=True)
+        shaped_GN = _standardize(rewards_GN, mean_G1, std_G1, largest_G1)
+    if objective.clip is not None:
+        shaped_GN = shaped_GN.clamp(*objective.clip)
+
+    missing_GN = shaped_GN.isnan()
+    if not missing_GN.any():
+        return shaped_GN
+    means = shaped_GN.nanmean().expand(len(shaped_GN), 1)
+    if fill_by_group:
+        means = torch.where(shaped_GN.isnan().all(1, keepdim=True), means, shaped_GN.nanmean(1, keepdim=True))
+    return torch.where(missing_GN, means.nan_to_num(0.0), shaped_GN)  # 0 if the whole batch has none: all are left out
+
+
+def _standardize(rewards_GN: Tensor, mean: Tensor, std: Tensor, largest: Tensor) -> Tensor:
+    """0 where the rewards do not vary: what is left there is rounding, or a single reward."""
+    varies = std > CONSTANT * largest  # false of NaN, too
+    return torch.where(varies, (rewards_GN - mean) / torch.where(varies, std, 1.0), (rewards_GN - mean) * 0.0)

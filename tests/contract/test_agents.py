@@ -1,0 +1,129 @@
+"""Objectives around the user's own agent, which runs as the host runs it."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pama_plugin.config import load_config
+from pama_plugin.errors import RewardError
+
+pytestmark = pytest.mark.contract
+
+AGENT = """
+import torch
+
+from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
+
+
+class Guess(AgentInstanceBase):
+    turn = 0
+
+    def __init__(self):
+        pass
+
+    async def step(self, states, **_):
+        self.turn += 1
+        style = {STYLE}
+        return {
+            "rewards": torch.tensor(1.0),
+            "scores": torch.tensor(0.5),
+            "environment_feedback": " 50 51" if self.turn < 3 else "",
+            "done": self.turn == 3,
+            "extra_logs": {"style": style, "turns": torch.tensor([float(self.turn)])},
+        }
+
+
+class AgentExecutor(MultiTurnAgentExecutor):
+    def __init__(self):
+        super().__init__(Guess)
+"""
+
+
+class Numbers:
+    """A tokenizer whose tokens are numbers, written in decimal."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[int(word) for word in text.split()]], dtype=torch.long)}
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(str(token) for token in tokens if not (skip_special_tokens and token == 9))
+
+
+class Engine:
+    """Answers every turn with the tokens 7 8 9, of which 9 ends a turn."""
+
+    async def generate(self, tokens, sampling_params, multi_modal_data=None):
+        output = SimpleNamespace(token_ids=[7, 8, 9], text=" 7 8", finish_reason="stop", logprobs=None)
+        return SimpleNamespace(outputs=[output])
+
+
+def play(tmp_path, *objectives: str, style: str = "torch.tensor([0.1 * self.turn])") -> tuple[dict, dict]:
+    """What the agent returns by itself, and with our objectives around it."""
+    from openrlhf.trainer.ray.vllm_engine import _load_agent_executor
+
+    from pama_plugin.host.rollout import ObjectiveExecutor
+
+    path = tmp_path / "agent.py"
+    path.write_text(AGENT.replace("{STYLE}", style))
+    config = load_config("pama", objectives, None, None, None, default_level="sequence")
+
+    def run(executor):
+        sampling = SimpleNamespace(logprobs=None, max_tokens=4)
+        request = dict(prompt="3 4", label="L", sampling_params=sampling, max_length=64)
+        return asyncio.run(executor.execute(**request, hf_tokenizer=Numbers(), llm_engine=Engine()))
+
+    stock = _load_agent_executor(str(path))
+    return run(stock), run(ObjectiveExecutor(config, stock, scalar_reward=False))
+
+
+def test_a_multi_turn_agent_keeps_all_it_returns_and_its_keys_become_objectives(tmp_path) -> None:
+    objectives = ("style=agent:style", "total=agent:reward", "score=agent:scores", "words=builtin:length,unit=words")
+    alone, ours = play(tmp_path, *objectives)
+    rewards = {key: ours["extra_logs"].pop(f"reward/{key}") for key in ("style", "total", "score", "words")}
+    assert rewards == pytest.approx({"style": 0.3, "total": 3.0, "score": 0.5, "words": 6})  # 3 turns of 2 words
+    assert {key for key in ours["extra_logs"] if key.startswith("seconds/")} == {f"seconds/{key}" for key in rewards}
+    own = {key: value for key, value in ours["extra_logs"].items() if not key.startswith("seconds/")}
+    assert own == alone["extra_logs"] and ours | {"extra_logs": None} == alone | {"extra_logs": None}
+
+
+def test_other_objectives_see_the_whole_conversation(tmp_path) -> None:
+    (tmp_path / "rewards.py").write_text(
+        "def f(queries, prompts, labels):\n"
+        "    assert queries == ['3 4 7 8 9 50 51 7 8 9 50 51 7 8 9'] and prompts == ['3 4'] and labels == ['L']\n"
+        "    return 2.0\n"
+    )
+    _, ours = play(tmp_path, f"seen=py:{tmp_path}/rewards.py:f")
+    assert ours["extra_logs"]["reward/seen"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("key", "style", "problem"),
+    [
+        ("charm", "0.1", "the agent returned no 'charm', but reward, scores, style, turns"),
+        ("style", "None", "the agent returned no 'style'"),
+        ("style", "torch.zeros(2)", "the agent returned 2 values as 'style'"),
+        ("style", "float('nan')", "returned nan"),
+    ],
+)
+def test_what_the_agent_does_not_return_is_a_failure_of_that_objective(tmp_path, key, style, problem) -> None:
+    with pytest.raises(RewardError, match=f"objective 'a': {problem}"):
+        play(tmp_path, f"a=agent:{key}", style=style)
+    _, ours = play(tmp_path, f"a=agent:{key},on_failure=mask", "b=builtin:length", style=style)
+    assert ours["extra_logs"]["reward/a"] != ours["extra_logs"]["reward/a"]
+
+
+def test_the_hosts_single_turn_executor_is_used_without_an_agent() -> None:
+    from openrlhf.utils.agent import SingleTurnAgentExecutor
+
+    from pama_plugin.host.rollout import ObjectiveExecutor
+
+    config = load_config("pama", ["n=builtin:length"], None, None, None, default_level="sequence")
+    executor = ObjectiveExecutor(config, SingleTurnAgentExecutor(None), scalar_reward=True)
+    sampling = SimpleNamespace(logprobs=None, max_tokens=4)
+    request = dict(prompt="3 4", label="", sampling_params=sampling, max_length=64)
+    output = asyncio.run(executor.execute(**request, hf_tokenizer=Numbers(), llm_engine=Engine()))
+    assert output["observation_tokens"] == [3, 4, 7, 8, 9] and output["extra_logs"]["reward/n"] == 3
+    assert output["reward"] == output["scores"] == 3

@@ -1,0 +1,145 @@
+"""Reward models with a tokenizer of their own: what they are given of a rollout, and where they run."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hosttools import host_args, make_rollout, parse_host_flags
+
+from pama_plugin.config import load_config
+from pama_plugin.host.placement import make_plan
+
+pytestmark = pytest.mark.contract
+
+
+class Letters:
+    """The policy's tokenizer: a token is a letter, 1 ends a text."""
+
+    pad_token_id = 0
+
+    def decode(self, tokens, skip_special_tokens=False):
+        return "".join(chr(96 + int(token)) for token in tokens if not (skip_special_tokens and int(token) == 1))
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+
+
+def conversations(tmp_path, *flags: str, prompts: list[str], rows: list[dict] | None = None):
+    from openrlhf.trainer.ppo_utils.experience import Experience
+
+    from pama_plugin.host.conversations import Conversations
+
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows or []))
+    args = host_args("--data.prompt_dataset", f"{tmp_path}/prompts.jsonl", "--data.input_key", "prompt", *flags)
+    strategy = SimpleNamespace(args=args, print=print, is_rank_0=lambda: True)
+    rollout = make_rollout(len(prompts), seed=3)
+    for sample, prompt in zip(rollout, prompts):
+        sample.prompts = [prompt]
+    texts = []
+    for sample in rollout:
+        response = sample.sequences[0, int(sample.action_mask[0].nonzero()[0]) + 1 :]
+        texts.append(Letters().decode(response, skip_special_tokens=True))
+    batch = Experience.concat_experiences(rollout, 0)
+    return Conversations(strategy, Letters()).of([batch]), texts
+
+
+def test_a_prompt_without_a_template_is_one_message_and_padding_is_no_response(tmp_path) -> None:
+    found, texts = conversations(tmp_path, prompts=["Hello", "Good day", "Hi"])
+    assert [list(own.messages) for own in found] == [
+        [{"role": "user", "content": text}] for text in ("Hello", "Good day", "Hi")
+    ]
+    assert [own.response for own in found] == texts
+
+
+@pytest.mark.parametrize(
+    "content", ["What now?", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]]
+)
+def test_the_policys_chat_template_is_taken_back(tmp_path, content) -> None:
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    prompt = Letters().apply_chat_template(messages, False, True)
+    rows = [{"prompt": content}]
+    (found,), _ = conversations(tmp_path, "--data.apply_chat_template", prompts=[prompt], rows=rows)
+    assert list(found.messages) == messages
+
+
+def test_an_input_template_is_taken_back(tmp_path) -> None:
+    flags = ("--data.input_template", "Human: {}\nAssistant: ")
+    (found,), _ = conversations(tmp_path, *flags, prompts=["Human: Why?\nAssistant: "], rows=[{"prompt": "Why?"}])
+    assert list(found.messages) == [{"role": "user", "content": "Why?"}]
+
+
+def plan(*objectives: str, flags: tuple[str, ...] = ()):
+    sizes = [word for group in ("actor", "ref", "reward") for word in (f"--{group}.num_gpus_per_node", "2")]
+    config = load_config("pama", objectives, None, None, None, default_level="token")
+    args = parse_host_flags(*sizes, "--vllm.num_engines", "2", "--algo.advantage.estimator", "reinforce", *flags)
+    return config, make_plan(args, config)
+
+
+def test_replicas_take_gpus_of_their_own_shares_of_one_or_none() -> None:
+    _, found = plan(
+        "a=hf:org/a,replicas=3", "b=hf:org/b,gpus=0.25,replicas=2", "c=hf:org/c,gpus=0.5", "d=hf:org/d,gpus=0"
+    )
+    blocks = {role.name: (block.gpus, role.share) for block in found.blocks for role in block.roles}
+    assert blocks["reward/a"] == (3, 1) and blocks["reward/d"] == (0, 0)
+    assert blocks["reward/b"] == (1, 0.25) and blocks["reward/c"] == (1, 0.5)
+    assert found.gpus == 2 + 2 + 2 + 3 + 1
+
+
+def test_colocated_they_split_the_share_of_one_reward_model() -> None:
+    _, found = plan("a=hf:org/a", "b=rm:org/b", "c=hf:org/c,gpus=0", flags=("--train.colocate_all",))
+    shares = {role.name: role.share for block in found.blocks for role in block.roles}
+    assert (shares["reward/a"], shares["reward/b"], shares["reward/c"]) == (0.1, 0.1, 0)
+    assert found.gpus == 2
+
+
+def test_replicas_that_do_not_fit_a_gpu_are_refused() -> None:
+    from pama_plugin.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="replicas × gpus must be at most 1, found 3 × 0.5"):
+        plan("a=hf:org/a,gpus=0.5,replicas=3")
+
+
+@pytest.mark.parametrize(("replicas", "gpus"), [(3, "0"), (2, "0.5")])
+def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
+    replicas, gpus, local_ray, monkeypatch
+) -> None:
+    import ray
+
+    from pama_plugin.host import hf
+    from pama_plugin.host.rewards import group_builder
+    from pama_plugin.rewards.hf import Conversation
+
+    class Length:  # local, as all that follows: it travels by value
+        def score(self, conversations):
+            if any(own.response == "bad" for own in conversations):
+                raise ValueError("Conversation roles must alternate")
+            return [float(len(own.response)) for own in conversations]
+
+    class Stub(hf.Replica):
+        def __init__(self, location, options):
+            self.scorer = Length()
+
+    monkeypatch.setattr(hf, "Replica", Stub)
+    config, own = plan(f"a=hf:org/a,replicas={replicas},gpus={gpus}")
+    actor = object()
+    build = group_builder(config, own, None, reward_actor=actor, policy_actor=None)
+    groups = build(1, 1, actor, pg=None, num_gpus_per_actor=1, duplicate_actors=1)
+    ray.get(groups.async_init_model_from_pretrained(None, "org/a"), timeout=120)
+    group = groups.groups["a"]
+    texts = ["x" * length for length in (3, 1, 4, 1, 5, 9, 2)]
+    for one_by_one in (True, False):
+        scored = group.score([Conversation([], text) for text in texts], one_by_one=one_by_one)
+        assert group.collect(scored).tolist() == [3, 1, 4, 1, 5, 9, 2] and len(group.replicas) == replicas
+        assert 0 < scored.seconds() < 60
+
+    # One that a template cannot take costs its own reward alone; a dead replica those of its share.
+    texts[2] = "bad"
+    rewards = group.collect(group.score([Conversation([], text) for text in texts], one_by_one=False))
+    assert torch.equal(rewards.isnan(), torch.tensor([text == "bad" for text in texts]))
+    for replica in group.replicas:
+        ray.kill(replica)
+        with pytest.raises(ray.exceptions.RayActorError):
+            while True:
+                ray.get(replica.ready.remote())
+    assert group.collect(group.score([Conversation([], "x")], one_by_one=False)).isnan().all()

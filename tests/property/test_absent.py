@@ -1,0 +1,79 @@
+"""An objective without a reward for a response is left out there, and nowhere else."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import advantages, call, variants
+
+from pama_plugin import aggregate
+
+pytestmark = pytest.mark.property
+
+
+@st.composite
+def with_absences(draw: st.DrawFn):
+    advantages_KBA, mask_BA = draw(advantages(min_objectives=2))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    return advantages_KBA, mask_BA, torch.rand(advantages_KBA.shape[:2], generator=generator) < 0.6
+
+
+@given(with_absences(), variants)
+def test_what_stands_where_there_is_no_reward_enters_nothing(case, variant) -> None:
+    advantages_KBA, mask_BA, present_KB = case
+    result = call(variant, advantages_KBA, mask_BA, present_KB=present_KB)
+    for rubbish in (math.nan, math.inf, -1e9):
+        other = advantages_KBA.masked_fill(~present_KB.unsqueeze(-1), rubbish)
+        found = call(variant, other, mask_BA, present_KB=present_KB)
+        assert torch.equal(found.advantages, result.advantages) and found.metrics == result.metrics
+    assert (result.advantages[~present_KB.any(0)] == 0).all()
+
+
+def project(values: list[float], noon: bool) -> float:
+    """Theorem 1 for one unit."""
+    values = [max(value, 0.0) for value in values] if noon else values
+    if not values or min(values) <= 0 <= max(values):
+        return 0.0
+    return min(values) if min(values) > 0 else max(values)
+
+
+@given(with_absences(), st.booleans(), st.sampled_from(["token", "sequence"]))
+def test_the_others_are_projected_as_if_it_were_not_there(case, noon, level) -> None:
+    advantages_KBA, mask_BA, present_KB = case
+    K, B, A = advantages_KBA.shape
+    all_on = torch.ones(K, dtype=torch.bool)
+    result = aggregate("pama", advantages_KBA, mask_BA, level=level, noon=noon, active=all_on, present_KB=present_KB)
+    inactive = [result.metrics[f"inactive/{index}"] for index in range(K)]
+    for b in range(B):
+        kept = [index for index in range(K) if present_KB[index, b] and not inactive[index]]
+        tokens = [t for t in range(A) if mask_BA[b, t]]
+        for t in tokens:
+            units = [t] if level == "token" else tokens
+            means = [advantages_KBA[index, b, units].mean().item() for index in kept]
+            assert result.advantages[b, t].item() == pytest.approx(project(means, noon), abs=1e-6)
+
+
+def test_batch_means_are_over_the_responses_that_have_a_reward() -> None:
+    advantages_KBA = torch.tensor([[[2.0], [4.0], [99.0]], [[3.0], [5.0], [1.0]]])
+    present_KB = torch.tensor([[True, True, False], [True, True, True]])
+    result = aggregate("pama", advantages_KBA, torch.ones(3, 1), level="batch", present_KB=present_KB)
+    # Means 3 and 3: a tie, half of each; the third response has the second objective alone.
+    assert result.advantages.flatten().tolist() == [2.5, 4.5, 0.5]
+
+
+def test_linear_sums_what_there_is() -> None:
+    advantages_KBA = torch.tensor([[[2.0], [4.0]], [[3.0], [5.0]]])
+    present_KB = torch.tensor([[True, False], [True, True]])
+    result = aggregate("linear", advantages_KBA, torch.ones(2, 1), weights=[2.0, 1.0], present_KB=present_KB)
+    assert result.advantages.flatten().tolist() == [7.0, 5.0]
+    assert result.metrics["gain/0"] == 14.0  # of the one token that it has a reward for
+
+
+def test_an_objective_that_never_has_a_reward_leaves() -> None:
+    live = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0))
+    present_KB = torch.tensor([[True] * 4, [False] * 4])
+    both = aggregate("pama", torch.cat([live, live * math.nan]), torch.ones(4, 3), present_KB=present_KB)
+    assert torch.equal(both.advantages, aggregate("pama", live, torch.ones(4, 3)).advantages)
+    assert both.metrics["inactive/1"] == 1 and both.coefficients.tolist() == [1, 0]

@@ -1,0 +1,493 @@
+"""The kind http against a real server that fails in every way a reward server is known to."""
+
+import asyncio
+import contextlib
+import pickle
+import subprocess
+import sys
+import time
+import traceback
+from email.utils import formatdate
+from types import SimpleNamespace
+
+import pytest
+import tenacity
+from faultserver import MODES, FaultServer, reward_of
+from pydantic import ValidationError
+
+from pama_plugin.errors import PamaError
+from pama_plugin.rewards import Response, http
+
+RESPONSE = Response(query="Once more, please", prompt="Once", label="tale", response=" more, please", num_tokens=7)
+TOKEN = "s3cret/token"
+
+ANSWERED = {"ok": reward_of(RESPONSE.query), "huge": 1e300, "integer": 2.0}
+
+NOT_ONE_NUMBER = "rewards must be a list of one finite number, found "
+FINAL = {
+    "307": "HTTP 307, 'status 307'; redirects are not followed",
+    "400": "HTTP 400, 'status 400'",
+    "401": "HTTP 401, 'status 401'; if it wants a token, name its variable: token_env",
+    "403": "HTTP 403, 'status 403'; if it wants a token, name its variable: token_env",
+    "404": "HTTP 404, 'status 404'",
+    "422": "HTTP 422, 'status 422'",
+    "echo": "HTTP 422, 'what is None?'",
+    "not_an_object": NOT_ONE_NUMBER + "'[0.5]'",
+    "no_rewards": NOT_ONE_NUMBER + """'{"scores": [0.5]}'""",
+    "scalar": NOT_ONE_NUMBER + """'{"rewards": 0.5}'""",
+    "no_reward": NOT_ONE_NUMBER + """'{"rewards": []}'""",
+    "wrong_length": NOT_ONE_NUMBER + """'{"rewards": [0.5, 0.5]}'""",
+    "null": NOT_ONE_NUMBER + """'{"rewards": [null]}'""",
+    "nan": NOT_ONE_NUMBER + """'{"rewards": [NaN]}'""",
+    "inf": NOT_ONE_NUMBER + """'{"rewards": [Infinity]}'""",
+    "-inf": NOT_ONE_NUMBER + """'{"rewards": [-Infinity]}'""",
+    "overflow": NOT_ONE_NUMBER + """'{"rewards": [1000""",
+    "string": NOT_ONE_NUMBER + """'{"rewards": ["0.5"]}'""",
+    "bool": NOT_ONE_NUMBER + """'{"rewards": [true]}'""",
+}
+
+REPEATED = {
+    "refuse": "ConnectError",
+    "reset": "ReadError",
+    "hang": "no complete reply within 0.1 s",
+    "drip": "no complete reply within 0.1 s",
+    "429": "HTTP 429, 'status 429'",
+    "500": "HTTP 500, 'status 500'",
+    "502": "HTTP 502, 'status 502'",
+    "503": "HTTP 503, 'status 503'",
+    "empty": "the body is not JSON, found ''",
+    "html": "the body is not JSON, found '<html>",
+    "truncated": "the body is not JSON, found '{\"rewards\": [0.5'",
+}
+
+
+@pytest.fixture(autouse=True)
+def backoff(monkeypatch):
+    """No waiting between attempts; what it is outside these tests."""
+    outside = http.BACKOFF
+    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_none())
+    return outside
+
+
+@contextlib.asynccontextmanager
+async def scorer(*servers: FaultServer, patient: bool = False, **options):
+    location = "|".join(server.url for server in servers)
+    score = http.load_http(location, http.HttpOptions(**options), patient=patient)
+    try:
+        yield score
+    finally:
+        await score.client.aclose()
+
+
+def score_once(*servers: FaultServer, response: Response = RESPONSE, **options) -> float:
+    async def main() -> float:
+        async with scorer(*servers, **options) as score:
+            return await score(response)
+
+    return asyncio.run(main())
+
+
+def test_every_mode_has_an_expectation() -> None:
+    assert {*ANSWERED, *FINAL, *REPEATED, "flaky", "dying"} == set(MODES)
+
+
+def test_the_request_is_the_hosts() -> None:
+    with FaultServer() as server:
+        score_once(server)
+        assert server.bodies == [{"query": ["Once more, please"], "prompts": ["Once"], "labels": ["tale"]}]
+        assert server.authorization is None
+
+
+def test_half_a_surrogate_pair_is_sent() -> None:
+    with FaultServer() as server:
+        score_once(server, response=RESPONSE._replace(prompt="\ud83d"))
+        assert server.bodies[0]["prompts"] == ["\ud83d"]
+
+
+@pytest.mark.parametrize(("mode", "reward"), ANSWERED.items())
+def test_a_good_reply(mode, reward) -> None:
+    with FaultServer(mode) as server:
+        found = score_once(server, retries=0)
+        assert found == reward and type(found) is float and server.requests == 1
+
+
+@pytest.mark.parametrize(("mode", "message"), FINAL.items())
+def test_what_would_fail_again_is_not_repeated(mode, message) -> None:
+    with FaultServer(mode) as server:
+        with pytest.raises(http.HttpRewardError) as caught:
+            score_once(server)
+        assert str(caught.value).startswith(f"{server.url}: {message}")
+        assert str(caught.value).endswith("(attempts: 1)") and server.requests == 1
+
+
+@pytest.mark.parametrize(("mode", "message"), REPEATED.items())
+def test_what_may_pass_is_repeated(mode, message) -> None:
+    with FaultServer(mode) as server:
+        with pytest.raises(http.HttpRewardError) as caught:
+            score_once(server, retries=2, timeout=0.1 if mode in ("hang", "drip") else 10)
+        assert str(caught.value).startswith(f"{server.url}: {message}")
+        assert str(caught.value).endswith("(attempts: 3)") and server.requests == (0 if mode == "refuse" else 3)
+
+
+def test_a_reward_after_failures() -> None:
+    with FaultServer("flaky", count=2) as server:
+        assert score_once(server, retries=2) == reward_of(RESPONSE.query) and server.requests == 3
+
+
+def test_a_failure_survives_its_way_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(http.HttpRewardError("http://judge: HTTP 500 (attempts: 5)")))
+    assert isinstance(error, PamaError) and str(error) == "http://judge: HTTP 500 (attempts: 5)"
+
+
+def test_a_cancelled_response_stays_cancelled() -> None:
+    async def main() -> None:
+        with FaultServer("hang") as server:
+            async with scorer(server) as score:
+                task = asyncio.create_task(score(RESPONSE))
+                while not server.requests:
+                    await asyncio.sleep(0.01)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert server.requests == 1
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """The seconds slept between attempts, which are not slept here."""
+    slept = []
+    sleep = asyncio.sleep
+
+    async def record(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", record)
+    return slept
+
+
+@pytest.mark.parametrize("mode", ["429", "503"])
+@pytest.mark.parametrize(
+    ("retry_after", "wait"),
+    [("7", 7), ("7200", http.LONGEST_RETRY_AFTER), ("soon", 0), ("-1", 0), ("Mon, 01 Jan 2024 00:00:00 GMT", 0)],
+)
+def test_retry_after(mode, retry_after, wait, waits) -> None:
+    with FaultServer(mode, retry_after=retry_after) as server, pytest.raises(http.HttpRewardError):
+        score_once(server, retries=2)
+    assert waits == [wait, wait]
+
+
+def test_retry_after_as_a_date(waits) -> None:
+    date = formatdate(time.time() + 20, usegmt=True)
+    with FaultServer("429", retry_after=date) as server, pytest.raises(http.HttpRewardError):
+        score_once(server, retries=1)
+    assert 15 < waits[0] <= 20
+
+
+def test_waits_grow_and_differ(backoff, monkeypatch, waits) -> None:
+    monkeypatch.setattr(http, "BACKOFF", backoff)
+    with FaultServer("429", retry_after="2") as server, pytest.raises(http.HttpRewardError):
+        score_once(server, retries=9)
+    bounds = [(2, 2), (2, 2), (2, 3), (4, 5), (8, 9), (16, 17), (30, 30), (30, 30), (30, 30)]
+    assert all(low <= wait <= high for wait, (low, high) in zip(waits, bounds, strict=True)), waits
+    assert not any(wait.is_integer() for wait in waits[2:6])
+
+
+def test_replicas_take_turns() -> None:
+    async def main() -> None:
+        with FaultServer() as a, FaultServer() as b, FaultServer() as c:
+            async with scorer(a, b, c) as score:
+                for _ in range(6):
+                    await score(RESPONSE)
+            assert (a.requests, b.requests, c.requests) == (2, 2, 2)
+
+    asyncio.run(main())
+
+
+def test_a_retry_goes_to_another_replica() -> None:
+    async def main() -> None:
+        with FaultServer("429") as a, FaultServer("429") as b, FaultServer() as c:
+            async with scorer(a, b, c, retries=2) as score:
+                assert await asyncio.gather(*(score(RESPONSE) for _ in range(12))) == [reward_of(RESPONSE.query)] * 12
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_dies_and_comes_back(monkeypatch) -> None:
+    monkeypatch.setattr(http, "OPEN_SECONDS", 0.1)
+
+    async def main() -> None:
+        with FaultServer("dying", count=2) as a, FaultServer() as b:
+            async with scorer(a, b, retries=1) as score:
+                for _ in range(16):
+                    assert await score(RESPONSE) == reward_of(RESPONSE.query)
+                assert (a.requests, b.requests) == (2, 14)
+                a.mode = "ok"
+                await asyncio.sleep(0.15)
+                for _ in range(4):
+                    assert await score(RESPONSE) == reward_of(RESPONSE.query)
+                assert (a.requests, b.requests) == (4, 16)
+
+    asyncio.run(main())
+
+
+def test_a_failing_replica_is_left_alone_until_a_trial_succeeds(monkeypatch) -> None:
+    monkeypatch.setattr(http, "OPEN_SECONDS", 0.1)
+
+    async def main() -> None:
+        with FaultServer("500") as a, FaultServer() as b:
+            async with scorer(a, b, retries=1) as score:
+
+                async def requests_to_a_during(responses: int) -> int:
+                    before = a.requests
+                    for _ in range(responses):
+                        await score(RESPONSE)
+                    return a.requests - before
+
+                assert await requests_to_a_during(20) == http.FAILURES_TO_OPEN
+                assert await requests_to_a_during(6) == 0
+                await asyncio.sleep(0.15)
+                assert await requests_to_a_during(6) == 1, "a trial that fails opens it again"
+                a.mode = "ok"
+                await asyncio.sleep(0.15)
+                assert await requests_to_a_during(6) == 3, "a trial that succeeds closes it"
+
+    asyncio.run(main())
+
+
+def test_only_one_request_tries_a_replica(monkeypatch) -> None:
+    monkeypatch.setattr(http, "OPEN_SECONDS", 0.1)
+
+    async def main() -> None:
+        with FaultServer("500") as a, FaultServer() as b:
+            async with scorer(a, b, retries=1, timeout=0.3) as score:
+                for _ in range(10):
+                    await score(RESPONSE)
+                a.mode = "hang"
+                await asyncio.sleep(0.15)
+                await asyncio.gather(*(score(RESPONSE) for _ in range(8)))
+                assert a.requests == http.FAILURES_TO_OPEN + 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_who_is_patient_outlives_a_server_that_restarts(patient, monkeypatch) -> None:
+    """Many responses at once open the breaker long before the retries of any of them are used up."""
+    monkeypatch.setattr(http, "OPEN_SECONDS", 1)
+    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_fixed(0.1))  # one tries, the others ask again after it
+
+    async def main() -> None:
+        with FaultServer("refuse") as server:
+            async with scorer(server, patient=patient, retries=3) as score:
+                waiting = asyncio.gather(*(score(RESPONSE) for _ in range(20)), return_exceptions=True)
+                await asyncio.sleep(0.3)
+                server.mode = "ok"
+                outcomes = await waiting
+        failed = [outcome for outcome in outcomes if isinstance(outcome, http.HttpRewardError)]
+        assert len(failed) == (0 if patient else 20)
+
+    asyncio.run(main())
+
+
+def test_failures_must_be_in_a_row() -> None:
+    async def main() -> None:
+        with FaultServer() as server:
+            async with scorer(server, retries=http.FAILURES_TO_OPEN - 2) as score:
+                for mode in ("500", "ok") * 3:
+                    server.mode = mode
+                    with contextlib.nullcontext() if mode == "ok" else pytest.raises(http.HttpRewardError, match="500"):
+                        await score(RESPONSE)
+
+    asyncio.run(main())
+
+
+def test_no_replica_left() -> None:
+    async def main() -> None:
+        with FaultServer("500") as a, FaultServer("refuse") as b:
+            async with scorer(a, b, retries=99) as score:
+                with pytest.raises(http.HttpRewardError, match=r"no replica may be asked.*\(attempts: 10\)"):
+                    await score(RESPONSE)
+                with pytest.raises(http.HttpRewardError) as caught:
+                    await score(RESPONSE)
+            assert str(caught.value).startswith(
+                "no replica may be asked, each failed 5 times in a row; next trial in 30 s; "
+                f"last error: {b.url}: ConnectError"
+            )
+            assert str(caught.value).endswith("(attempts: 0)") and a.requests == http.FAILURES_TO_OPEN
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("mode", ["404", "429", "null"])
+def test_a_replica_that_answers_is_asked_again(mode) -> None:
+    async def main() -> None:
+        with FaultServer(mode) as server:
+            async with scorer(server, retries=0) as score:
+                for _ in range(2 * http.FAILURES_TO_OPEN):
+                    with pytest.raises(http.HttpRewardError):
+                        await score(RESPONSE)
+            assert server.requests == 2 * http.FAILURES_TO_OPEN
+
+    asyncio.run(main())
+
+
+def test_concurrency_is_capped() -> None:
+    async def main() -> None:
+        with FaultServer(delay=0.05) as server:
+            async with scorer(server, concurrency=3) as score:
+                await asyncio.gather(*(score(RESPONSE) for _ in range(12)))
+            assert server.most_in_flight == 3 and server.requests == 12
+
+    asyncio.run(main())
+
+
+def test_a_response_that_waits_for_its_retry_holds_no_slot(monkeypatch) -> None:
+    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_fixed(0.3))
+
+    async def main() -> None:
+        with FaultServer("flaky", count=1) as server:
+            async with scorer(server, concurrency=1) as score:
+                first, second = (asyncio.create_task(score(RESPONSE)) for _ in range(2))
+                await second
+                assert not first.done()
+                await first
+
+    asyncio.run(main())
+
+
+def test_the_token_is_sent_and_not_shown(monkeypatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
+    with FaultServer() as server:
+        score_once(server, token_env="JUDGE_TOKEN")
+        assert server.authorization == f"Bearer {TOKEN}"
+    with FaultServer("echo") as server, pytest.raises(http.HttpRewardError, match=r"what is Bearer \*\*\*\?"):
+        score_once(server, token_env="JUDGE_TOKEN")
+    for mode in {**FINAL, **REPEATED}:
+        with FaultServer(mode) as server, pytest.raises(http.HttpRewardError) as caught:
+            score_once(server, token_env="JUDGE_TOKEN", retries=0, timeout=0.1)
+        assert TOKEN not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("mode", ["401", "403"])
+def test_a_refused_token_is_named(mode, monkeypatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
+    with FaultServer(mode) as server, pytest.raises(http.HttpRewardError, match="; check the token in JUDGE_TOKEN "):
+        score_once(server, token_env="JUDGE_TOKEN")
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (None, "unset or empty"),
+        ("", "unset or empty"),
+        (f"{TOKEN}\n", "other characters"),
+        (f"my {TOKEN}", "other characters"),
+        (f"{TOKEN}é", "other characters"),
+    ],
+)
+@pytest.mark.parametrize("function", [http.check_http, http.load_http])
+def test_a_token_that_cannot_be_sent(function, value, found, monkeypatch) -> None:
+    monkeypatch.delenv("JUDGE_TOKEN", raising=False)
+    if value is not None:
+        monkeypatch.setenv("JUDGE_TOKEN", value)
+    with pytest.raises(ValueError, match=rf"variable JUDGE_TOKEN \(token_env\) must hold .* found .*{found}") as caught:
+        function("http://localhost/get_reward", http.HttpOptions(token_env="JUDGE_TOKEN"))
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
+
+
+def test_the_query_of_a_url_is_sent_and_not_shown() -> None:
+    with FaultServer("500") as server, pytest.raises(http.HttpRewardError) as caught:
+        score_once(SimpleNamespace(url=f"{server.url}?key={TOKEN}"), retries=0)
+    assert server.requests == 1 and TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["http://judge", "https://judge:8443/v1/@model?key=1", "http://[::1]:5000/get_reward|http://127.0.0.1:5001/"],
+)
+def test_replicas(location) -> None:
+    assert http.split_replicas(location) == tuple(location.split("|"))
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "",
+        "judge:5000/get_reward",
+        "/get_reward",
+        "ftp://judge/get_reward",
+        "http:///get_reward",
+        "http://judge:port/get_reward",
+        "http://judge:70000/get_reward",
+        "http://judge/get_reward |http://judge/get_reward",
+        "http://judge/get_reward|",
+        "http://judge/get reward",
+        "http://judge/\n",
+        "http://[::1/get_reward",
+    ],
+)
+@pytest.mark.parametrize("function", [http.check_http, http.load_http])
+def test_replicas_that_cannot_be_asked(function, location) -> None:
+    with pytest.raises(ValueError, match=r"must be http\(s\)://HOST\[:PORT\]/PATH .*, found "):
+        function(location, http.HttpOptions())
+
+
+@pytest.mark.parametrize(
+    "location", ["http://user:pa55@judge/", "http://pa55@judge/", "http://a:pa55/@judge/", "ftp://judge/?key=pa55"]
+)
+def test_a_password_is_refused_and_not_shown(location) -> None:
+    with pytest.raises(ValueError, match="without user or password") as caught:
+        http.split_replicas(location)
+    assert "pa55" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("location", "warned"),
+    [
+        ("https://judge/get_reward", []),
+        ("http://localhost:5000/get_reward|http://127.0.0.1/|http://127.8.9.1:5000/|http://[::1]:5000/", []),
+        ("http://10.0.0.1/a|https://judge/b|http://judge/c?key=1", ["http://10.0.0.1/a", "http://judge/c"]),
+        ("http://[2001:db8::1]/", ["http://[2001:db8::1]/"]),
+        ("http://localhost.example.com/", ["http://localhost.example.com/"]),
+    ],
+)
+def test_plain_http_to_another_machine_is_worth_a_warning(location, warned, monkeypatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
+    warnings = http.check_http(location, http.HttpOptions())
+    assert [warning.split()[0] for warning in warnings] == warned
+    warnings = http.check_http(location, http.HttpOptions(token_env="JUDGE_TOKEN"))
+    assert all("the token in JUDGE_TOKEN can be read" in warning and TOKEN not in warning for warning in warnings)
+
+
+def test_options_as_text() -> None:
+    options = http.HttpOptions.model_validate({"timeout": "30", "retries": "0", "concurrency": "8", "token_env": "T"})
+    assert options == http.HttpOptions(timeout=30, retries=0, concurrency=8, token_env="T")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timeout": 0},
+        {"timeout": "inf"},
+        {"timeout": "nan"},
+        {"timeout": True},
+        {"retries": -1},
+        {"retries": 1.5},
+        {"retries": False},
+        {"concurrency": 0},
+        {"concurrency": True},
+        {"token_env": ""},
+        {"token": "s3cret"},
+    ],
+)
+def test_options_that_mean_nothing(options) -> None:
+    with pytest.raises(ValidationError, match=next(iter(options))):
+        http.HttpOptions.model_validate(options)
+
+
+def test_the_extra_is_not_needed_without_such_an_objective() -> None:
+    hide = "import sys; sys.modules |= dict.fromkeys(('httpx', 'tenacity', 'circuitbreaker'))"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", f"{hide}; import pama_plugin.config"], check=True)

@@ -1,0 +1,89 @@
+"""``pama score``: the rewards that training would see, from a file."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pama_plugin.cli import main
+
+ROWS = [
+    {"prompt": "Hi", "response": "Please wait.", "label": "a", "id": 7},
+    {"prompt": [{"role": "user", "content": "Hello"}], "response": '{"ok": true}'},
+    {"prompt": "Once", "response": "no"},
+]
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    (tmp_path / "rewards.py").write_text(
+        "def polite(queries, prompts, labels):\n"
+        "    if 'no' in queries[0].split() or queries[0].endswith('no'):\n        raise ValueError('impolite')\n"
+        "    return [float('lease' in queries[0]) + 10 * (labels[0] == 'a')]\n"
+    )
+    return path
+
+
+def run(file: Path, *flags: str) -> tuple[int, list[dict]]:
+    with pytest.raises(SystemExit) as exit:
+        main(["score", str(file), *flags])
+    out = file.with_suffix(".scored.jsonl")
+    return exit.value.code, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def test_every_line_gets_its_rewards_and_keeps_the_rest(file, capsys) -> None:
+    flags = ("--pama.objective", f"polite=py:{file.parent}/rewards.py:polite")
+    code, rows = run(file, *flags)
+    assert code == 0
+    assert [row.pop("rewards") for row in rows] == [{"polite": 11}, {"polite": 0}, {"polite": None}]
+    assert rows == ROWS
+    output = capsys.readouterr().out
+    assert "1 of 3" in output and "polite: 1 × ValueError: impolite" in output and "5.5" in output
+
+
+def test_a_file_of_settings_does_as_well_and_a_dead_reward_is_a_failure(file, capsys) -> None:
+    (file.parent / "run.yaml").write_text(
+        "loss: linear\nobjectives: {dead: {kind: http, location: 'http://127.0.0.1:9/get_reward', retries: 0}}"
+    )
+    code, rows = run(file, "--pama.config", f"{file.parent}/run.yaml", "--out", str(file.with_suffix(".scored.jsonl")))
+    assert code == 1 and [row["rewards"] for row in rows] == [{"dead": None}] * 3
+    assert "3 of 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ("", (), "must have at least one line, found none"),
+        ("{", (), "line 1 must be JSON"),
+        ('{"prompt": "a"}', (), "line 1 must have a prompt .* and a response"),
+        ('{"prompt": [], "response": "b"}', (), "line 1 must have a prompt"),
+        (
+            '{"prompt": "a", "response": "b"}',
+            ("n=builtin:length",),
+            "--tokenizer MODEL is needed to count tokens for 'n'",
+        ),
+        ('{"prompt": "a", "response": "b"}', ("s=agent:style",), "no rollouts for an agent to score, found 's'"),
+        ('{"prompt": "a", "response": "b"}', ("s=py:no.py:f",), "no such file"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(tmp_path, capsys, content, flags, message) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(content)
+    objectives = flags or ("j=http:http://127.0.0.1:9/r",)
+    code, rows = run(file, *(word for own in objectives for word in ("--pama.objective", own)))
+    assert code == 2 and rows == [] and re.search(message, capsys.readouterr().err)
+
+
+def test_a_missing_file(tmp_path, capsys) -> None:
+    code, _ = run(tmp_path / "nowhere.jsonl", "--pama.objective", "s=http:http://127.0.0.1:9/r")
+    assert code == 2 and "cannot read" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    text = capsys.readouterr().out
+    assert "JSONL" in text and "--pama.objective NAME=KIND:LOCATION" in text and "--tokenizer MODEL" in text

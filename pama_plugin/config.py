@@ -94,7 +94,7 @@ def load_config(
         name = next(name for name, objective in merged.items() if objective.role == "constraint")
         raise ConfigError(f"role=constraint needs a rule that knows constraints, which no --loss does, found {name!r}")
     if "train" not in roles:
-        raise ConfigError("at least one objective must have role=train, found none")
+        raise ConfigError(f"at least one objective must have role=train, found none among {', '.join(merged)}")
 
     loss = loss or str(content.get("loss", ""))
     if loss not in available_rules():

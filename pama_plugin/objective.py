@@ -337,7 +337,13 @@ def make_objective(name: str, spec: Any, source: str) -> Objective:
         options = dict(pair.partition("=")[::2] for pair in pairs)
         broken = [pair for pair in pairs if "=" not in pair]
         if not colon or broken or len(options) < len(pairs):
-            found = f"{broken[0]!r} without '='" if broken else "an option twice" if colon else repr(spec)
+            found = (
+                f"{broken[0]!r} without '=' (a value with a comma needs a file)"
+                if broken
+                else "an option twice"
+                if colon
+                else repr(spec)
+            )
             raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found {found}")
         fields: dict[str, Any] = options | {"kind": kind, "location": location}
     elif isinstance(spec, Mapping):

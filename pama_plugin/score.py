@@ -104,7 +104,10 @@ def _load_tokenizer(location: str | None, config: PamaConfig) -> Any:
     if location is None:
         for own in config.of_kind("builtin"):
             if own.location not in TEXT_ONLY and own.options.get("unit", "tokens") == "tokens":
-                raise ConfigError(f"--tokenizer MODEL is needed to count tokens for {own.name!r}, found none")
+                raise ConfigError(
+                    f"--tokenizer MODEL, the policy's folder, is needed to count tokens for {own.name!r}, found none "
+                    "(length counts unit=words or unit=characters without)"
+                )
         return None
     from transformers import AutoTokenizer
 
@@ -144,7 +147,10 @@ def _score_hf(objective: Objective, rows: list[Row], advance: Callable[[int], No
 
     settings: Any = objective.settings
     options: HfOptions = settings
-    scorer = HfScorer(objective.location, options, "cuda" if torch.cuda.is_available() and options.gpus else "cpu")
+    try:
+        scorer = HfScorer(objective.location, options, "cuda" if torch.cuda.is_available() and options.gpus else "cpu")
+    except (ValueError, OSError) as error:  # a label or a model that is not there
+        raise ConfigError(f"objective {objective.name!r}: {error}") from error
     outcomes = []
     for start in range(0, len(rows), options.batch_size):
         part = rows[start : start + options.batch_size]
@@ -183,13 +189,16 @@ def _print_table(results: dict[str, list[Outcome]], seconds: dict[str, float]) -
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("objective", *("mean", "std", "min", "max", "without a reward", "seconds"))
+    table = Table("objective", *("mean", "std", "min", "max", "no reward", "seconds"), padding=(0, 0))
     for name, outcomes in results.items():
         rewards = [outcome.reward for outcome in outcomes if outcome.problem is None]
         numbers = [measure(rewards) if rewards else math.nan for measure in (fmean, pstdev, min, max)]
         failed = [outcome.problem for outcome in outcomes if outcome.problem is not None]
         table.add_row(
-            name, *(f"{number:.4g}" for number in numbers), f"{len(failed)} of {len(outcomes)}", f"{seconds[name]:.1f}"
+            name,
+            *(f"{number:.4g}" if rewards else "–" for number in numbers),
+            f"{len(failed)} of {len(outcomes)}",
+            f"{seconds[name]:.1f}",
         )
     console = Console()
     console.print(table)

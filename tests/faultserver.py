@@ -72,12 +72,17 @@ class FaultServer:
             self.start()
 
     def __enter__(self) -> "FaultServer":
-        self.start()  # for "refuse", too: the port is known, and free
+        # Bound for as long as the server lives, without listening: nobody else is given the port while it is closed.
+        self._port_holder = socket.socket()
+        self._port_holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port_holder.bind(("127.0.0.1", 0))
+        self.port = self._port_holder.getsockname()[1]
         self.mode = self._mode
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        self._port_holder.close()
 
     def start(self) -> None:
         """Open the port, the same one every time."""
@@ -85,7 +90,6 @@ class FaultServer:
             self.stopping = threading.Event()
             self._listener = _Listener(("127.0.0.1", self.port), _Handler)
             self._listener.faults = self
-            self.port = self._listener.server_address[1]
             threading.Thread(target=self._listener.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self, spared: socket.socket | None = None) -> None:

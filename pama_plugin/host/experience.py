@@ -43,9 +43,8 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         self.warned: set[str] = set()
         self.probing = self.config.probe != "off"
         if self.config.of_kind("hf"):
-            from pama_plugin.host.conversations import (
-                Conversations,
-            )  # needs transformers to be there, as those models do
+            # Here, because it imports what such an objective alone needs.
+            from pama_plugin.host.conversations import Conversations
 
             self.conversations = Conversations(self.strategy, self.tokenizer)
 
@@ -279,13 +278,14 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
                 "values": values if values is None or values.dim() == 2 else values[..., index],
             }
             copies.append(Experience(**vars(experience) | own))
-        if present_B.all() or not present_B.any():
+        if present_B.all():
             return super().compute_advantages_and_returns(copies)
 
         # Whoever has no reward must not enter the whitening, nor teach the value head.
         rows = present_B.split([len(experience.sequences) for experience in experiences])
-        for copy, rows_B in zip(copies, rows):
-            copy.action_mask = copy.action_mask * rows_B.unsqueeze(-1)
+        if present_B.any():  # of no token at all the host would divide by 0
+            for copy, rows_B in zip(copies, rows):
+                copy.action_mask = copy.action_mask * rows_B.unsqueeze(-1)
         estimated: list[Experience] = super().compute_advantages_and_returns(copies)
         for copy, experience, rows_B in zip(estimated, experiences, rows):
             copy.action_mask = experience.action_mask

@@ -226,9 +226,18 @@ class _HttpScorer:
         return replica
 
     async def _post(self, url: str, body: str) -> httpx.Response:
+        request = asyncio.ensure_future(self.client.post(url, content=body))
         try:
-            return await asyncio.wait_for(self.client.post(url, content=body), self.options.timeout)
-        except asyncio.TimeoutError:  # not the builtin one before Python 3.11
+            await asyncio.wait([request], timeout=self.options.timeout)
+        finally:
+            # Again and again: on Python 3.10 a request that has just connected swallows a cancellation, and wait_for,
+            # which cancels once, then waits for as long as the server hangs.
+            while not request.done():
+                request.cancel()
+                await asyncio.wait([request], timeout=0.1)
+        try:
+            return request.result()
+        except asyncio.CancelledError:  # by the lines above; a caller's comes out of the wait
             problem = f"no complete reply within {self.options.timeout:g} s"
         except httpx.HTTPError as error:
             problem = f"{type(error).__name__} {error}".rstrip()

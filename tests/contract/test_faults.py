@@ -243,12 +243,13 @@ def test_the_others_are_whitened_without_who_has_no_reward(groups) -> None:
     torch.testing.assert_close(advantages(samples), advantages(alone))
 
 
-def test_the_value_head_learns_nothing_from_who_has_no_reward(groups) -> None:
+@pytest.mark.parametrize("given", ["0:7", "900:901"], ids=["some", "none"])
+def test_the_value_head_learns_nothing_from_who_has_no_reward(given, groups) -> None:
     from pama_plugin.host.experience import MultiObjectiveExperienceMaker
 
     flags = ("--rollout.micro_batch_size", "3", "--algo.advantage.estimator", "gae", "--algo.kl.init_coef", "0")
     args = host_args(*flags)
-    objectives = ["a=builtin:length,range=0:7,on_failure=mask"]
+    objectives = [f"a=builtin:length,range={given},on_failure=mask"]
     args.pama = load_config("linear", objectives, None, None, None, default_level="token")
     parts = (groups["actor"], groups["critic"], None, None, SimpleNamespace(value=0.0), SimpleNamespace(args=args))
     maker = MultiObjectiveExperienceMaker(*parts, Words())

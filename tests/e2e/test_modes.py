@@ -71,6 +71,7 @@ def test_dynamic_filtering_muon_ema_and_gspo(run_host, tmp_path) -> None:
     run = run_host(
         *GROUPS,
         *"--actor.optim muon --actor.muon.lr 1e-3 --train.enable_ema --actor.policy_loss_type gspo".split(),
+        *"--train.batch_size 4".split(),  # filtering may leave a step with fewer than 16: they would train nothing
         *"--algo.dynamic_filtering_enable --algo.dynamic_filtering_range 0 2.99 --data.max_samples 48".split(),
         *"--reward.overlong_buffer_len 4 --reward.stop_properly_penalty_coef 0.5 --algo.kl.init_coef 0".split(),
         *("--loss", "pama", "--pama.objective", "length=builtin:length,scale=12,weight=2"),

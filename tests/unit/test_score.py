@@ -63,7 +63,7 @@ def test_a_file_of_settings_does_as_well_and_a_dead_reward_is_a_failure(file, ca
         (
             '{"prompt": "a", "response": "b"}',
             ("n=builtin:length",),
-            "--tokenizer MODEL is needed to count tokens for 'n'",
+            "is needed to count tokens for 'n'",
         ),
         ('{"prompt": "a", "response": "b"}', ("s=agent:style",), "no rollouts for an agent to score, found 's'"),
         ('{"prompt": "a", "response": "b"}', ("s=py:no.py:f",), "no such file"),

@@ -56,7 +56,7 @@ def waiting_group(seconds: float) -> RayActorGroup:
 class WaitingReplica(hf.Replica):
     def __init__(self, *_: Any) -> None: ...
 
-    def score(self, conversations: list[Any]) -> list[float]:
+    def score(self, conversations: list[Any], free_memory: bool) -> list[float]:
         time.sleep(HF_SECONDS * len(conversations))
         return [float(index) for index in range(len(conversations))]
 

@@ -20,7 +20,7 @@ from pama_plugin.errors import RewardError
 pytestmark = pytest.mark.contract
 
 RESPONSES = 8
-POLICIES = ("fail", "mask", "impute:0.25", "impute:mean")
+POLICIES = ("fail", "mask", "impute:0.25")
 
 
 class Words:

@@ -100,7 +100,7 @@ def test_replicas_that_do_not_fit_a_gpu_are_refused() -> None:
         plan("a=hf:org/a,gpus=0.5,replicas=3")
 
 
-@pytest.mark.parametrize(("replicas", "gpus"), [(3, "0"), (2, "0.5")])
+@pytest.mark.parametrize(("replicas", "gpus"), [(2, "0.5"), pytest.param(3, "0", marks=pytest.mark.e2e)])
 def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
     replicas, gpus, local_ray, monkeypatch
 ) -> None:

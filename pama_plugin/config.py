@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict
 
 from pama_plugin.aggregation import LEVELS, available_rules
 from pama_plugin.errors import ConfigError
-from pama_plugin.objective import Kind, Objective, make_objective, parse_objective
+from pama_plugin.kinds import Kind
+from pama_plugin.objective import Objective, make_objective, parse_objective
 
 STOCK = "ppo"
 BestRule = Literal["min", "weighted", "hypervolume"]

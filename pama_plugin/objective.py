@@ -1,199 +1,22 @@
 """One objective: a named reward, and what is done with it. Parsed and validated before Ray starts, then frozen."""
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pama_plugin.errors import ConfigError
-from pama_plugin.rewards import PyOptions, check_location, load_measure, split_location
-from pama_plugin.rewards.options import LARGEST, IsNumber, refuse_bool
+from pama_plugin.kinds import Kind, options_of
+from pama_plugin.rewards import check_location, load_measure, split_location
+from pama_plugin.rewards.options import IsNumber, check_model
 from pama_plugin.rewards.probes import PAIRS
+from pama_plugin.values import ONE, Bounds, OnFailure, Weight, parse_bounds, parse_on_failure, parse_weight
 
-Kind = Literal["rm", "hf", "py", "http", "builtin", "agent"]
-IN_THE_ROLLOUT: tuple[Kind, ...] = ("py", "http", "builtin", "agent")
 Role = Literal["train", "monitor", "constraint"]
-SHAPES = ("constant", "linear", "cosine", "step")
-
 # A name becomes a part of metric keys such as reward/NAME, which trackers split at "/".
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
-
-
-class Weight(NamedTuple):
-    """A preference weight over the steps of a run: ``1``, or ``SHAPE:START:END:STEPS``.
-
-    ``linear`` and ``cosine`` go from START to END in STEPS steps, ``step`` jumps after them.
-
-    >>> parse_weight("linear:1:0.5:100").at(50), parse_weight(2).at(50)
-    (0.75, 2.0)
-    """
-
-    shape: str
-    start: float
-    end: float
-    steps: int
-
-    def at(self, steps_done: int) -> float:
-        """The weight of the step that follows ``steps_done`` others."""
-        done = min(1.0, steps_done / self.steps)
-        if self.shape == "cosine":
-            done = (1 - math.cos(math.pi * done)) / 2
-        elif self.shape == "step":
-            done = math.floor(done)
-        return self.start + (self.end - self.start) * done
-
-    def __str__(self) -> str:
-        if self.shape == "constant":
-            return _shortest(self.start)
-        return f"{self.shape}:{_shortest(self.start)}:{_shortest(self.end)}:{self.steps}"
-
-
-ONE = Weight("constant", 1.0, 1.0, 1)
-
-
-class Bounds(NamedTuple):
-    """``LOW:HIGH``, both included.
-
-    >>> parse_bounds("-5:inf")
-    Bounds(low=-5.0, high=inf)
-    """
-
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{_shortest(self.low)}:{_shortest(self.high)}"
-
-
-class OnFailure(NamedTuple):
-    """What becomes of a response that has no reward: ``fail``, ``mask``, ``impute:VALUE`` or ``impute:mean``.
-
-    >>> parse_on_failure("impute:-1.5")
-    OnFailure(action='impute', value=-1.5)
-    """
-
-    action: str
-    value: float | None = None  # to impute; None is the mean of all rewards so far
-
-    def __str__(self) -> str:
-        if self.action != "impute":
-            return self.action
-        return "impute:mean" if self.value is None else f"impute:{_shortest(self.value)}"
-
-
-def _shortest(number: float) -> str:
-    """The shortest text that is the same number again."""
-    return repr(number).removesuffix(".0")
-
-
-def parse_weight(given: Any) -> Weight:
-    """A number, ``SHAPE:START:END:STEPS``, or a ``Weight``; else ``ValueError``."""
-    if isinstance(given, Weight):
-        return given
-    shape, *rest = given.split(":") if isinstance(given, str) and ":" in given else ("constant", given, given, 1)
-    try:
-        start, end, steps = rest
-        weight = Weight(shape, float(refuse_bool(start)), float(end), int(steps))
-    except (ValueError, TypeError, OverflowError):
-        raise ValueError("must be a number, or SHAPE:START:END:STEPS such as linear:1:0.5:100") from None
-    if shape not in SHAPES:
-        raise ValueError(f"must have one of the shapes {', '.join(SHAPES[1:])}")
-    if not (1e-9 <= min(weight.start, weight.end) <= max(weight.start, weight.end) <= 1e9 and weight.steps >= 1):
-        raise ValueError("must be from 1e-9 to 1e9, over at least 1 step")
-    return weight
-
-
-def parse_bounds(given: Any) -> Bounds | None:
-    """``LOW:HIGH``, a pair of numbers, or None; else ``ValueError``."""
-    if given is None or isinstance(given, Bounds):
-        return given
-    try:
-        low, high = given.split(":") if isinstance(given, str) else given
-        bounds = Bounds(float(refuse_bool(low)), float(refuse_bool(high)))
-    except (ValueError, TypeError, OverflowError):
-        raise ValueError("must be LOW:HIGH, two numbers (in a file [LOW, HIGH])") from None
-    if not bounds.low < bounds.high or any(LARGEST < abs(end) < math.inf for end in bounds):
-        raise ValueError(f"must be LOW:HIGH with LOW < HIGH, each infinite or at most {LARGEST:g}")
-    return bounds
-
-
-def parse_on_failure(given: Any) -> OnFailure:
-    """``fail``, ``mask``, ``impute:VALUE``, ``impute:mean``, or an ``OnFailure``; else ``ValueError``."""
-    if isinstance(given, OnFailure):
-        return given
-    action, _, value = str(given).partition(":")
-    if action in ("fail", "mask") and not value:
-        return OnFailure(action)
-    try:
-        if action == "impute" and (value == "mean" or abs(float(value)) <= LARGEST):
-            return OnFailure("impute", None if value == "mean" else float(value))
-    except ValueError:
-        pass
-    raise ValueError("must be fail, mask, impute:VALUE or impute:mean")
-
-
-class Placement(BaseModel):
-    """Where the ranks of an ``rm`` objective run, from its options of the same names; None is what ``--reward.*`` says.
-
-    Args:
-        gpus: ranks per node, or a fraction of one GPU for a single rank that shares it with other such objectives.
-        nodes: how many times ``gpus``.
-        offload: whether the parameters wait in the memory of the CPU.
-
-    >>> Placement.model_validate({"gpus": "0.5", "offload": "true"})
-    Placement(gpus=0.5, nodes=None, offload=True)
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    gpus: Annotated[float | None, IsNumber] = None
-    nodes: Annotated[Annotated[int, Field(ge=1)] | None, IsNumber] = None
-    offload: bool | None = None
-
-    @field_validator("gpus")
-    @classmethod
-    def _is_whole_or_a_fraction(cls, gpus: float | None) -> float | None:
-        if gpus is None or gpus >= 1 and gpus.is_integer() or 0 < gpus < 1 and round(gpus, 4) == gpus:
-            return gpus
-        raise ValueError("must be a whole number of ranks per node, or a fraction of one GPU with up to 4 decimals")
-
-    @model_validator(mode="after")
-    def _is_one_rank_if_a_fraction(self) -> "Placement":
-        if self.gpus is not None and self.gpus < 1 and (self.nodes or 1) > 1:
-            raise ValueError(f"gpus={self.gpus} is one rank that shares a GPU, so nodes must be 1, found {self.nodes}")
-        return self
-
-
-class RmOptions(Placement):
-    """What an ``rm`` objective takes besides."""
-
-    value_head_prefix: str | None = None
-
-
-class NoOptions(BaseModel):
-    """Of a kind that takes none."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def options_of(kind: Kind) -> type[BaseModel]:
-    """The model that validates the options of a kind other than ``builtin``."""
-    try:
-        if kind == "http":
-            from pama_plugin.rewards.http import HttpOptions
-
-            return HttpOptions
-        if kind == "hf":
-            from pama_plugin.rewards.hf import HfOptions
-
-            return HfOptions
-    except ImportError as error:
-        raise ValueError(f"kind {kind!r} needs pip install 'pama_plugin[rewards]', found {error}") from error
-    models: dict[str, type[BaseModel]] = {"rm": RmOptions, "py": PyOptions}
-    return models.get(kind, NoOptions)
 
 
 class Objective(BaseModel):
@@ -281,7 +104,7 @@ class Objective(BaseModel):
         if self.kind == "py":
             check_location(self.location)
         elif self.kind in ("rm", "hf"):
-            _check_model(self.location)
+            check_model(self.location)
         elif self.kind == "http":
             from pama_plugin.rewards.http import check_http
 
@@ -337,13 +160,9 @@ def make_objective(name: str, spec: Any, source: str) -> Objective:
         options = dict(pair.partition("=")[::2] for pair in pairs)
         broken = [pair for pair in pairs if "=" not in pair]
         if not colon or broken or len(options) < len(pairs):
-            found = (
-                f"{broken[0]!r} without '=' (a value with a comma needs a file)"
-                if broken
-                else "an option twice"
-                if colon
-                else repr(spec)
-            )
+            found = "an option twice" if colon else repr(spec)
+            if broken:
+                found = f"{broken[0]!r} without '=' (a value with a comma needs a file)"
             raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found {found}")
         fields: dict[str, Any] = options | {"kind": kind, "location": location}
     elif isinstance(spec, Mapping):
@@ -356,23 +175,14 @@ def make_objective(name: str, spec: Any, source: str) -> Objective:
     try:
         return Objective.model_validate(shared | {"name": name, "options": fields}).absolute()
     except ValidationError as error:
-        raise ConfigError(f"{source}: {describe(error)}") from error
+        raise ConfigError(f"{source}: {_describe(error)}") from error
     except (OSError, RuntimeError) as error:  # of a path: no such user, no right to look, too long a name
         raise ConfigError(f"{source}: {error}") from error
 
 
-def describe(error: ValidationError) -> str:
+def _describe(error: ValidationError) -> str:
     """The first of pydantic's findings in one line: where, the rule, and what was found."""
     first = error.errors()[0]
     where = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
     found = f", found {first['input']!r}" if first["loc"] else ""
     return f"{where}{first['msg'].removeprefix('Value error, ')}{found}"
-
-
-def _check_model(location: str) -> None:
-    """A folder must hold a model; what is no folder must read like a name on the hub, which the host resolves."""
-    folder = Path(location).expanduser()
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"no reward model in {location}: it has no config.json")
-    if not folder.exists() and (location.startswith((".", "/", "~")) or location.count("/") > 1):
-        raise ValueError(f"no such folder: {location}")

@@ -3,10 +3,9 @@
 import argparse
 import asyncio
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -42,6 +41,8 @@ def score_file(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: no such file, a line that cannot be read, or objectives that cannot be scored here.
     """
+    from tqdm import tqdm
+
     flags = vars(options)
     # Nothing is combined here, and pama is the rule that takes whatever a file may say of one.
     config = load_config("pama", flags["pama.objective"], flags["pama.config"], None, None, default_level="token")
@@ -54,8 +55,8 @@ def score_file(options: argparse.Namespace) -> int:
     seconds = {}
     for objective in config.objectives:
         start = time.perf_counter()
-        with _progress(objective.name, len(rows)) as advance:
-            results[objective.name] = _score(objective, rows, responses, tokenizer, advance)
+        with tqdm(total=len(rows), desc=objective.name, unit="response") as bar:
+            results[objective.name] = _score(objective, rows, responses, tokenizer, bar.update)
         seconds[objective.name] = time.perf_counter() - start
     out = options.out or options.file.with_suffix(".scored.jsonl")
     with out.open("w", encoding="utf-8") as file:
@@ -128,7 +129,7 @@ def _as_response(row: Row, tokenizer: Any) -> Response:
 
 
 def _score(
-    objective: Objective, rows: list[Row], responses: list[Response], tokenizer: Any, advance: Callable[[int], None]
+    objective: Objective, rows: list[Row], responses: list[Response], tokenizer: Any, advance: Callable[[int], Any]
 ) -> list[Outcome]:
     if objective.kind == "hf":
         return _score_hf(objective, rows, advance)
@@ -140,7 +141,7 @@ def _score(
     return asyncio.run(_score_in_turn(objective, responses, advance))
 
 
-def _score_hf(objective: Objective, rows: list[Row], advance: Callable[[int], None]) -> list[Outcome]:
+def _score_hf(objective: Objective, rows: list[Row], advance: Callable[[int], Any]) -> list[Outcome]:
     import torch
 
     from pama_plugin.rewards.hf import Conversation, HfOptions, HfScorer
@@ -163,7 +164,7 @@ def _score_hf(objective: Objective, rows: list[Row], advance: Callable[[int], No
 
 
 async def _score_in_turn(
-    objective: Objective, responses: list[Response], advance: Callable[[int], None]
+    objective: Objective, responses: list[Response], advance: Callable[[int], Any]
 ) -> list[Outcome]:
     scorer = load_scorer(objective)
     slots = asyncio.Semaphore(AT_ONCE)
@@ -177,14 +178,6 @@ async def _score_in_turn(
     return list(await asyncio.gather(*map(score, responses)))
 
 
-@contextmanager
-def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=name, unit="response") as bar:
-        yield lambda count: bar.update(count) and None
-
-
 def _print_table(results: dict[str, list[Outcome]], seconds: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -192,22 +185,12 @@ def _print_table(results: dict[str, list[Outcome]], seconds: dict[str, float]) -
     table = Table("objective", *("mean", "std", "min", "max", "no reward", "seconds"), padding=(0, 0))
     for name, outcomes in results.items():
         rewards = [outcome.reward for outcome in outcomes if outcome.problem is None]
-        numbers = [measure(rewards) if rewards else math.nan for measure in (fmean, pstdev, min, max)]
-        failed = [outcome.problem for outcome in outcomes if outcome.problem is not None]
-        table.add_row(
-            name,
-            *(f"{number:.4g}" if rewards else "–" for number in numbers),
-            f"{len(failed)} of {len(outcomes)}",
-            f"{seconds[name]:.1f}",
-        )
+        numbers = [f"{measure(rewards):.4g}" if rewards else "–" for measure in (fmean, pstdev, min, max)]
+        failed = len(outcomes) - len(rewards)
+        table.add_row(name, *numbers, f"{failed} of {len(outcomes)}", f"{seconds[name]:.1f}")
     console = Console()
     console.print(table)
     for name, outcomes in results.items():
-        problems = _count([outcome.problem for outcome in outcomes if outcome.problem is not None])
-        for problem, count in problems[:3]:
+        problems = Counter(outcome.problem for outcome in outcomes if outcome.problem is not None)
+        for problem, count in problems.most_common(3):
             console.print(f"{name}: {count} × {problem}", style="yellow", markup=False)
-
-
-def _count(problems: Sequence[str]) -> list[tuple[str, int]]:
-    """The problems, the most frequent first."""
-    return sorted(((own, problems.count(own)) for own in set(problems)), key=lambda pair: -pair[1])

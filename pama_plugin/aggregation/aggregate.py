@@ -156,8 +156,8 @@ def _describe(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, combi
         valid_BA = mask_BA & present_B.unsqueeze(-1)
         positive_BA |= (advantages_BA > 0) & valid_BA
         negative_BA |= (advantages_BA < 0) & valid_BA
-        gain_BA = advantages_BA.masked_fill(~valid_BA, 0).mul_(combined_BA)
-        gains[f"gain/{index}"] = float(gain_BA.sum() / valid_BA.sum().clamp(min=1))
+        total = advantages_BA.masked_fill(~valid_BA, 0).mul_(combined_BA).sum()
+        gains[f"gain/{index}"] = float(total / valid_BA.sum().clamp(min=1))
     return {
         "active_fraction": float((combined_BA != 0).sum() / count),
         "conflict_rate": float((positive_BA & negative_BA).sum() / count),

@@ -32,7 +32,9 @@ GROUP_ESTIMATORS = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
 class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
     """Adds the columns ``info["reward/<name>"]``, then aggregates what the host's own estimator makes of each.
 
-    Everything else (forwards, KL, length penalties, baselines, whitening) is the host's.
+    Everything else (forwards, KL, length penalties, baselines, whitening) is the host's. A step takes the methods in
+    their order: ``make_experience`` dispatches and collects rewards, deals with failures and takes statistics;
+    ``compute_advantages_and_returns`` shapes and estimates each objective, and aggregates.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

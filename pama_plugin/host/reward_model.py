@@ -14,7 +14,7 @@ BATCH = 8
 
 @torch.no_grad()
 def score_responses(
-    objective: Objective, responses: list[Response], tokenizer: Any, advance: Callable[[int], None]
+    objective: Objective, responses: list[Response], tokenizer: Any, advance: Callable[[int], Any]
 ) -> list[float]:
     """The rewards of the policy's tokens, as in training, without --reward.normalize_enable."""
     settings: Any = objective.settings

@@ -14,7 +14,8 @@ from openrlhf.utils.agent import AgentExecutorBase
 
 from pama_plugin.config import PamaConfig
 from pama_plugin.errors import PamaError, RewardError
-from pama_plugin.objective import IN_THE_ROLLOUT, Objective
+from pama_plugin.kinds import IN_THE_ROLLOUT
+from pama_plugin.objective import Objective
 from pama_plugin.rewards import Response
 from pama_plugin.scoring import attempt, load_scorer
 

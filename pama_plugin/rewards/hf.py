@@ -6,13 +6,14 @@ Imported only where an ``hf`` objective is used: it is the one module of the cor
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pama_plugin.rewards.options import IsNumber
 
 # Tokenizers that know no limit say 1e30, or another such number; no model reads as many tokens as this.
 _NO_LIMIT = 10**8
@@ -53,22 +54,15 @@ class HfOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    label: int | str | None = Field(None, union_mode="left_to_right")
+    label: Annotated[Annotated[int | str | None, Field(union_mode="left_to_right")], IsNumber] = None
     output: Literal["logit", "probability", "log_odds"] = "logit"
     text: Literal["chat", "full", "pair", "response"] | None = None
-    max_length: int | None = Field(None, ge=1)
-    batch_size: int = Field(16, ge=1)
+    max_length: Annotated[Annotated[int, Field(ge=1)] | None, IsNumber] = None
+    batch_size: Annotated[int, IsNumber, Field(ge=1)] = 16
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
-    replicas: int = Field(1, ge=1)
-    gpus: float = 1.0
-
-    @field_validator("label", "max_length", "batch_size", "replicas", "gpus", mode="before")
-    @classmethod
-    def _is_no_bool(cls, value: Any) -> Any:
-        if isinstance(value, bool):  # which Python, and so pydantic, takes for 0 or 1
-            raise ValueError("must not be true or false")
-        return value
+    replicas: Annotated[int, IsNumber, Field(ge=1)] = 1
+    gpus: Annotated[float, IsNumber] = 1.0
 
     @field_validator("gpus")
     @classmethod
@@ -88,19 +82,6 @@ class Inspection(NamedTuple):
 
 
 _Row = dict[str, list[int]]  # the model's inputs for one conversation, by name
-
-
-def check_model(location: str) -> None:
-    """A folder must hold a model; what is no folder must read like a name on the hub, which transformers resolves.
-
-    Raises:
-        ValueError: neither.
-    """
-    folder = Path(location).expanduser()
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"no reward model in {location}: it has no config.json")
-    if not folder.exists() and (location.startswith((".", "/", "~")) or location.count("/") > 1):
-        raise ValueError(f"no such folder: {location}")
 
 
 class HfScorer:

@@ -23,14 +23,15 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Annotated
 
 import httpx
 from circuitbreaker import STATE_HALF_OPEN, STATE_OPEN, CircuitBreaker  # type: ignore[import-untyped]
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from pama_plugin.errors import PamaError
+from pama_plugin.rewards.options import IsNumber
 from pama_plugin.rewards.response import Response
 
 BACKOFF = wait_exponential_jitter(multiplier=0.5, max=30, jitter=1)  # 0.5, 1, 2, 4 … s, each and up to 1 s
@@ -58,17 +59,10 @@ class HttpOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    timeout: float = Field(180, gt=0, allow_inf_nan=False)
-    retries: int = Field(4, ge=0)
-    concurrency: int = Field(32, ge=1)
+    timeout: Annotated[float, IsNumber, Field(gt=0, allow_inf_nan=False)] = 180.0
+    retries: Annotated[int, IsNumber, Field(ge=0)] = 4
+    concurrency: Annotated[int, IsNumber, Field(ge=1)] = 32
     token_env: str | None = Field(None, min_length=1)
-
-    @field_validator("timeout", "retries", "concurrency", mode="before")
-    @classmethod
-    def _is_a_number(cls, number: Any) -> Any:
-        if isinstance(number, bool):  # which Python, and so pydantic, takes for 0 or 1
-            raise ValueError("must be a number")
-        return number
 
 
 def split_replicas(location: str) -> tuple[str, ...]:

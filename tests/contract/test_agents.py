@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from faultserver import FaultServer, reward_of
 
 from pama_plugin.config import load_config
 from pama_plugin.errors import RewardError
@@ -60,7 +61,7 @@ class Engine:
         return SimpleNamespace(outputs=[output])
 
 
-def play(tmp_path, *objectives: str, style: str = "torch.tensor([0.1 * self.turn])") -> tuple[dict, dict]:
+def play(tmp_path, *objectives: str, style: str = "torch.tensor([0.1 * self.turn])", scalar=False) -> tuple[dict, dict]:
     """What the agent returns by itself, and with our objectives around it."""
     from openrlhf.trainer.ray.vllm_engine import _load_agent_executor
 
@@ -76,7 +77,7 @@ def play(tmp_path, *objectives: str, style: str = "torch.tensor([0.1 * self.turn
         return asyncio.run(executor.execute(**request, hf_tokenizer=Numbers(), llm_engine=Engine()))
 
     stock = _load_agent_executor(str(path))
-    return run(stock), run(ObjectiveExecutor(config, stock, scalar_reward=False))
+    return run(stock), run(ObjectiveExecutor(config, stock, scalar_reward=scalar))
 
 
 def test_a_multi_turn_agent_keeps_all_it_returns_and_its_keys_become_objectives(tmp_path) -> None:
@@ -87,6 +88,15 @@ def test_a_multi_turn_agent_keeps_all_it_returns_and_its_keys_become_objectives(
     assert {key for key in ours["extra_logs"] if key.startswith("seconds/")} == {f"seconds/{key}" for key in rewards}
     own = {key: value for key, value in ours["extra_logs"].items() if not key.startswith("seconds/")}
     assert own == alone["extra_logs"] and ours | {"extra_logs": None} == alone | {"extra_logs": None}
+
+
+def test_what_filtering_rates_is_the_weighted_sum_of_every_trained_kind(tmp_path) -> None:
+    (tmp_path / "rewards.py").write_text("def f(queries, prompts, labels):\n    return 2.0\n")
+    objectives = ("style=agent:style,weight=10", f"own=py:{tmp_path}/rewards.py:f", "n=builtin:length,role=monitor")
+    with FaultServer() as server:
+        _, ours = play(tmp_path, *objectives, f"judge=http:{server.url}", scalar=True)
+        (body,) = server.bodies
+    assert ours["reward"] == ours["scores"] == pytest.approx(10 * 0.3 + 2 + reward_of(body["query"][0]))
 
 
 def test_other_objectives_see_the_whole_conversation(tmp_path) -> None:

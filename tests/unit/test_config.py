@@ -6,7 +6,9 @@ import pytest
 
 from pama_plugin.config import PamaConfig, dump_config, load_config
 from pama_plugin.errors import ConfigError
-from pama_plugin.objective import Bounds, OnFailure, RmOptions, parse_objective
+from pama_plugin.kinds import RmOptions
+from pama_plugin.objective import parse_objective
+from pama_plugin.values import Bounds, OnFailure
 
 LENGTH = "length=builtin:length,scale=140,min=0.5,max=1.5"
 

@@ -67,4 +67,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             print(pth.enable() if options.command == "enable" else pth.disable())
     except ConfigError as error:
-        parser.error(str(error))
+        parser.exit(2, f"pama {options.command}: {error}\n")

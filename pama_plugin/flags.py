@@ -1,15 +1,18 @@
 """The flags that the plugin adds to the host's command; ``config`` makes sense of them."""
 
 import argparse
+from collections.abc import Iterable
 
 from pama_plugin.aggregation import LEVELS, available_rules
 from pama_plugin.config import PROBE_MODES, STOCK
+from pama_plugin.kinds import OPTIONS
 from pama_plugin.objective import COMMON
 from pama_plugin.rewards import available_rewards
 
 
 def add_objective_flags(group: argparse._ActionsContainer) -> None:
     """The two ways to name objectives."""
+    own = {kind: model.model_fields for kind, model in OPTIONS.items() if model.model_fields}
     group.add_argument(
         "--pama.objective",
         action="append",
@@ -20,9 +23,14 @@ def add_objective_flags(group: argparse._ActionsContainer) -> None:
         "signature), http (a reward server's URL, replicas separated by |), builtin "
         f"({', '.join(available_rewards())}), agent (what --train.agent_func_path returns: a key of extra_logs, reward "
         "or scores). "
-        f"Every kind takes {', '.join(f'{key}=' for key in COMMON)}; the README lists what each takes besides.",
+        f"Every kind takes {_keys(COMMON)}; {'; '.join(f'{kind} {_keys(takes)}' for kind, takes in own.items())}; what "
+        "a builtin takes, and what all of them mean, says the README.",
     )
     group.add_argument("--pama.config", metavar="FILE.yaml", help="the same settings as YAML; flags win over it")
+
+
+def _keys(options: Iterable[str]) -> str:
+    return ", ".join(f"{key}=" for key in options)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pama_plugin.rewards import PyOptions
-from pama_plugin.rewards.options import IsNumber
+from pama_plugin.rewards.options import HfOptions, HttpOptions, IsNumber, PyOptions
 
 Kind = Literal["rm", "hf", "py", "http", "builtin", "agent"]
 IN_THE_ROLLOUT: tuple[Kind, ...] = ("py", "http", "builtin", "agent")
@@ -55,18 +54,14 @@ class NoOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def options_of(kind: Kind) -> type[BaseModel]:
-    """The model that validates the options of a kind other than ``builtin``."""
-    try:
-        if kind == "http":
-            from pama_plugin.rewards.http import HttpOptions
+# ``builtin`` is not among them: its rewards say themselves what they take.
+OPTIONS: dict[Kind, type[BaseModel]] = {
+    "rm": RmOptions,
+    "hf": HfOptions,
+    "py": PyOptions,
+    "http": HttpOptions,
+    "agent": NoOptions,
+}
 
-            return HttpOptions
-        if kind == "hf":
-            from pama_plugin.rewards.hf import HfOptions
-
-            return HfOptions
-    except ImportError as error:
-        raise ValueError(f"kind {kind!r} needs pip install 'pama_plugin[rewards]', found {error}") from error
-    models: dict[str, type[BaseModel]] = {"rm": RmOptions, "py": PyOptions}
-    return models.get(kind, NoOptions)
+# Packages of the extra ``rewards`` that a kind cannot do without.
+NEEDS = {"hf": ("transformers",), "http": ("circuitbreaker", "httpx", "tenacity")}

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pama_plugin.errors import ConfigError
-from pama_plugin.kinds import Kind, options_of
+from pama_plugin.kinds import NEEDS, OPTIONS, Kind
 from pama_plugin.rewards import check_location, load_measure, split_location
 from pama_plugin.rewards.options import IsNumber, check_model
 from pama_plugin.rewards.probes import PAIRS
@@ -100,6 +101,8 @@ class Objective(BaseModel):
         if self.kind == "builtin":
             load_measure(self.location, self.options)
             return self
+        if missing := [name for name in NEEDS.get(self.kind, ()) if find_spec(name) is None]:
+            raise ValueError(f"kind {self.kind!r} needs pip install 'pama_plugin[rewards]', found no {missing[0]}")
         settings = self.settings
         if self.kind == "py":
             check_location(self.location)
@@ -114,7 +117,7 @@ class Objective(BaseModel):
     @property
     def settings(self) -> BaseModel:
         """The options, validated, of a kind other than ``builtin``, whose rewards say themselves what they take."""
-        model = options_of(self.kind)
+        model = OPTIONS[self.kind]
         unknown = sorted(set(self.options) - set(model.model_fields))
         if unknown:
             takes = ", ".join((*COMMON, *model.model_fields))

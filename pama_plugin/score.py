@@ -11,16 +11,24 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from pama_plugin.config import PamaConfig, load_config
-from pama_plugin.errors import ConfigError
+from pama_plugin.errors import ConfigError, PamaError
 from pama_plugin.flags import add_objective_flags
 from pama_plugin.objective import Objective
 from pama_plugin.rewards import Response
+from pama_plugin.rewards.options import HfOptions
 from pama_plugin.scoring import Outcome, attempt, check_reward, load_scorer
 
-TEXT_ONLY = ("json", "regex", "repetition")  # rewards that count no tokens
 AT_ONCE = 64  # responses that py, http and builtin objectives are asked for together
 
 Row = dict[str, Any]
+
+
+class _Uncounted(Response):
+    """A response where no tokenizer is at hand."""
+
+    @property
+    def num_tokens(self) -> int:
+        raise PamaError("counts tokens, which needs --tokenizer MODEL, the policy's folder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +81,7 @@ def _read(path: Path) -> list[Row]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"pama score: cannot read {path}: {error}") from error
+        raise ConfigError(f"cannot read {path}: {error}") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -81,7 +89,7 @@ def _read(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"pama score: {path}, line {number} must be JSON: {error}") from error
+            raise ConfigError(f"{path}, line {number} must be JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("response"), str) or not _is_prompt(row.get("prompt")):
             raise ConfigError(
                 f"pama score: {path}, line {number} must have a prompt (text or messages) and a response (text), found "
@@ -89,7 +97,7 @@ def _read(path: Path) -> list[Row]:
             )
         rows.append(row)
     if not rows:
-        raise ConfigError(f"pama score: {path} must have at least one line, found none")
+        raise ConfigError(f"{path} must have at least one line, found none")
     return rows
 
 
@@ -104,7 +112,7 @@ def _load_tokenizer(location: str | None, config: PamaConfig) -> Any:
     location = location or (models[0].location if models else None)
     if location is None:
         for own in config.of_kind("builtin"):
-            if own.location not in TEXT_ONLY and own.options.get("unit", "tokens") == "tokens":
+            if own.location == "length" and own.options.get("unit", "tokens") == "tokens":
                 raise ConfigError(
                     f"--tokenizer MODEL, the policy's folder, is needed to count tokens for {own.name!r}, found none "
                     "(length counts unit=words or unit=characters without)"
@@ -124,8 +132,10 @@ def _as_response(row: Row, tokenizer: Any) -> Response:
         else:
             prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     end = tokenizer.eos_token or "" if tokenizer else ""
-    tokens = len(tokenizer(text + end, add_special_tokens=False)["input_ids"]) if tokenizer else 0
-    return Response(prompt + text + end, prompt, str(row.get("label") or ""), text, tokens)
+    fields = {"query": prompt + text + end, "prompt": prompt, "label": str(row.get("label") or ""), "response": text}
+    if tokenizer is None:
+        return _Uncounted(**fields, num_tokens=0)
+    return Response(**fields, num_tokens=len(tokenizer(text + end, add_special_tokens=False)["input_ids"]))
 
 
 def _score(
@@ -144,7 +154,7 @@ def _score(
 def _score_hf(objective: Objective, rows: list[Row], advance: Callable[[int], Any]) -> list[Outcome]:
     import torch
 
-    from pama_plugin.rewards.hf import Conversation, HfOptions, HfScorer
+    from pama_plugin.rewards.hf import Conversation, HfScorer
 
     settings: Any = objective.settings
     options: HfOptions = settings

@@ -69,9 +69,9 @@ class RunState(BaseModel):
     rating: str  # how evaluations were rated: ratings of another kind are no match for these
 
     @classmethod
-    def start(cls, config: PamaConfig) -> "RunState":
-        """The state before the first step."""
-        fresh = {objective.name: ObjectiveState(scorer=identify(objective)) for objective in config.objectives}
+    def start(cls, config: PamaConfig, agent: str | None = None) -> "RunState":
+        """The state before the first step; ``agent`` is the file of the user's own agent, if there is one."""
+        fresh = {objective.name: ObjectiveState(scorer=identify(objective, agent)) for objective in config.objectives}
         weights = ", ".join(f"{objective.name} {objective.weight}" for objective in config.trained)
         return cls(objectives=fresh, heads=config.trained_names, rating=f"{config.best or 'min'} of {weights}")
 
@@ -91,7 +91,7 @@ class RunState(BaseModel):
         }
 
 
-def identify(objective: Objective) -> str:
+def identify(objective: Objective, agent: str | None = None) -> str:
     """Kind, location and options, with a hash of what local files hold: the same text means the same scorer.
 
     Of a model's weights the hash covers sizes, and the first and the last MiB, of each file. Where it runs is no part.
@@ -103,12 +103,14 @@ def identify(objective: Objective) -> str:
     only_how = () if objective.kind == "builtin" else HOW_IT_RUNS
     options = sorted(f" {key}={value}" for key, value in objective.options.items() if key not in only_how)
     scorer = f"{objective.kind}:{objective.location}{''.join(options)}"
+    files = []
     if objective.kind == "py":
-        files = [Path(split_location(objective.location)[0])]
-    else:
+        files = [split_location(objective.location)[0]]
+    elif objective.kind == "agent" and agent is not None:
+        files = [Path(agent)]
+    elif objective.kind in ("rm", "hf"):
         folder = Path(objective.location)
-        local = objective.kind in ("rm", "hf")
-        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) if local else []
+        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
     if not files:
         return scorer
     digest = hashlib.sha256()

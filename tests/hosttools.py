@@ -1,6 +1,7 @@
 """The real host's arguments, and rollouts of made-up tokens, for tests that run the host's code without its cluster."""
 
 import argparse
+import math
 import runpy
 import sys
 import zlib
@@ -80,11 +81,15 @@ def make_rollout(samples: int, seed: int = 0, names: tuple[str, ...] = ()) -> li
     return rollout
 
 
+# What a model gives instead of a reward, by the length of the text modulo 8.
+BROKEN = {0: math.nan, 1: math.inf, 2: -math.inf, 3: 1e30}
+
+
 def fixed_group(name: str, ranks: int = 1) -> Any:
     """The host's own ``RayActorGroup``, whose "model" is a fixed function of the tokens.
 
     ``actor``, ``critic`` and ``reference`` give one number per token; any other name is a reward model. Different names
-    give different numbers.
+    give different numbers; ``shaky`` is BROKEN for half of the texts.
     """
     import ray
     from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup
@@ -96,6 +101,9 @@ def fixed_group(name: str, ranks: int = 1) -> Any:
 
         def forward(self, sequences, action_mask=None, attention_mask=None, **_):
             values = torch.sin(sequences * attention_mask * seed)
+            if name == "shaky":
+                lengths = attention_mask.sum(-1).tolist()
+                return torch.tensor([BROKEN.get(length % 8, 0.5 * length) for length in lengths])
             return values.sum(-1) if action_mask is None else values[:, 1:] * action_mask
 
     return RayActorGroup(1, ranks, ray.remote(Fixed), num_gpus_per_actor=0.2)

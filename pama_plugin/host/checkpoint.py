@@ -80,7 +80,7 @@ def prepare_resume(
             f"--ckpt.load_enable: {source} is of the objectives {', '.join(names)} (--pama.allow_other_objectives "
             f"resumes), found {', '.join(config.names)}"
         )
-    for name in RunState.start(config).swapped(saved):
+    for name in RunState.start(config, getattr(args, "train.agent_func_path")).swapped(saved):
         print(
             f"PAMA: {name!r} is not what the checkpoint saw: its statistics start anew, the others' go on", flush=True
         )

@@ -72,6 +72,7 @@ def _examine(flags: Sequence[str]) -> Iterator[Check]:
     yield Check("openrlhf", "ok", host)
     yield from _seams("--pama.allow_unsupported_host" in flags)
     yield _way_in()
+    print(f"asking Ray for a cluster, for up to {RAY_TIMEOUT} s ...", file=sys.stderr, flush=True)
     ray, gpus = _ray()
     yield ray
     yield _device(gpus, runs_without_cuda=host.endswith("+cpu"))
@@ -202,6 +203,7 @@ def _run(flags: Sequence[str], gpus: Gpus | None) -> Iterator[Check]:
 
 def _dry_run(flags: Sequence[str]) -> tuple[Any, str]:
     """The arguments that the host would start with, or what ends its command before that."""
+    print("loading OpenRLHF and the run's flags ...", file=sys.stderr, flush=True)
     from pama_plugin.host.hook import train
 
     started: list[Any] = []

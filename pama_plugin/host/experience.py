@@ -40,7 +40,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config: PamaConfig = self.args.pama
-        self.state = RunState.start(self.config)
+        self.state = RunState.start(self.config, self.args.train.agent_func_path)
         self.steps_done = 0
         self.warned: set[str] = set()
         self.probing = self.config.probe != "off"

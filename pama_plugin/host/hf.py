@@ -14,7 +14,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pama_plugin.host.placement import Role
 from pama_plugin.host.scored import Scored
 from pama_plugin.objective import Objective
-from pama_plugin.rewards.hf import Conversation, HfOptions, HfScorer, Inspection
+from pama_plugin.rewards.hf import Conversation, HfScorer, Inspection
+from pama_plugin.rewards.options import HfOptions
 
 logger = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ def arm(start: Callable[[Any], None] | None = None) -> None:
         try:
             parsed = install(parsed)
         except ConfigError as error:
-            parser.error(str(error))
+            parser.exit(2, f"{parser.prog}: error: {error}\n")  # without the host's 170 lines of usage
         if start is not None:
             sys.modules["__main__"].train = start
         return parsed
@@ -52,7 +52,29 @@ def _is_host_parser(parser: argparse.ArgumentParser) -> bool:
 
 
 def train(arguments: Sequence[str], start: Callable[[Any], None] | None = None) -> None:
-    """Run the host's command in this process, armed, exactly as ``python -m openrlhf.cli.train_ppo_ray`` would."""
+    """Run the host's command in this process, armed, exactly as ``python -m openrlhf.cli.train_ppo_ray`` would.
+
+    What our own flags say is checked twice: here too, because importing the host takes half a minute.
+    """
+    _check_own_flags(arguments)
     sys.argv = [HOST_COMMAND, *arguments]
     arm(start)
     runpy.run_module(HOST_COMMAND, run_name="__main__", alter_sys=True)
+
+
+def _check_own_flags(arguments: Sequence[str]) -> None:
+    from pama_plugin.config import STOCK, load_config
+    from pama_plugin.errors import ConfigError
+    from pama_plugin.flags import add_flags
+
+    parser = argparse.ArgumentParser(prog="pama train", add_help=False, allow_abbrev=False)
+    add_flags(parser)
+    flags = vars(parser.parse_known_args(arguments)[0])
+    loss, file = flags["pama.loss"], flags["pama.config"]
+    if loss == STOCK or not (loss or file):
+        return
+    given = [flags[f"pama.{name}"] for name in ("level", "noon", "best", "probe")]
+    try:
+        load_config(loss, flags["pama.objective"], file, *given, default_level="token")
+    except ConfigError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")

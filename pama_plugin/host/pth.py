@@ -28,7 +28,7 @@ def enable() -> str:
     try:
         shutil.copyfile(SOURCE, target)
     except OSError as error:
-        raise ConfigError(f"pama enable: cannot write {target}: {error.strerror}") from error
+        raise ConfigError(f"cannot write {target}: {error.strerror}") from error
     return f"wrote {target}: the literal command takes --loss and --pama.*; pama train always does"
 
 
@@ -43,6 +43,6 @@ def disable() -> str:
         for path in paths:
             path.unlink()
     except OSError as error:
-        raise ConfigError(f"pama disable: cannot remove {path}: {error.strerror}") from error
+        raise ConfigError(f"cannot remove {path}: {error.strerror}") from error
     done = f"removed {', '.join(map(str, paths))}" if paths else "nothing to remove"
     return f"{done}: the literal command runs stock OpenRLHF; pama train takes --loss and --pama.*, as always"

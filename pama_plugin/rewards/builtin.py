@@ -113,8 +113,9 @@ def length(
         raise ValueError(f"length needs a finite scale > 0 and min ≤ max, found scale={scale}, min={min}, max={max}")
 
     def measure(response: Response) -> float:
-        counts = {"words": len(response.response.split()), "characters": len(response.response)}
-        return float(sorted((min, counts.get(unit, response.num_tokens) / scale, max))[1])
+        text = response.response
+        units = response.num_tokens if unit == "tokens" else len(text.split() if unit == "words" else text)
+        return float(sorted((min, units / scale, max))[1])
 
     return measure
 

@@ -6,14 +6,13 @@ Imported only where an ``hf`` objective is used: it is the one module of the cor
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pama_plugin.rewards.options import IsNumber
+from pama_plugin.rewards.options import HfOptions
 
 # Tokenizers that know no limit say 1e30, or another such number; no model reads as many tokens as this.
 _NO_LIMIT = 10**8
@@ -29,47 +28,6 @@ class Conversation(NamedTuple):
 
     messages: Sequence[Mapping[str, Any]]
     response: str
-
-
-class HfOptions(BaseModel):
-    """Which number of a classifier is the reward, and what text it reads.
-
-    Args:
-        label: the index of the logit, or its name in the model's ``id2label``. A number is always an index.
-        output: ``logit`` z_c; ``probability`` p_c, a softmax over the logits, or the sigmoid of z_c where the model
-            has one logit or independent labels; ``log_odds`` log p_c - log(1 - p_c).
-        text: ``chat``, the tokenizer's chat template over prompt and response; ``full``, prompt + response as one
-            text; ``pair``, both as the two texts of ``tokenizer(prompt, response)``; ``response`` alone. None is
-            ``chat`` if the tokenizer has a template, else ``full``. But for ``chat``, messages are joined by newlines.
-        max_length: tokens that the model reads at most; None is what model and tokenizer allow.
-        batch_size: conversations that are scored at once.
-        dtype: of the weights; ``auto`` is what they were saved in.
-        trust_remote_code: whether code that comes with the model may run.
-        replicas: how many copies of the model share the work.
-        gpus: for each of them: 1, a fraction of one GPU, or 0 for the CPU.
-
-    >>> HfOptions.model_validate({"label": "1", "gpus": "0.5"}).label
-    1
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    label: Annotated[Annotated[int | str | None, Field(union_mode="left_to_right")], IsNumber] = None
-    output: Literal["logit", "probability", "log_odds"] = "logit"
-    text: Literal["chat", "full", "pair", "response"] | None = None
-    max_length: Annotated[Annotated[int, Field(ge=1)] | None, IsNumber] = None
-    batch_size: Annotated[int, IsNumber, Field(ge=1)] = 16
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    trust_remote_code: bool = False
-    replicas: Annotated[int, IsNumber, Field(ge=1)] = 1
-    gpus: Annotated[float, IsNumber] = 1.0
-
-    @field_validator("gpus")
-    @classmethod
-    def _is_one_or_a_fraction(cls, gpus: float) -> float:
-        if gpus in (0, 1) or 0 < gpus < 1 and round(gpus, 4) == gpus:
-            return gpus
-        raise ValueError("must be 1, a fraction of one GPU with up to 4 decimals, or 0 for the CPU")
 
 
 class Inspection(NamedTuple):

@@ -23,15 +23,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Annotated
 
 import httpx
 from circuitbreaker import STATE_HALF_OPEN, STATE_OPEN, CircuitBreaker  # type: ignore[import-untyped]
-from pydantic import BaseModel, ConfigDict, Field
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from pama_plugin.errors import PamaError
-from pama_plugin.rewards.options import IsNumber
+from pama_plugin.rewards.options import HttpOptions
 from pama_plugin.rewards.response import Response
 
 BACKOFF = wait_exponential_jitter(multiplier=0.5, max=30, jitter=1)  # 0.5, 1, 2, 4 … s, each and up to 1 s
@@ -42,27 +40,6 @@ OPEN_SECONDS = 30.0  # since the last of them
 
 class HttpRewardError(PamaError, RuntimeError):
     """A response that was not scored: which replica was asked last, what happened, and after how many attempts."""
-
-
-class HttpOptions(BaseModel):
-    """The options of an ``http`` objective.
-
-    Args:
-        timeout: seconds for one attempt, from connecting to the last byte.
-        retries: further attempts after the first.
-        concurrency: requests in flight at once from one rollout engine.
-        token_env: name of the environment variable that holds the bearer token; it is read where the rollout runs.
-
-    >>> HttpOptions.model_validate({"timeout": "30"})
-    HttpOptions(timeout=30.0, retries=4, concurrency=32, token_env=None)
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    timeout: Annotated[float, IsNumber, Field(gt=0, allow_inf_nan=False)] = 180.0
-    retries: Annotated[int, IsNumber, Field(ge=0)] = 4
-    concurrency: Annotated[int, IsNumber, Field(ge=1)] = 32
-    token_env: str | None = Field(None, min_length=1)
 
 
 def split_replicas(location: str) -> tuple[str, ...]:

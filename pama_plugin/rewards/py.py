@@ -4,31 +4,18 @@ import ast
 import functools
 import hashlib
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
-from pama_plugin.rewards.options import IsNumber
+from pama_plugin.errors import PamaError
+from pama_plugin.rewards.options import PyOptions
 from pama_plugin.rewards.response import Response, Scorer
 from pama_plugin.rewards.threads import Threads
-
-
-class PyOptions(BaseModel):
-    """What a ``py`` objective takes besides.
-
-    Args:
-        timeout: seconds for one call.
-        concurrency: calls at once in one rollout engine.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    timeout: Annotated[float, IsNumber, Field(gt=0, allow_inf_nan=False)] = 180.0
-    concurrency: Annotated[int, IsNumber, Field(ge=1)] = 16
 
 
 def split_location(location: str) -> tuple[Path, str]:
@@ -47,10 +34,10 @@ def split_location(location: str) -> tuple[Path, str]:
 
 
 def check_location(location: str) -> None:
-    """Refuse a file or function that is not there, without running the file: it may load models.
+    """Refuse a function that is not there or takes other arguments, without running its file: it may load models.
 
     Raises:
-        ValueError: no such file, a file that is not Python, or no such function in it.
+        ValueError: no such file, a file that is not Python, or no function in it that can be called as the host does.
     """
     path, function = split_location(location)
     if not path.is_file():
@@ -62,6 +49,19 @@ def check_location(location: str) -> None:
     functions, others = _top_level_names(module)
     if function not in functions | others and "*" not in others:
         raise ValueError(f"no function {function!r} in {path}; it defines {', '.join(sorted(functions)) or 'none'}")
+    found = [node for node in module.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    for node in found:
+        if node.name == function and function not in others and not node.decorator_list:
+            _check_signature(node, path)
+
+
+def _check_signature(node: ast.FunctionDef | ast.AsyncFunctionDef, path: Path) -> None:
+    takes = node.args
+    positional = len(takes.posonlyargs) + len(takes.args)
+    fits = positional - len(takes.defaults) <= 3 <= (math.inf if takes.vararg else positional)
+    if isinstance(node, ast.AsyncFunctionDef) or not fits or None in takes.kw_defaults:
+        found = ast.unparse(node).partition(":\n")[0]
+        raise ValueError(f"{path}: must be def {node.name}(queries, prompts, labels), found {found}")
 
 
 def _top_level_names(module: ast.Module) -> tuple[set[str], set[str]]:
@@ -113,8 +113,8 @@ def load_function(location: str, options: PyOptions) -> Scorer:
 def _only_number(result: Any) -> float:
     rewards = result.get("rewards") if isinstance(result, dict) else result
     if rewards is None:
-        raise ValueError("returned None")
+        raise PamaError("returned None")
     values = torch.as_tensor(rewards).flatten()
     if len(values) != 1:
-        raise ValueError(f"returned {len(values)} rewards for 1 response")
+        raise PamaError(f"returned {len(values)} rewards for 1 response")
     return float(values[0])

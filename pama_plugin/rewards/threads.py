@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -54,6 +55,13 @@ def _run(done: "Future[Any]", function: Callable[..., Any], arguments: tuple[Any
     try:
         done.set_result(function(*arguments))
     except BaseException as error:  # SystemExit would end the event loop, and StopIteration cannot cross into it
-        problem = PamaError(f"{type(error).__name__}: {error}")
+        problem = PamaError(f"{type(error).__name__}: {error}{_where(error)}")
         problem.__cause__ = error
         done.set_exception(problem)
+
+
+def _where(error: BaseException) -> str:
+    """The last line of the function's own file on the way to the error; the first frame is that of the call."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""

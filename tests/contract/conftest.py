@@ -27,7 +27,7 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def groups(local_ray: None) -> dict[str, Any]:
     """Groups of the host, one rank each, whose models are fixed functions of the tokens."""
-    return {name: fixed_group(name) for name in ("actor", "critic", "reference", "helpful", "harmless")}
+    return {name: fixed_group(name) for name in ("actor", "critic", "reference", "helpful", "harmless", "shaky")}
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,7 @@ def save(tmp_path):
 def resume(tmp_path, config, estimator="gae", allow=False, load=True, universal=False, start=True):
     flags = {"ckpt.load_enable": load, "ckpt.path": str(tmp_path), "algo.advantage.estimator": estimator}
     flags["ds.use_universal_ckpt"] = universal
+    flags.setdefault("train.agent_func_path", None)
     config, found = prepare_resume(argparse.Namespace(**flags), config, allow_other_objectives=allow)
     if start and found is not None:
         found.point()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from faultserver import FaultServer, reward_of
-from hosttools import host_args
+from hosttools import BROKEN, host_args
 
 from pama_plugin.config import PamaConfig, load_config
 from pama_plugin.errors import RewardError
@@ -68,7 +68,12 @@ def roll_out(config: PamaConfig) -> list[Any]:
 
 
 def train_on(
-    config: PamaConfig, groups: dict[str, Any], samples: list[Any], estimator: str, n_samples: int = 4
+    config: PamaConfig,
+    groups: dict[str, Any],
+    samples: list[Any],
+    estimator: str,
+    n_samples: int = 4,
+    models: dict[str, Any] | None = None,
 ) -> tuple[Any, torch.Tensor]:
     """One batch through our experience maker and the host's loss: what it logs, and the policy's gradient."""
     from openrlhf.models import PolicyLoss
@@ -79,7 +84,8 @@ def train_on(
     args = host_args(*flags, "--rollout.n_samples_per_prompt", str(n_samples), "--algo.kl.init_coef", "0")
     args.pama = config
     strategy = SimpleNamespace(args=args)
-    parts = (groups["actor"], None, None, None, SimpleNamespace(value=0.0), strategy, Words())
+    readers = SimpleNamespace(groups=models)
+    parts = (groups["actor"], None, readers, None, SimpleNamespace(value=0.0), strategy, Words())
     maker = MultiObjectiveExperienceMaker(*parts)
     experiences = maker.make_experience_batch(samples)
     gradients = []
@@ -208,6 +214,34 @@ def test_a_function_that_fails(name, policy, groups, tmp_path) -> None:
 def test_a_reward_outside_its_range(policy, groups) -> None:
     """Lengths are 3 … 10: one is too short, one too long."""
     check("builtin:length,range=4:9", policy, groups, "outside range=4:9", failing=2)
+
+
+class ShakyReader:
+    """A group of the kind hf whose model fails as that of ``groups["shaky"]`` does."""
+
+    def score(self, conversations: list[Any], *, one_by_one: bool) -> Any:
+        return SimpleNamespace(seconds=lambda: 0.1)
+
+    def collect(self, _: Any) -> torch.Tensor:
+        return torch.tensor([BROKEN.get((5 + index) % 8, 0.5 * index) for index in range(RESPONSES)])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["rm", "hf"])
+def test_a_model_that_gives_no_number(kind, policy, groups, monkeypatch) -> None:
+    from pama_plugin.host import conversations
+
+    monkeypatch.setattr(conversations, "Conversations", lambda *_: SimpleNamespace(of=lambda samples: samples))
+    objectives = ["steady=builtin:length", f"shaky={kind}:org/model,on_failure={policy}"]
+    config = load_config("linear", objectives, None, None, None, probe="off", default_level="token")
+    models = {"shaky": groups["shaky"] if kind == "rm" else ShakyReader()}
+    if policy == "fail":
+        with pytest.raises(RewardError, match="objective 'shaky': returned nan"):
+            train_on(config, groups, roll_out(config), "reinforce_baseline", models=models)
+        return
+    maker, gradient = train_on(config, groups, roll_out(config), "reinforce_baseline", models=models)
+    assert gradient.abs().sum() > 0
+    assert maker.state.objectives["shaky"].rewards.count == RESPONSES / 2
 
 
 def test_what_is_imputed_is_trained_on_and_what_is_masked_is_not(groups) -> None:

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 from hosttools import parse_host_flags
 
+from pama_plugin.cli import main
 from pama_plugin.config import PamaConfig
 from pama_plugin.host.hook import HOST_COMMAND
 
@@ -83,17 +84,27 @@ def test_without_loss_nothing_of_the_host_differs(tmp_path) -> None:
     }
 
 
-def test_both_ways_in_show_our_flags_and_refuse_before_ray_starts() -> None:
-    pama = str(Path(sys.executable).with_name("pama"))
-    bad = ["--loss", "pareto", "--pama.objective", LENGTH]
-    commands = [[*LITERAL, "--help"], [pama, "train", *bad]]
+def test_the_literal_command_shows_our_flags_and_refuses_before_ray_starts() -> None:
+    commands = [[*LITERAL, "--help"], [*LITERAL, "--loss", "pareto", "--pama.objective", LENGTH]]
     running = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for words in commands]
     (shown, _), (_, refused) = (process.communicate(timeout=240) for process in running)
     for flag in ("--loss", "--pama.objective", "--pama.config", "--pama.level", "--pama.no_noon", "--actor.adam.lr"):
         assert flag in shown
     assert [process.returncode for process in running] == [0, 2]
     assert "error: --loss must be one of linear, pama, or ppo without objectives, found 'pareto'" in refused
-    assert "Started a local Ray instance" not in refused
+    assert "Started a local Ray instance" not in refused and "usage:" not in refused
+
+
+def test_the_launcher_refuses_before_it_loads_the_host(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    with mock.patch("runpy.run_module") as host, pytest.raises(SystemExit) as end:
+        main(["train", "--loss", "pama", "--pama.objective", "a=py:none.py:f", "--actor.adam.lr", "1e-6"])
+    assert end.value.code == 2 and not host.called
+    assert capsys.readouterr().err.startswith("pama train: error: --pama.objective 'a=py:none.py:f': no such file")
+    with mock.patch("runpy.run_module") as host, mock.patch("pama_plugin.host.hook.arm"):
+        for flags in (["--pama.obj", "whatever"], ["--help"], ["--loss", "pama", "--pama.objective", LENGTH]):
+            main(["train", *flags])
+    assert host.call_count == 3, "what is not plainly wrong is for the host's own parser"
 
 
 def install(*flags: str):

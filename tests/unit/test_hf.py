@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 import pama_plugin
-from pama_plugin.rewards.hf import Conversation, HfOptions, HfScorer
-from pama_plugin.rewards.options import check_model
+from pama_plugin.rewards.hf import Conversation, HfScorer
+from pama_plugin.rewards.options import HfOptions, check_model
 
 WORDS = ["user:", "assistant:", *(f"w{index}" for index in range(30))]
 LONG, PROMPT, RESPONSE = " ".join(WORDS[2:22]), " ".join(WORDS[2:12]), " ".join(WORDS[20:26])

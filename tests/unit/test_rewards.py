@@ -1,19 +1,22 @@
 """The builtin rewards, the user's own function, and rewards of other packages."""
 
 import asyncio
+import contextlib
+import shutil
 import sys
 
 import pytest
 
 from pama_plugin.errors import PamaError
 from pama_plugin.rewards import (
-    PyOptions,
     Response,
     available_rewards,
+    check_location,
     load_builtin,
     load_function,
     load_measure,
 )
+from pama_plugin.rewards.options import PyOptions
 
 
 def response(num_tokens: int = 7, text: str = " more, please") -> Response:
@@ -48,6 +51,39 @@ def test_a_function_gets_what_the_host_gives_it(tmp_path, body) -> None:
     assert call(f"{file}:f") == 0.5
 
 
+@pytest.mark.parametrize(
+    ("definition", "fits"),
+    [
+        ("def f(q, p, l)", True),
+        ("def f(q, p, l, extra=None, **rest)", True),
+        ("def f(*texts)", True),
+        ("def f(q, p, l, /, *, scale=2)", True),
+        ("def f(q, p)", False),
+        ("def f(q, p, l, extra)", False),
+        ("def f(q, p, l, *, scale)", False),
+        ("async def f(q, p, l)", False),
+        ("@functools.partial(make)\ndef f(q)", True),  # a decorator may make anything of it
+        ("f = None\ndef f(q)", True),
+    ],
+)
+def test_a_signature_that_the_host_could_not_call_is_refused(tmp_path, definition, fits) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text(f"{definition}:\n    return 0.0\n")
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="must be def f.queries.*, found"):
+        check_location(f"{file}:f")
+
+
+def test_an_error_says_where_in_the_users_file(tmp_path) -> None:
+    file = tmp_path / "rewards.py"
+    lines = ("import json", "def read(text):", "    return json.loads(text)", "def f(q, p, l):", "    return read('{')")
+    file.write_text("\n".join(lines))
+    with pytest.raises(PamaError, match=r"JSONDecodeError: .* \(.*rewards.py, line 3\)"):
+        call(f"{file}:f")
+    with pytest.raises(PamaError, match=r"returned None$"):
+        file.write_text("def g(q, p, l):\n    pass\n")
+        call(f"{shutil.copy(file, tmp_path / 'others.py')}:g")
+
+
 def test_two_functions_of_one_file_share_it(tmp_path) -> None:
     """What a file does at import, such as loading a model, is done once; dataclasses in it work."""
     file = tmp_path / "rewards.py"
@@ -74,7 +110,7 @@ def test_two_functions_of_one_file_share_it(tmp_path) -> None:
 def test_a_function_that_returns_the_wrong_thing(tmp_path, body, message) -> None:
     file = tmp_path / "rewards.py"
     file.write_text(f"def f(queries, prompts, labels):\n    return {body}\n")
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((PamaError, TypeError), match=message):
         call(f"{file}:f")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pama_plugin.cli import main
+from pama_plugin.rewards import builtin
 
 ROWS = [
     {"prompt": "Hi", "response": "Please wait.", "label": "a", "id": 7},
@@ -51,6 +52,14 @@ def test_a_file_of_settings_does_as_well_and_a_dead_reward_is_a_failure(file, ca
     code, rows = run(file, "--pama.config", f"{file.parent}/run.yaml", "--out", str(file.with_suffix(".scored.jsonl")))
     assert code == 1 and [row["rewards"] for row in rows] == [{"dead": None}] * 3
     assert "3 of 3" in capsys.readouterr().out
+
+
+def test_other_peoples_rewards_need_a_tokenizer_only_if_they_count(file, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(builtin._REWARDS, "shouts", lambda: lambda own: own.response.count("!"))
+    monkeypatch.setitem(builtin._REWARDS, "counts", lambda: lambda own: own.num_tokens)
+    code, rows = run(file, "--pama.objective", "a=builtin:shouts", "--pama.objective", "b=builtin:counts")
+    assert code == 1 and [row["rewards"] for row in rows] == [{"a": 0, "b": None}] * 3
+    assert "b: 3 × PamaError: counts tokens, which needs --tokenizer MODEL" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,15 @@ def test_where_and_how_it_is_written_is_no_part_of_a_scorer(tmp_path) -> None:
     assert first != identify(parse_objective(f"a=rm:{tmp_path}"))
 
 
+def test_an_agents_scorer_is_the_file_it_is_in(tmp_path) -> None:
+    agent, style = tmp_path / "agent.py", parse_objective("style=agent:style")
+    agent.write_text("first")
+    first = identify(style, str(agent))
+    assert first == identify(style, str(agent)) and first.startswith("agent:style sha256:")
+    agent.write_text("second")
+    assert first != identify(style, str(agent))
+
+
 @pytest.mark.property
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=5), min_size=1, max_size=6), st.floats(-1e6, 1e6))
 def test_moments_are_those_of_all_batches_together_even_through_json(batches, offset) -> None:

@@ -233,7 +233,7 @@ def test_ray_reserves_what_the_plan_says(options, gpus, local_ray, monkeypatch) 
     build = rewards.group_builder(config, plan, launcher.RayActorGroup, Rank, None)
     groups = build(1, 2, Rank, pg=None, num_gpus_per_actor=1, duplicate_actors=1).groups
     used = {name: sum(ray.get(group.async_run_method("gpus"), timeout=60), []) for name, group in groups.items()}
-    assert free_gpus() == before - gpus
+    assert free_gpus() == pytest.approx(before - gpus)  # others hold shares of one
     for block in blocks:
         names = [role.name.removeprefix("reward/") for role in block.roles]
         assert len({tuple(used[name]) for name in names}) == 1

@@ -114,7 +114,8 @@ def test_a_reward_that_raises_stops_the_run_with_its_name_and_step(run_host, tmp
     objective = ["--loss", "linear", "--pama.objective", f"fragile=py:{tmp_path}/rewards.py:fragile"]
     run = run_host(*GROUPS, *objective, "--pama.probe", "off", steps=3)
     assert run.status != 0 and len(run.steps) == 1
-    assert "objective 'fragile' at step 2: KeyError: 'no such label'; the run was stopped" in run.output
+    problem = f"KeyError: 'no such label' ({tmp_path}/rewards.py, line 8)"
+    assert f"objective 'fragile' at step 2: {problem}; the run was stopped" in run.output
     assert "Response: '" in run.output
 
 

@@ -14,10 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from pama_plugin.aggregation import LEVELS, available_rules
+from pama_plugin.aggregation import LEVELS, aggregate, available_rules, check_options, get_rule
 from pama_plugin.errors import ConfigError
 from pama_plugin.kinds import Kind
 from pama_plugin.objective import Objective, make_objective, parse_objective
@@ -37,7 +38,9 @@ class PamaConfig(BaseModel):
     loss: str
     objectives: tuple[Objective, ...]
     level: Literal["token", "sequence", "batch"] = "token"
-    noon: bool = True
+    noon: bool | None = None
+    whiten: bool = False
+    options: dict[str, Any] = {}
     best: BestRule | None = None
     probe: ProbeMode = "warn"
 
@@ -48,7 +51,7 @@ class PamaConfig(BaseModel):
     @property
     def trained(self) -> tuple[Objective, ...]:
         """The objectives that the aggregation combines, and the critic has a head for; all others are only logged."""
-        return tuple(objective for objective in self.objectives if objective.role == "train")
+        return tuple(objective for objective in self.objectives if objective.role != "monitor")
 
     @property
     def trained_names(self) -> tuple[str, ...]:
@@ -70,6 +73,8 @@ def load_config(
     noon: bool | None,
     best: str | None = None,
     probe: str | None = None,
+    whiten: bool | None = None,
+    option: Iterable[str] = (),
     *,
     default_level: str,
 ) -> PamaConfig:
@@ -79,28 +84,24 @@ def load_config(
         ConfigError: the first thing that cannot be run, with the flag or file, the rule and what was found.
     """
     content = _read(file) if file else {}
-    merged = {name: make_objective(name, spec, f"{file}: objective {name!r}") for name, spec in _listed(content, file)}
-    flagged: dict[str, Objective] = {}
-    for text in objectives:
-        objective = parse_objective(text)
-        if objective.name in flagged:
-            raise ConfigError(f"--pama.objective {text!r}: objective names must differ, found {objective.name!r} twice")
-        flagged[objective.name] = objective
-    merged |= flagged
-    if not merged:
-        raise ConfigError("at least one --pama.objective NAME=KIND:LOCATION is needed, found none")
-
-    roles = [objective.role for objective in merged.values()]
-    if "constraint" in roles:
-        name = next(name for name, objective in merged.items() if objective.role == "constraint")
-        raise ConfigError(f"role=constraint needs a rule that knows constraints, which no --loss does, found {name!r}")
+    merged = _merge(objectives, content, file)
+    roles = [objective.role for objective in merged]
     if "train" not in roles:
-        raise ConfigError(f"at least one objective must have role=train, found none among {', '.join(merged)}")
+        names = ", ".join(objective.name for objective in merged)
+        raise ConfigError(f"at least one objective must have role=train, found none among {names}")
 
     loss = loss or str(content.get("loss", ""))
     if loss not in available_rules():
         known = ", ".join(available_rules())
         raise ConfigError(f"--loss must be one of {known}, or {STOCK} without objectives, found {loss!r}")
+    rule = get_rule(loss)
+    constraints = ", ".join(objective.name for objective in merged if objective.role == "constraint")
+    if rule.constrained and not constraints:
+        raise ConfigError(f"--loss {loss} needs an objective with role=constraint,threshold=NUMBER, found none")
+    if constraints and not rule.constrained:
+        raise ConfigError(
+            f"role=constraint needs a rule that knows constraints, found {constraints} with --loss {loss}"
+        )
     level = level or content.get("level")
     noon = content.get("noon") if noon is None else noon
     if level is not None and level not in LEVELS:
@@ -113,27 +114,100 @@ def load_config(
         raise ConfigError(f"--pama.probe must be one of {', '.join(PROBE_MODES)}, found {probe!r}")
     if not isinstance(noon, bool | None):
         raise ConfigError(f"{file}: noon must be true or false, found {noon!r}")
-    if loss == "linear" and (level is not None or noon is not None):
-        raise ConfigError("--pama.level and --pama.no_noon have no meaning with --loss linear: leave them out")
-    return PamaConfig.model_validate(
+    for flag, given in (("level", level), ("noon", noon)):
+        if given is not None and flag not in rule.parameters:
+            flag = "no_noon" if flag == "noon" else flag
+            raise ConfigError(f"--pama.{flag} has no meaning with --loss {loss}: leave it out")
+    whiten = content.get("whiten", False) if whiten is None else whiten
+    if not isinstance(whiten, bool):
+        raise ConfigError(f"{file}: whiten must be true or false, found {whiten!r}")
+    if whiten and rule.of == "rewards":
+        raise ConfigError(f"--pama.whiten is of advantages, and --loss {loss} combines rewards: leave it out")
+    options = _read_options(content.get("options", {}), option)
+    try:
+        options = check_options(loss, options)
+    except ValueError as error:
+        raise ConfigError(f"--pama.option: {error}") from error
+    config = PamaConfig.model_validate(
         {
             "loss": loss,
-            "objectives": tuple(merged.values()),
+            "objectives": merged,
             "level": level or default_level,
-            "noon": True if noon is None else noon,
+            "noon": rule.parameters["noon"].default if noon is None and "noon" in rule.parameters else noon,
+            "whiten": whiten,
+            "options": options,
             "best": best,
             "probe": probe,
         }
     )
+    _rehearse(config)
+    return config
+
+
+def _rehearse(config: PamaConfig) -> None:
+    """Call the rule once, on zeros: options that do not fit each other, or the objectives, are refused here."""
+    duals: dict[str, Any] = {}
+    if get_rule(config.loss).constrained:
+        violations = [0.0 if objective.role == "constraint" else None for objective in config.trained]
+        duals = {"violations_K": violations, "multipliers_K": [None] * len(violations)}
+    try:
+        aggregate(
+            config.loss,
+            torch.zeros(len(config.trained), 2, 1),
+            torch.ones(2, 1),
+            level=config.level,
+            noon=config.noon,
+            weights=config.weights_at(0),
+            groups_B=torch.zeros(2, dtype=torch.long),
+            **config.options,
+            **duals,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--loss {config.loss}: {error}") from error
+
+
+def load_objectives(objectives: Iterable[str], file: str | None) -> tuple[Objective, ...]:
+    """The objectives alone, of flags and file, without a rule that combines them; ``ConfigError`` as above."""
+    return _merge(objectives, _read(file) if file else {}, file)
 
 
 def dump_config(config: PamaConfig) -> str:
     """The configuration as YAML that ``--pama.config`` takes, and makes the same configuration of."""
-    # A weighted sum projects nothing, so the loader refuses both with it.
-    meaningless = {"level", "noon"} if config.loss == "linear" else set()
+    # The loader refuses what the rule does not take.
+    meaningless = {"level", "noon"} - set(get_rule(config.loss).parameters)
     settings = config.model_dump(exclude={"objectives", *meaningless})
     settings["objectives"] = {objective.name: objective.dump() for objective in config.objectives}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _merge(objectives: Iterable[str], content: dict[str, Any], file: str | None) -> tuple[Objective, ...]:
+    merged = {name: make_objective(name, spec, f"{file}: objective {name!r}") for name, spec in _listed(content, file)}
+    flagged: dict[str, Objective] = {}
+    for text in objectives:
+        objective = parse_objective(text)
+        if objective.name in flagged:
+            raise ConfigError(f"--pama.objective {text!r}: objective names must differ, found {objective.name!r} twice")
+        flagged[objective.name] = objective
+    merged |= flagged
+    if not merged:
+        raise ConfigError("at least one --pama.objective NAME=KIND:LOCATION is needed, found none")
+    return tuple(merged.values())
+
+
+def _read_options(listed: Any, flagged: Iterable[str]) -> dict[str, Any]:
+    """Of a file's mapping and of ``KEY=VALUE`` flags, whose values are YAML."""
+    if not isinstance(listed, dict) or not all(isinstance(key, str) for key in listed):
+        raise ConfigError(f"options must map names to values, found {listed!r}")
+    options = dict(listed)
+    for text in flagged:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--pama.option must be KEY=VALUE, found {text!r}")
+        try:
+            options[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"--pama.option {text!r}: the value is not valid YAML: {error}") from error
+    return options
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -158,7 +232,8 @@ def _read(file: str) -> dict[str, Any]:
         raise ConfigError(f"--pama.config: {file} is not valid YAML: {error}") from error
     known = sorted(PamaConfig.model_fields)
     if not isinstance(content, dict) or set(content) - set(known):
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        unknown = [str(key) for key in content if key not in known] if isinstance(content, dict) else []
+        found = ", ".join(unknown) or type(content).__name__
         raise ConfigError(f"--pama.config: {file} must be a mapping of {', '.join(known)}, found {found}")
     return content
 

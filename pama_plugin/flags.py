@@ -3,7 +3,8 @@
 import argparse
 from collections.abc import Iterable
 
-from pama_plugin.aggregation import LEVELS, available_rules
+from pama_plugin.aggregation import LEVELS, available_rules, get_rule
+from pama_plugin.aggregation.registry import GIVEN
 from pama_plugin.config import PROBE_MODES, STOCK
 from pama_plugin.kinds import OPTIONS
 from pama_plugin.objective import COMMON
@@ -33,6 +34,11 @@ def _keys(options: Iterable[str]) -> str:
     return ", ".join(f"{key}=" for key in options)
 
 
+def _options_of_rules() -> dict[str, list[str]]:
+    found = {name: [key for key in get_rule(name).parameters if key not in GIVEN] for name in available_rules()}
+    return {name: keys for name, keys in found.items() if keys}
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the plugin's group to a parser, the host's or our own."""
     group = parser.add_argument_group(
@@ -57,7 +63,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         dest="pama.noon",
         action="store_const",
         const=False,
-        help="keep negative advantages too (default: Noon, 'No Negative', Eq. 5 of the paper)",
+        help="keep negative advantages too (default with pama: Noon, 'No Negative', Eq. 5 of the paper)",
+    )
+    group.add_argument(
+        "--pama.whiten",
+        action="store_const",
+        const=True,
+        help="whiten each objective's advantages over the batch before they are combined, where the estimator does not",
+    )
+    group.add_argument(
+        "--pama.option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the rule, once per option: "
+        + "; ".join(f"{name}: {_keys(check)}" for name, check in _options_of_rules().items()),
     )
     group.add_argument(
         "--pama.best",

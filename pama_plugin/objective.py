@@ -152,7 +152,12 @@ COMMON = tuple(key for key in Objective.model_fields if key not in ("name", "kin
 def parse_objective(text: str) -> Objective:
     """Parse ``NAME=KIND:LOCATION[,key=value…]``; anything else raises ``ConfigError``."""
     name, equals, rest = text.partition("=")
-    return make_objective(name, rest if equals else "", f"--pama.objective {text!r}")
+    # What stands before an @ in a URL, or after its ?, may be a secret.
+    shown = re.sub(r"(?<=\?)[^,|#]+", "…", re.sub(r"(?<=://)[^|]*@", "…@", text))
+    source = f"--pama.objective {shown!r}"
+    if not equals:
+        raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found no '='")
+    return make_objective(name, rest, source)
 
 
 def make_objective(name: str, spec: Any, source: str) -> Objective:
@@ -187,5 +192,5 @@ def _describe(error: ValidationError) -> str:
     """The first of pydantic's findings in one line: where, the rule, and what was found."""
     first = error.errors()[0]
     where = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
-    found = f", found {first['input']!r}" if first["loc"] else ""
+    found = f", found {first['input']!r}" if first["loc"] and first["type"] != "missing" else ""
     return f"{where}{first['msg'].removeprefix('Value error, ')}{found}"

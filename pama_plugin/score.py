@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from pama_plugin.config import PamaConfig, load_config
+from pama_plugin.config import load_objectives
 from pama_plugin.errors import ConfigError, PamaError
 from pama_plugin.flags import add_objective_flags
 from pama_plugin.objective import Objective
@@ -52,21 +53,22 @@ def score_file(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     flags = vars(options)
-    # Nothing is combined here, and pama is the rule that takes whatever a file may say of one.
-    config = load_config("pama", flags["pama.objective"], flags["pama.config"], None, None, default_level="token")
-    if agents := config.of_kind("agent"):
-        raise ConfigError(f"pama score has no rollouts for an agent to score, found {agents[0].name!r}")
+    objectives = load_objectives(flags["pama.objective"], flags["pama.config"])
+    if agents := [own.name for own in objectives if own.kind == "agent"]:
+        raise ConfigError(f"pama score has no rollouts for an agent to score, found {agents[0]!r}")
+    out = options.out or options.file.with_suffix(".scored.jsonl")
+    if not out.parent.is_dir() or out.is_dir() or out.resolve() == options.file.resolve():
+        raise ConfigError(f"--out must be another file than {options.file}, in a folder that exists, found {out}")
     rows = _read(options.file)
-    tokenizer = _load_tokenizer(options.tokenizer, config)
+    tokenizer = _load_tokenizer(options.tokenizer, objectives)
     responses = [_as_response(row, tokenizer) for row in rows]
     results: dict[str, list[Outcome]] = {}
     seconds = {}
-    for objective in config.objectives:
+    for objective in objectives:
         start = time.perf_counter()
         with tqdm(total=len(rows), desc=objective.name, unit="response") as bar:
             results[objective.name] = _score(objective, rows, responses, tokenizer, bar.update)
         seconds[objective.name] = time.perf_counter() - start
-    out = options.out or options.file.with_suffix(".scored.jsonl")
     with out.open("w", encoding="utf-8") as file:
         for index, row in enumerate(rows):
             outcomes = {name: outcomes[index] for name, outcomes in results.items()}
@@ -79,7 +81,8 @@ def score_file(options: argparse.Namespace) -> int:
 
 def _read(path: Path) -> list[Row]:
     try:
-        lines = path.read_text().splitlines()
+        with path.open(encoding="utf-8") as file:  # not splitlines, which also splits at U+2028 inside a text
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     rows = []
@@ -92,7 +95,7 @@ def _read(path: Path) -> list[Row]:
             raise ConfigError(f"{path}, line {number} must be JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("response"), str) or not _is_prompt(row.get("prompt")):
             raise ConfigError(
-                f"pama score: {path}, line {number} must have a prompt (text or messages) and a response (text), found "
+                f"{path}, line {number} must have a prompt (text or messages) and a response (text), found "
                 f"{line[:80]!r}"
             )
         rows.append(row)
@@ -107,12 +110,12 @@ def _is_prompt(prompt: Any) -> bool:
     return isinstance(prompt, str)
 
 
-def _load_tokenizer(location: str | None, config: PamaConfig) -> Any:
-    models = config.of_kind("rm")
-    location = location or (models[0].location if models else None)
+def _load_tokenizer(location: str | None, objectives: tuple[Objective, ...]) -> Any:
+    models = [own.location for own in objectives if own.kind == "rm"]
+    location = location or (models[0] if models else None)
     if location is None:
-        for own in config.of_kind("builtin"):
-            if own.location == "length" and own.options.get("unit", "tokens") == "tokens":
+        for own in objectives:
+            if (own.kind, own.location) == ("builtin", "length") and own.options.get("unit", "tokens") == "tokens":
                 raise ConfigError(
                     f"--tokenizer MODEL, the policy's folder, is needed to count tokens for {own.name!r}, found none "
                     "(length counts unit=words or unit=characters without)"
@@ -120,7 +123,10 @@ def _load_tokenizer(location: str | None, config: PamaConfig) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(location)
+    try:
+        return AutoTokenizer.from_pretrained(location)
+    except Exception as error:  # of many kinds
+        raise ConfigError(f"--tokenizer: cannot load the tokenizer of {location}: {_first_line(error)}") from error
 
 
 def _as_response(row: Row, tokenizer: Any) -> Response:
@@ -132,7 +138,8 @@ def _as_response(row: Row, tokenizer: Any) -> Response:
         else:
             prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     end = tokenizer.eos_token or "" if tokenizer else ""
-    fields = {"query": prompt + text + end, "prompt": prompt, "label": str(row.get("label") or ""), "response": text}
+    label = "" if row.get("label") is None else row["label"]  # of whatever type: a run passes it on as it is, too
+    fields = {"query": prompt + text + end, "prompt": prompt, "label": label, "response": text}
     if tokenizer is None:
         return _Uncounted(**fields, num_tokens=0)
     return Response(**fields, num_tokens=len(tokenizer(text + end, add_special_tokens=False)["input_ids"]))
@@ -160,14 +167,14 @@ def _score_hf(objective: Objective, rows: list[Row], advance: Callable[[int], An
     options: HfOptions = settings
     try:
         scorer = HfScorer(objective.location, options, "cuda" if torch.cuda.is_available() and options.gpus else "cpu")
-    except (ValueError, OSError) as error:  # a label or a model that is not there
-        raise ConfigError(f"objective {objective.name!r}: {error}") from error
+    except Exception as error:  # a label or a model that is not there, a damaged file
+        raise ConfigError(f"objective {objective.name!r}: {_first_line(error)}") from error
     outcomes = []
     for start in range(0, len(rows), options.batch_size):
         part = rows[start : start + options.batch_size]
         prompts = [row["prompt"] for row in part]
         messages = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
-        rewards = scorer.score([Conversation(own, row["response"]) for own, row in zip(messages, part)])
+        rewards = scorer.score_each([Conversation(own, row["response"]) for own, row in zip(messages, part)])
         outcomes += [check_reward(objective, reward) for reward in rewards]
         advance(len(part))
     return outcomes
@@ -176,7 +183,10 @@ def _score_hf(objective: Objective, rows: list[Row], advance: Callable[[int], An
 async def _score_in_turn(
     objective: Objective, responses: list[Response], advance: Callable[[int], Any]
 ) -> list[Outcome]:
-    scorer = load_scorer(objective)
+    try:
+        scorer = load_scorer(objective, patient=False)  # nothing is lost here if a server is down
+    except Exception as error:  # of the user's own file, too
+        raise ConfigError(f"objective {objective.name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def score(response: Response) -> Outcome:
@@ -186,6 +196,10 @@ async def _score_in_turn(
             return outcome
 
     return list(await asyncio.gather(*map(score, responses)))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _print_table(results: dict[str, list[Outcome]], seconds: dict[str, float]) -> None:
@@ -201,6 +215,7 @@ def _print_table(results: dict[str, list[Outcome]], seconds: dict[str, float]) -
     console = Console()
     console.print(table)
     for name, outcomes in results.items():
-        problems = Counter(outcome.problem for outcome in outcomes if outcome.problem is not None)
+        texts = [outcome.problem for outcome in outcomes if outcome.problem is not None]
+        problems = Counter(re.sub(r" \(attempts: \d+\)$", "", text) for text in texts)
         for problem, count in problems.most_common(3):
             console.print(f"{name}: {count} × {problem}", style="yellow", markup=False)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Awaitable
 from typing import Any, NamedTuple
 
-from pama_plugin.errors import PamaError
+from pama_plugin.errors import PamaError, RewardError
 from pama_plugin.objective import Objective
 from pama_plugin.rewards import Scorer, load_builtin, load_function
 from pama_plugin.rewards.options import LARGEST
@@ -17,8 +17,8 @@ class Outcome(NamedTuple):
     problem: str | None = None
 
 
-def load_scorer(objective: Objective) -> Scorer:
-    """Of a ``py``, ``http`` or ``builtin`` objective."""
+def load_scorer(objective: Objective, *, patient: bool) -> Scorer:
+    """Of a ``py``, ``http`` or ``builtin`` objective; ``patient`` is for servers, see ``load_http``."""
     if objective.kind == "builtin":
         return load_builtin(objective.location, objective.options)
     settings: Any = objective.settings
@@ -26,13 +26,15 @@ def load_scorer(objective: Objective) -> Scorer:
         return load_function(objective.location, settings)
     from pama_plugin.rewards.http import load_http
 
-    return load_http(objective.location, settings, patient=objective.on_failure.action == "fail")
+    return load_http(objective.location, settings, patient=patient)
 
 
 async def attempt(objective: Objective, reward: Awaitable[float]) -> Outcome:
     """Await the reward. Whatever goes wrong becomes the outcome's problem; nothing becomes a number."""
     try:
         return check_reward(objective, await reward)
+    except RewardError:  # which ends the run
+        raise
     except PamaError as error:
         return Outcome(math.nan, str(error))
     except Exception as error:  # other people's code may raise anything
@@ -41,7 +43,9 @@ async def attempt(objective: Objective, reward: Awaitable[float]) -> Outcome:
 
 def check_reward(objective: Objective, reward: float) -> Outcome:
     """Whether training can use the number: one whose square is finite in float32, and within ``range``."""
-    reward = float(reward)  # of whatever type somebody else's function returned
+    if isinstance(reward, str | bytes):  # float would take it
+        return Outcome(math.nan, f"returned text, {reward!r}")
+    reward = float(reward)  # of whatever other type somebody else's function returned
     if not math.isfinite(reward):
         return Outcome(math.nan, f"returned {reward}")
     if abs(reward) > LARGEST:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pama_plugin.objective import Objective
+from pama_plugin.rewards.options import LARGEST
 from pama_plugin.state import Moments
 
 # A standard deviation below this share of the largest reward is that of a constant, up to rounding.
@@ -25,7 +26,8 @@ def shape_rewards(objective: Objective, rewards_GN: Tensor, seen: Moments, *, fi
         fill_by_group: whether the estimator compares the responses to one prompt, or all of the batch.
 
     Returns:
-        (G, N), finite; bit for bit what was given where nothing is asked for.
+        (G, N), finite; bit for bit what was given where nothing is asked for. What is normalised is computed in double
+        precision and no larger than a reward may be.
 
     >>> from pama_plugin.objective import parse_objective
     >>> rewards_GN = torch.tensor([[1.0, 3.0], [5.0, torch.nan]])
@@ -37,18 +39,21 @@ def shape_rewards(objective: Objective, rewards_GN: Tensor, seen: Moments, *, fi
             [ 1.,  0.]])
     """
     shaped_GN = rewards_GN
+    exact_GN = rewards_GN.double()  # squares of the largest rewards, and quotients by small deviations, are too large
     if objective.normalize == "running":
         # While nothing has varied there is no unit to divide by.
-        shaped_GN = (rewards_GN - seen.mean) / (seen.std if seen.std > CONSTANT * abs(seen.mean) else 1.0)
+        shaped_GN = (exact_GN - seen.mean) / (seen.std if seen.std > CONSTANT * abs(seen.mean) else 1.0)
     elif objective.normalize == "batch":
-        present = rewards_GN[rewards_GN.isfinite()]
-        shaped_GN = _standardize(rewards_GN, present.mean(), present.std(), rewards_GN.abs().nan_to_num(0.0).max())
+        present = exact_GN[exact_GN.isfinite()]
+        shaped_GN = _standardize(exact_GN, present.mean(), present.std(), exact_GN.abs().nan_to_num(0.0).max())
     elif objective.normalize == "group":
-        mean_G1 = rewards_GN.nanmean(1, keepdim=True)
-        count_G1 = rewards_GN.isfinite().sum(1, keepdim=True)
-        std_G1 = ((rewards_GN - mean_G1).square().nansum(1, keepdim=True) / (count_G1 - 1)).sqrt()
-        largest_G1 = rewards_GN.abs().nan_to_num(0.0).amax(1, keepdim=True)
-        shaped_GN = _standardize(rewards_GN, mean_G1, std_G1, largest_G1)
+        mean_G1 = exact_GN.nanmean(1, keepdim=True)
+        count_G1 = exact_GN.isfinite().sum(1, keepdim=True)
+        std_G1 = ((exact_GN - mean_G1).square().nansum(1, keepdim=True) / (count_G1 - 1)).sqrt()
+        largest_G1 = exact_GN.abs().nan_to_num(0.0).amax(1, keepdim=True)
+        shaped_GN = _standardize(exact_GN, mean_G1, std_G1, largest_G1)
+    if objective.normalize != "none":
+        shaped_GN = shaped_GN.clamp(-LARGEST, LARGEST).to(rewards_GN.dtype)
     if objective.clip is not None:
         shaped_GN = shaped_GN.clamp(*objective.clip)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -57,6 +58,7 @@ class ObjectiveState(BaseModel):
     rewards: Moments = Moments()
     steps: int = 0  # that ``rewards`` are of
     first_evaluation: tuple[float, float] | None = None  # mean, and standard deviation over prompts
+    multiplier: float | None = None  # of a constraint, once a step has been made
 
 
 class RunState(BaseModel):
@@ -102,7 +104,10 @@ def identify(objective: Objective, agent: str | None = None) -> str:
     """
     only_how = () if objective.kind == "builtin" else HOW_IT_RUNS
     options = sorted(f" {key}={value}" for key, value in objective.options.items() if key not in only_how)
-    scorer = f"{objective.kind}:{objective.location}{''.join(options)}"
+    location = objective.location
+    if objective.kind == "http":  # a URL's query may hold a key
+        location = re.sub(r"(?<=\?)[^|]+", lambda query: hashlib.sha256(query[0].encode()).hexdigest()[:16], location)
+    scorer = f"{objective.kind}:{location}{''.join(options)}"
     files = []
     if objective.kind == "py":
         files = [split_location(objective.location)[0]]

@@ -210,6 +210,16 @@ def _status(status: int) -> Callable[[_Handler], None]:
     return answer
 
 
+def _long(handler: _Handler) -> None:
+    """As many bytes as are taken."""
+    handler.send_response(200)
+    handler.end_headers()
+    with suppress(OSError):
+        while not handler.faults.stopping.is_set():
+            handler.wfile.write(b"0" * 2**16)
+    handler.close_connection = True
+
+
 def _echo(handler: _Handler) -> None:
     handler.reply(f"what is {handler.headers.get('Authorization')}?", 422)
 
@@ -228,6 +238,7 @@ MODES: dict[str, Callable[[_Handler], None]] = {
     "reset": _reset,
     "hang": _hang,
     "drip": _drip,
+    "long": _long,
     "flaky": _flaky,
     "dying": _dying,
     **{str(status): _status(status) for status in (307, 400, 401, 403, 404, 422, 429, 500, 502, 503)},

@@ -110,7 +110,10 @@ def fixed_group(name: str, ranks: int = 1) -> Any:
 
 
 def save_tiny_model(folder: Path, tokens: int, *, embeddings: int | None = None, word: str = "t") -> str:
-    """A folder with the configuration and the tokenizer of a model whose tokens are t0, t1, …; no weights."""
+    """A folder with configuration, tokenizer and table of weights of a reward model whose tokens are t0, t1, …
+
+    The weights themselves are missing.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -118,4 +121,5 @@ def save_tiny_model(folder: Path, tokens: int, *, embeddings: int | None = None,
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     LlamaConfig(vocab_size=embeddings or tokens).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"{word}1").save_pretrained(folder)
+    (Path(folder) / "model.safetensors.index.json").write_text('{"weight_map": {"score.weight": "model.safetensors"}}')
     return str(folder)

@@ -3,8 +3,30 @@
 Shape suffixes: K objectives, B responses, A action (response) tokens, U units (tokens or responses).
 """
 
-from pama_plugin.aggregation import linear, pama  # noqa: F401  (importing a rule registers it)
+from pama_plugin.aggregation import (  # noqa: F401  (importing a rule registers it)
+    gd2po,
+    gdpo,
+    gram,
+    lagrangian,
+    linear,
+    min_norm,
+    morlhf,
+    pama,
+    rvpo,
+    tchebycheff,
+)
 from pama_plugin.aggregation.aggregate import LEVELS, Aggregation, aggregate
-from pama_plugin.aggregation.registry import available_rules, register_rule
+from pama_plugin.aggregation.diagnostics import describe
+from pama_plugin.aggregation.registry import Combination, available_rules, check_options, get_rule, register_rule
 
-__all__ = ["LEVELS", "Aggregation", "aggregate", "available_rules", "register_rule"]
+__all__ = [
+    "Combination",
+    "LEVELS",
+    "Aggregation",
+    "aggregate",
+    "available_rules",
+    "check_options",
+    "describe",
+    "get_rule",
+    "register_rule",
+]

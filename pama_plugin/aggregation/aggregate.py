@@ -1,6 +1,5 @@
 """One interface to every rule: K advantages per token in, one out, with the numbers that explain it."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,27 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pama_plugin.aggregation.registry import get_rule
+from pama_plugin.aggregation.blocks import blocks, valid_at
+from pama_plugin.aggregation.diagnostics import describe, effective_objectives, inspect
+from pama_plugin.aggregation.registry import GIVEN, check_options, get_rule
 
 LEVELS = ("token", "sequence", "batch")
-
-# Advantages that vary less than this over the batch are a constant up to rounding. A caller that whitened them, which
-# blows rounding up, says so itself: ``active``.
-INACTIVE_STD = 1e-6
 
 
 @dataclass(frozen=True)
 class Aggregation:
-    """The outcome of ``aggregate``. Means are over valid tokens, those where the mask is true.
+    """The outcome of ``aggregate``. A valid token is one where the mask is true.
 
     Attributes:
         advantages: (B, A), 0 where masked.
-        coefficients: (K,), mean share of each objective over the tokens that have an advantage; they sum to 1 where
-            anything is active, else to 0.
-        metrics: ``active_fraction``, the share of valid tokens with an advantage other than 0; ``conflict_rate``, the
-            share where one objective is positive and another negative; ``rms`` of the advantages; ``gain/<i>``, the
-            mean of ``A_i · advantage``, objective i's first-order improvement if token gradients are orthogonal and of
-            equal norm; ``inactive/<i>``, 1 if objective i carries no signal, else 0.
+        coefficients: (K,), share of each objective in the result, as each rule's own text says: for ``pama`` the mean
+            over the tokens that have an advantage. They sum to 1 where anything is active, else to 0.
+        metrics: by name,
+
+            - ``active_fraction``: share of the valid tokens with an advantage other than 0;
+            - ``conflict_rate``: share of the valid tokens where one objective is positive and another negative;
+            - ``rms``: of the advantages, over the valid tokens;
+            - ``gain/<i>``: mean of ``A_i · advantage`` over the valid tokens that objective i has a reward for: its
+              first-order improvement under the update if token gradients are orthogonal and of equal norm;
+            - ``inactive/<i>``: 1 if objective i carries no signal and was left out, else 0;
+            - ``effective_objectives``: ``1 / Σ_i c_i²`` of the coefficients, from 1 (one has all) to K;
+            - what the rule adds: ``multiplier/<i>`` of ``lagrangian``.
     """
 
     advantages: Tensor
@@ -42,10 +45,12 @@ def aggregate(
     mask_BA: Tensor,
     *,
     level: str = "token",
-    noon: bool = True,
+    noon: bool | None = None,
     weights: Sequence[float] | Tensor | None = None,
+    whiten: bool = False,
     active: Sequence[bool] | Tensor | None = None,
     present_KB: Tensor | None = None,
+    groups_B: Tensor | None = None,
     **options: Any,
 ) -> Aggregation:
     """Combine the advantages of K objectives into the one that the policy update sees.
@@ -55,16 +60,22 @@ def aggregate(
 
     Args:
         rule: one of ``available_rules()``.
-        advantages_KBA: (K, B, A) advantages of K objectives, B responses, A action tokens. Not modified.
+        advantages_KBA: (K, B, A) advantages of K objectives, B responses, A action tokens. Not modified. For a rule of
+            rewards (``morlhf``, ``tchebycheff``) the (K, B, 1) rewards, and the result is one reward per response.
         mask_BA: (B, A), true at action tokens. What stands elsewhere enters nothing, not even if it is NaN.
-        level: ``token``, ``sequence`` or ``batch``: what ``pama`` projects. ``linear`` is the same at every level.
-        noon: keep only positive advantages ("No Negative", arXiv 2508.07768, Eq. 5). ``linear`` does not use it.
-        weights: K positive preference weights, 1 each if not given.
+        level: ``token``, ``sequence`` or ``batch``: what ``pama`` projects. No other rule uses it.
+        noon: keep only positive advantages ("No Negative", arXiv 2508.07768, Eq. 5). If not given, ``pama`` does and
+            ``min_norm`` does not. No other rule uses it.
+        weights: K positive preference weights, 1 each if not given; what they mean, each rule says.
+        whiten: first subtract from each objective's advantages their mean over its valid tokens and divide by their
+            standard deviation: for estimators that do not, so that no objective wins by its scale. The metrics are then
+            of the whitened ones.
         active: K flags, false for an objective that is known to carry no signal, such as one whose reward is constant.
-            One whose advantages have a standard deviation below 1e-6 is found without being told. If that leaves none,
-            none is dropped.
+            One whose advantages spread over less than a millionth of the largest is found without being told. If that
+            leaves none, none is dropped.
         present_KB: (K, B), false where an objective has no reward for a response: it is left out of the combination for
             that response alone. All true if not given.
+        groups_B: (B,) integers, the same for the responses to one prompt; ``gdpo``, ``gd2po`` and ``rvpo`` need them.
         options: what the rule takes besides.
 
     Raises:
@@ -86,6 +97,9 @@ def aggregate(
         )
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, found {level!r}")
+    chosen = get_rule(rule)
+    if chosen.of == "rewards" and mask_BA.shape[1] != 1:
+        raise ValueError(f"rule {rule!r} combines rewards, (K, B, 1), found {tuple(advantages_KBA.shape)}")
     advantages_KBA = advantages_KBA.detach().to(torch.promote_types(advantages_KBA.dtype, torch.float32))
     if present_KB is None:
         present_KB = mask_BA.new_ones(advantages_KBA.shape[:2])
@@ -93,26 +107,26 @@ def aggregate(
         raise ValueError(
             f"present_KB must be (K, B) = {tuple(advantages_KBA.shape[:2])} flags, found {tuple(present_KB.shape)}"
         )
-    for index, advantages_BA in enumerate(advantages_KBA):
-        if not bool((advantages_BA.isfinite() | ~(mask_BA & present_KB[index].unsqueeze(-1))).all()):
-            raise ValueError(f"advantages must be finite at every valid token, found NaN or inf in objective {index}")
+    given = {"level": level, "noon": noon, "groups_B": groups_B}
+    given |= {key: options.pop(key) for key in GIVEN if key in options}
+    options = check_options(rule, options)
+    if "groups_B" in chosen.parameters and (groups_B is None or groups_B.shape != mask_BA.shape[:1]):
+        found = None if groups_B is None else tuple(groups_B.shape)
+        raise ValueError(f"rule {rule!r} needs groups_B, (B,) = {tuple(mask_BA.shape[:1])}, found {found}")
+
     weights_K = _check_weights(weights, advantages_KBA)
     active_K = _find_active(active, advantages_KBA, mask_BA, present_KB)
+    if whiten:
+        advantages_KBA = _whiten(advantages_KBA, mask_BA, present_KB)
+    given = {key: value for key, value in given.items() if key in chosen.parameters and value is not None}
+    combination = chosen.combine(advantages_KBA, mask_BA, weights_K, active_K, present_KB, **given, **options)
 
-    combine = get_rule(rule)
-    parameters = inspect.signature(combine).parameters.values()
-    accepted = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    unknown = sorted(set(options) - set(accepted))
-    if unknown:
-        takes = ", ".join(accepted) or "none"
-        raise ValueError(f"rule {rule!r} has no option {', '.join(unknown)}; it takes {takes}")
-    shared = {key: value for key, value in (("level", level), ("noon", noon)) if key in accepted}
-    combined_BA, coefficients_K = combine(advantages_KBA, mask_BA, weights_K, active_K, present_KB, **shared, **options)
-
-    combined_BA = combined_BA.masked_fill(~mask_BA, 0)
-    metrics = _describe(advantages_KBA, mask_BA, present_KB, combined_BA)
+    combined_BA = combination.advantages_BA.masked_fill_(~mask_BA, 0)
+    metrics = describe(advantages_KBA, mask_BA, present_KB, combined_BA)
     metrics |= {f"inactive/{index}": float(not kept) for index, kept in enumerate(active_K.tolist())}
-    return Aggregation(combined_BA, coefficients_K * bool((combined_BA != 0).any()), metrics)
+    coefficients_K = combination.coefficients_K * bool(metrics["active_fraction"])
+    metrics["effective_objectives"] = effective_objectives(coefficients_K)
+    return Aggregation(combined_BA, coefficients_K, metrics | dict(combination.metrics))
 
 
 def _check_weights(weights: Sequence[float] | Tensor | None, advantages_KBA: Tensor) -> Tensor:
@@ -128,38 +142,29 @@ def _find_active(
     active: Sequence[bool] | Tensor | None, advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor
 ) -> Tensor:
     """(K,) true for the objectives that carry signal; all of them if none does."""
-    active_K = advantages_KBA.new_ones(len(advantages_KBA), dtype=torch.bool)
+    active_K = inspect(advantages_KBA, mask_BA, present_KB)
     if active is not None:
-        active_K = torch.as_tensor(active, dtype=torch.bool, device=advantages_KBA.device)
-        if active_K.shape != advantages_KBA.shape[:1]:
-            raise ValueError(f"active must be {len(advantages_KBA)} flags, found {active_K.tolist()}")
-    active_K = active_K & present_KB.any(-1)
-    if mask_BA.sum() > 1:  # one token has no spread to judge by
-        spread = [
-            _std(row_BA, mask_BA & present_B.unsqueeze(-1)) for row_BA, present_B in zip(advantages_KBA, present_KB)
-        ]
-        active_K = active_K & (torch.stack(spread) >= INACTIVE_STD)
+        told_K = torch.as_tensor(active, dtype=torch.bool, device=advantages_KBA.device)
+        if told_K.shape != active_K.shape:
+            raise ValueError(f"active must be {len(advantages_KBA)} flags, found {told_K.tolist()}")
+        active_K = active_K & told_K
     return active_K if bool(active_K.any()) else torch.ones_like(active_K)
 
 
-def _std(advantages_BA: Tensor, valid_BA: Tensor) -> Tensor:
-    count = valid_BA.sum().clamp(min=1)
-    mean = advantages_BA.masked_fill(~valid_BA, 0).sum() / count
-    return (advantages_BA - mean).masked_fill_(~valid_BA, 0).square_().sum().div(count).sqrt()
-
-
-def _describe(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, combined_BA: Tensor) -> dict[str, float]:
-    count = mask_BA.sum().clamp(min=1)
-    positive_BA, negative_BA = torch.zeros_like(mask_BA), torch.zeros_like(mask_BA)
-    gains = {}
-    for index, (advantages_BA, present_B) in enumerate(zip(advantages_KBA, present_KB)):
-        valid_BA = mask_BA & present_B.unsqueeze(-1)
-        positive_BA |= (advantages_BA > 0) & valid_BA
-        negative_BA |= (advantages_BA < 0) & valid_BA
-        total = advantages_BA.masked_fill(~valid_BA, 0).mul_(combined_BA).sum()
-        gains[f"gain/{index}"] = float(total / valid_BA.sum().clamp(min=1))
-    return {
-        "active_fraction": float((combined_BA != 0).sum() / count),
-        "conflict_rate": float((positive_BA & negative_BA).sum() / count),
-        "rms": float((combined_BA.square().sum() / count).sqrt()),
-    } | gains
+def _whiten(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor) -> Tensor:
+    """A copy with mean 0 and standard deviation 1 over each objective's valid tokens; 0 where it does not vary."""
+    count_K = (present_KB * mask_BA.sum(-1)).sum(-1).clamp(min=1)
+    totals_K = torch.zeros(len(advantages_KBA), dtype=torch.float64, device=mask_BA.device)
+    squares_K = totals_K.clone()
+    whitened_KBA = torch.empty_like(advantages_KBA)
+    for rows in blocks(advantages_KBA):
+        invalid_KbA = ~valid_at(rows, mask_BA, present_KB)
+        totals_K += advantages_KBA[:, rows].masked_fill(invalid_KbA, 0).sum((1, 2), dtype=torch.float64)
+    means_K11 = (totals_K / count_K).to(advantages_KBA.dtype)[:, None, None]
+    for rows in blocks(advantages_KBA):
+        invalid_KbA = ~valid_at(rows, mask_BA, present_KB)
+        centred_KbA = (advantages_KBA[:, rows] - means_K11).masked_fill_(invalid_KbA, 0)
+        squares_K += centred_KbA.square().sum((1, 2), dtype=torch.float64)
+        whitened_KBA[:, rows] = centred_KbA
+    stds_K11 = (squares_K / count_K).sqrt().to(advantages_KBA.dtype)[:, None, None]
+    return whitened_KBA.div_(torch.where(stds_K11 > 0, stds_K11, 1))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pama_plugin.aggregation.blocks import blocks, valid_at
 from pama_plugin.aggregation.registry import Combination, register_rule
 
 
@@ -14,9 +15,14 @@ def linear(
 
     Weights are used as given, and an objective without signal stays in: it adds what its estimator made of it. With one
     objective of weight 1 the result is ``A_1`` bit for bit. Of a response it sums the objectives that have a
-    reward for it.
+    reward for it. Coefficients are the weights' shares.
+
+    >>> from pama_plugin import aggregate
+    >>> aggregate("linear", torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]]), torch.ones(1, 2), weights=[2, 1]).advantages
+    tensor([[5., 3.]])
     """
-    combined_BA = torch.zeros_like(advantages_KBA[0])
-    for advantages_BA, weight, present_B in zip(advantages_KBA, weights_K, present_KB):
-        combined_BA.add_((advantages_BA * weight).masked_fill_(~present_B.unsqueeze(-1), 0))
-    return Combination(combined_BA.masked_fill_(~mask_BA, 0), weights_K / weights_K.sum())
+    combined_BA = torch.empty_like(advantages_KBA[0])
+    for rows in blocks(advantages_KBA):
+        invalid_KbA = ~valid_at(rows, mask_BA, present_KB)
+        combined_BA[rows] = (advantages_KBA[:, rows] * weights_K[:, None, None]).masked_fill_(invalid_KbA, 0).sum(0)
+    return Combination(combined_BA, weights_K / weights_K.sum())

@@ -1,11 +1,13 @@
 """PAMA: He & Maghsudi, "Pareto Multi-Objective Alignment for Language Models", arXiv 2508.07768, Theorem 1."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from pama_plugin.aggregation.blocks import blocks, valid_at
 from pama_plugin.aggregation.registry import Combination, register_rule
 
 
@@ -17,8 +19,11 @@ def pama(
     active_K: Tensor,
     present_KB: Tensor,
     *,
-    level: str,
-    noon: bool,
+    level: str = "token",
+    noon: bool = True,
+    rescale: bool = False,
+    soft: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None,
+    leak: Annotated[float, Field(ge=0, le=1)] = 0.0,
 ) -> Combination:
     """``min_c (Σ_i c_i a_i)²``, c on the simplex (Eq. 10): the projection of 0 on ``[min_i a_i, max_i a_i]``.
 
@@ -34,91 +39,110 @@ def pama(
       a step. Signed batch means vanish under estimators that whiten, and then c is decided by rounding: prefer Noon.
 
     Objectives that are not active leave the projection: a constant would veto every other one. So does one without a
-    reward for a response, for that response.
+    reward for a response, for that response. Coefficients are the mean of c over the tokens with an advantage.
 
-    Differs from the paper in: the importance ratio is gated by the PPO clip alone, so c is computed once per rollout.
+    Args:
+        level: see above.
+        noon: see above.
+        rescale: divide the result by its root mean square over the valid tokens: the more objectives, the smaller is
+            what they agree on. The mean is not shifted.
+        soft: instead of the minimum take ``Σ_i c_i a_i`` with ``c = softmax(−soft · a / σ)``, σ the root mean square of
+            the token's (or response's) own ``a_i``, and the mirror image instead of the maximum: one noisy objective no
+            longer vetoes all others. The larger, the closer to the minimum; towards 0 it becomes the mean. Not with
+            ``level=batch``.
+        leak: with Noon, the share of negative advantages that stays: ``a_i = max(A_i, 0) + leak · min(A_i, 0)``. 1 is
+            signed PAMA.
+
+    Raises:
+        ValueError: an option without a meaning here.
+
+    Differs from the paper in: the importance ratio is gated by the PPO clip alone, so c is computed once per rollout;
+    ``rescale``, ``soft``, ``leak``, ``level=sequence`` and signed advantages are not in it.
     """
-    weights_K = weights_K / weights_K[active_K].mean()
-    kept = active_K.nonzero().flatten().tolist()
-    absent = [~present_KB[index].unsqueeze(-1) for index in kept]
+    if leak and not noon:
+        raise ValueError("leak has a meaning with Noon alone: without it all of the negative advantages stay")
+    if soft is not None and level == "batch":
+        raise ValueError("soft has no meaning with level=batch, which has one minimum per batch")
+    slope = leak if noon else 1.0
+    present_KB = present_KB[active_K]
+    units_K11 = (weights_K / weights_K[active_K].mean())[active_K, None, None]
 
-    def rows(fill: float) -> Iterable[Tensor]:
-        """One objective's ``a_i`` after the other, in the same memory; ``fill`` where it has no reward."""
-        row_BA = torch.empty_like(advantages_KBA[0])
-        for index, absent_B1 in zip(kept, absent):
-            yield torch.div(advantages_KBA[index], weights_K[index], out=row_BA).masked_fill_(absent_B1, fill)
+    def block(rows: slice) -> tuple[Tensor, Tensor]:
+        """``a`` before Noon, and where it counts."""
+        return advantages_KBA[active_K, rows].div_(units_K11), valid_at(rows, mask_BA, present_KB)
 
+    combined_BA = torch.empty_like(advantages_KBA[0])
+    shares_K = torch.zeros(len(present_KB), dtype=torch.float64, device=mask_BA.device)
     if level == "batch":
-        tokens_K = torch.stack([(~absent_B1 & mask_BA).sum() for absent_B1 in absent])
-        combined_BA, shares = _project_batch(rows, mask_BA, tokens_K, noon)
-    elif level == "sequence":
-        lengths_B1 = mask_BA.sum(-1, keepdim=True)
-        means = [row.masked_fill_(~mask_BA, 0).sum(-1, keepdim=True) / lengths_B1.clamp(min=1) for row in rows(0)]
-
-        def mean_rows(fill: float) -> Iterable[Tensor]:
-            return (mean_B1.masked_fill(absent_B1, fill) for mean_B1, absent_B1 in zip(means, absent))
-
-        combined_B1, shares = _project_units(mean_rows, lengths_B1, noon)
-        combined_BA = combined_B1.expand_as(mask_BA)
-    else:
-        combined_BA, shares = _project_units(rows, mask_BA, noon)
+        shares_K = _project_means((_leaky(a_KbA, slope), valid) for a_KbA, valid in map(block, blocks(advantages_KBA)))
+    for rows in blocks(advantages_KBA):
+        a_KbA, valid_KbA = block(rows)
+        if level == "batch":
+            mixed_KbA = _leaky(a_KbA, slope).mul_(shares_K.to(a_KbA.dtype)[:, None, None])
+            combined_BA[rows] = mixed_KbA.masked_fill_(~valid_KbA, 0).sum(0)
+            continue
+        if level == "sequence":
+            a_KbA, valid_KbA = _mean_over_tokens(a_KbA, valid_KbA)
+        projected, c = _project(_leaky(a_KbA, slope), valid_KbA, soft)
+        combined_BA[rows] = projected
+        shares_K += (c * mask_BA[rows]).sum((1, 2), dtype=torch.float64)
+    if rescale:
+        squares = combined_BA.masked_fill_(~mask_BA, 0).square().sum(dtype=torch.float64)
+        rms = (squares / mask_BA.sum()).sqrt().to(combined_BA.dtype)
+        combined_BA /= torch.where(rms > 0, rms, 1)
     coefficients_K = torch.zeros_like(weights_K)
-    coefficients_K[active_K] = shares.to(coefficients_K.dtype)
+    coefficients_K[active_K] = (shares_K / torch.where(shares_K.sum() > 0, shares_K.sum(), 1)).to(weights_K.dtype)
     return Combination(combined_BA, coefficients_K)
 
 
-Rows = Callable[[float], Iterable[Tensor]]
+def _leaky(a: Tensor, slope: float) -> Tensor:
+    """``max(a, 0) + slope · min(a, 0)``: Noon with slope 0."""
+    return torch.where(a < 0, a * slope, a)
 
 
-def _project_units(rows: Rows, tokens_U: Tensor, noon: bool) -> tuple[Tensor, Tensor]:
-    """``s*`` of every unit, and the mean of c over the tokens (``tokens_U`` in each unit) where ``s* ≠ 0``."""
-    projection_U = _closest_to_zero(rows, noon).masked_fill_(tokens_U == 0, 0)
-    # Where s* ≠ 0 it equals the extreme objective's own value, and c is 1 there: 1/m each for m objectives in a tie.
-    active_U = projection_U != 0
-    extreme = [(row_U == projection_U) & active_U for row_U in rows(math.nan)]
-    ties_U = sum(hit_U.to(torch.uint8) for hit_U in extreme)
-    share_U = tokens_U.to(projection_U.dtype).div_(ties_U)  # infinite where nothing ties, and there nothing hits
-    shares_K = torch.stack([share_U.masked_fill(~hit_U, 0).sum() for hit_U in extreme])
-    return projection_U, shares_K / shares_K.sum().clamp(min=1)
+def _mean_over_tokens(a_KbA: Tensor, valid_KbA: Tensor) -> tuple[Tensor, Tensor]:
+    tokens_Kb1 = valid_KbA.sum(-1, keepdim=True)
+    return a_KbA.masked_fill(~valid_KbA, 0).sum(-1, keepdim=True) / tokens_Kb1.clamp(min=1), tokens_Kb1 > 0
 
 
-def _closest_to_zero(rows: Rows, noon: bool) -> Tensor:
-    """The projection of 0 on ``[min_i a_i, max_i a_i]``, elementwise; 0 where no objective has a reward."""
-    lowest_U = _extreme(rows(math.inf), torch.minimum)
-    projection_U = lowest_U.masked_fill_(lowest_U == math.inf, 0).clamp_(min=0)
-    if not noon:  # Noon has no use for the maximum: min_i max(a_i, 0) = max(min_i a_i, 0)
-        highest_U = _extreme(rows(-math.inf), torch.maximum)
-        projection_U += highest_U.masked_fill_(highest_U == -math.inf, 0).clamp_(max=0)
-    return projection_U
+def _project(a_KU: Tensor, valid_KU: Tensor, soft: float | None) -> tuple[Tensor, Tensor]:
+    """``s*`` of every unit, a token or a response, and the ``c`` (K', U) that it comes from: 0 where ``s* = 0``."""
+    if soft is not None:
+        return _project_softly(a_KU.masked_fill(~valid_KU, 0), valid_KU, soft)
+    low_U = a_KU.masked_fill(~valid_KU, torch.inf).amin(0)
+    high_U = a_KU.masked_fill(~valid_KU, -torch.inf).amax(0)
+    projected_U = (low_U.clamp(min=0) + high_U.clamp(max=0)).nan_to_num_(nan=0.0)  # inf − inf where nothing is valid
+    # Where s* ≠ 0 it is the extreme objective's own value, and c is 1 there: 1/m each for m objectives in a tie.
+    extreme_KU = (a_KU == projected_U) & valid_KU & (projected_U != 0)
+    return projected_U, extreme_KU / extreme_KU.sum(0).clamp(min=1)
 
 
-def _extreme(rows: Iterable[Tensor], pick: Callable[..., Tensor]) -> Tensor:
-    """``min_i a_i`` or ``max_i a_i``, elementwise."""
-    remaining = iter(rows)
-    found_U = next(remaining).clone()
-    for row_U in remaining:
-        pick(found_U, row_U, out=found_U)
-    return found_U
+def _project_softly(a_KU: Tensor, valid_KU: Tensor, soft: float) -> tuple[Tensor, Tensor]:
+    rms_U = (a_KU.square().sum(0) / valid_KU.sum(0).clamp(min=1)).sqrt()
+    sharp_KU = soft * a_KU / torch.where(rms_U > 0, rms_U, 1)
+    c_low_KU, c_high_KU = (
+        logits_KU.masked_fill(~valid_KU, -torch.inf).softmax(0).nan_to_num_(nan=0.0)
+        for logits_KU in (-sharp_KU, sharp_KU)
+    )
+    low_U, high_U = ((c_KU * a_KU).sum(0) for c_KU in (c_low_KU, c_high_KU))
+    projected_U = low_U.clamp(min=0) + high_U.clamp(max=0)
+    return projected_U, torch.where(low_U > 0, c_low_KU, c_high_KU) * (projected_U != 0)
 
 
-def _project_batch(rows: Rows, mask_BA: Tensor, tokens_K: Tensor, noon: bool) -> tuple[Tensor, Tensor]:
-    """``Σ_i c_i a_i`` with one c for the batch: on the lowest and the highest mean, such that their mix is ``s*``.
+def _project_means(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """c for the whole batch: on the lowest and the highest mean, such that their mix is ``s*`` of the means.
 
-    An objective's mean is over its own ``tokens_K``, those of the responses that it has a reward for.
+    An objective's mean is over its own tokens, those of the responses that it has a reward for.
     """
-
-    def used() -> Iterable[Tensor]:
-        masked = (row_BA.masked_fill_(~mask_BA, 0) for row_BA in rows(0))
-        return (row_BA.clamp_(min=0) for row_BA in masked) if noon else masked
-
-    means_K = torch.stack([row_BA.sum() for row_BA in used()]) / tokens_K.clamp(min=1)
+    sums = [
+        (a_KbA.masked_fill(~valid, 0).sum((1, 2), dtype=torch.float64), valid.expand_as(a_KbA).sum((1, 2)))
+        for a_KbA, valid in parts
+    ]
+    totals_K, tokens_K = (torch.stack(columns).sum(0) for columns in zip(*sums))
+    means_K = totals_K / tokens_K.clamp(min=1)
     low, high = means_K.min(), means_K.max()
     at_low_K, at_high_K = means_K == low, means_K == high
     # c_low·low + (1 - c_low)·high = 0 unless both have one sign; if low = high, all tie and any c_low is right.
     spread = torch.where(high > low, high - low, 1)
     c_low = (high / spread).clamp(0, 1)
-    shares_K = c_low * at_low_K / at_low_K.sum() + (1 - c_low) * at_high_K / at_high_K.sum()
-    combined_BA = torch.zeros_like(mask_BA, dtype=means_K.dtype)
-    for row_BA, share in zip(used(), shares_K):
-        combined_BA += row_BA.mul_(share)
-    return combined_BA, shares_K
+    return c_low * at_low_K / at_low_K.sum() + (1 - c_low) * at_high_K / at_high_K.sum()

@@ -1,55 +1,128 @@
-"""The table of aggregation rules: a plain dict and a decorator."""
+"""The table of aggregation rules: ours, those that a program registers, and those of installed packages."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any, Literal, NamedTuple
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
+
+# Packages that are not ours name theirs in it: [project.entry-points."pama_plugin.rules"] NAME = "MODULE:RULE".
+ENTRY_POINTS = "pama_plugin.rules"
+
+# Keyword-only parameters of a rule that are no options: whoever calls ``aggregate`` knows them.
+GIVEN = ("level", "noon", "groups_B", "violations_K", "multipliers_K")
 
 
 class Combination(NamedTuple):
-    """What a rule returns: one advantage per token, and how much of it each objective supplied."""
+    """What a rule returns: one advantage per token, how much of it each objective supplied, and numbers of its own."""
 
     advantages_BA: Tensor
     coefficients_K: Tensor
+    metrics: Mapping[str, float] = {}
 
 
-Rule = Callable[..., Combination]
+class Rule(NamedTuple):
+    """A registered rule.
+
+    Attributes:
+        combine: the function.
+        of: what it combines: the ``advantages`` that the estimator made of each objective, or the ``rewards``, one per
+            response, of which the estimator then makes advantages.
+        constrained: whether some of its objectives are constraints.
+    """
+
+    combine: Callable[..., Combination]
+    of: Literal["advantages", "rewards"] = "advantages"
+    constrained: bool = False
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The keyword-only ones."""
+        parameters = inspect.signature(self.combine).parameters
+        return {name: own for name, own in parameters.items() if own.kind is own.KEYWORD_ONLY}
+
 
 _RULES: dict[str, Rule] = {}
 
 
-def register_rule(name: str) -> Callable[[Rule], Rule]:
+def register_rule(
+    name: str, *, of: Literal["advantages", "rewards"] = "advantages", constrained: bool = False
+) -> Callable[[Callable[..., Combination]], Callable[..., Combination]]:
     """Register ``rule(advantages_KBA, mask_BA, weights_K, active_K, present_KB, *, …)`` under ``name``.
 
-    Its keyword-only parameters are its options; of those, ``level`` and ``noon`` are passed if it names them.
+    Its keyword-only parameters are its options, with annotations that pydantic validates; of those, ``level``,
+    ``noon``, ``groups_B``, ``violations_K`` and ``multipliers_K`` are passed if it names them.
     A rule gets advantages that are finite wherever ``mask_BA`` is true and may hold anything elsewhere, weights that
     are positive, the objectives that carry signal, and which responses each has a reward for: of the others its
-    advantages must not count. It must not write to any of them.
+    advantages must not count. It must not write to any of them, and returns tensors of its own. A rule ``of`` rewards
+    gets them as (K, B, 1).
+
+    A program that trains needs the rule in every process that reads the configuration: a package should name the
+    function in the entry-point group ``pama_plugin.rules``. ``pama_plugin.testing`` has the properties that a rule
+    should hold.
 
     Raises:
         ValueError: ``name`` is taken.
     """
 
-    def register(rule: Rule) -> Rule:
+    def register(combine: Callable[..., Combination]) -> Callable[..., Combination]:
         if name in _RULES:
             raise ValueError(f"the rule name {name!r} is taken; registered: {', '.join(available_rules())}")
-        _RULES[name] = rule
-        return rule
+        _RULES[name] = Rule(combine, of, constrained)
+        return combine
 
     return register
 
 
 def available_rules() -> tuple[str, ...]:
-    """The names that ``aggregate`` and ``--loss`` accept, sorted.
+    """The names that ``aggregate`` and ``--loss`` accept, sorted: ours, and those of installed packages.
 
-    >>> available_rules()
-    ('linear', 'pama')
+    >>> "pama" in available_rules()
+    True
     """
-    return tuple(sorted(_RULES))
+    return tuple(sorted({*_RULES, *entry_points(group=ENTRY_POINTS).names}))
 
 
 def get_rule(name: str) -> Rule:
     """The rule registered under ``name``; an unknown name raises ``ValueError`` and lists the known ones."""
     if name not in _RULES:
+        for entry_point in entry_points(group=ENTRY_POINTS, name=name):
+            try:
+                combine = entry_point.load()  # whose module may well use ``register_rule``
+            except Exception as error:  # somebody else's code
+                raise ValueError(f"rule {name!r} cannot be loaded from {entry_point.value}: {error}") from error
+            return _RULES.setdefault(name, Rule(combine))
         raise ValueError(f"unknown rule {name!r}; known: {', '.join(available_rules())}")
     return _RULES[name]
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the rule ``name``, each converted to its type.
+
+    Raises:
+        ValueError: an unknown rule or option (both list the known ones), or a value of the wrong type.
+
+    >>> check_options("pama", {"soft": "4", "rescale": "true"})
+    {'soft': 4.0, 'rescale': True}
+    """
+    known = {key: own for key, own in get_rule(name).parameters.items() if key not in GIVEN}
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        takes = ", ".join(known) or "none"
+        raise ValueError(f"rule {name!r} has no option {', '.join(unknown)}; it takes {takes}")
+    checked = {}
+    for key, value in options.items():
+        try:
+            checked[key] = _adapter(known[key].annotation).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"rule {name!r}, option {key}: {first}, found {value!r}") from error
+    return checked
+
+
+@functools.cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))

@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from openrlhf.utils.logging_utils import init_logger
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pama_plugin.aggregation import Aggregation, aggregate
+from pama_plugin.aggregation import Aggregation, aggregate, describe, get_rule
 from pama_plugin.config import PamaConfig
 from pama_plugin.errors import RewardError
 from pama_plugin.host.critic import flatten_objectives
@@ -212,19 +213,33 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         """
         trained, weights = self.config.trained, self.config.weights_at(self.steps_done)
         present_KB = torch.stack([self._rewards(objective, experiences).isfinite() for objective in trained])
+        shaped = [self._shape(objective, experiences) for objective in trained]
         runs = [
-            self._estimate(index, objective, present_KB[index], experiences) for index, objective in enumerate(trained)
+            self._estimate(shaped[index], present_KB[index], experiences, lambda values, head=index: values[..., head])
+            for index in range(len(trained))
         ]
-        result = aggregate(
-            self.config.loss,
-            torch.stack([_join([experience.advantages for experience in run]) for run in runs]),
-            _join([experience.action_mask for experience in experiences]),
-            level=self.config.level,
-            noon=self.config.noon,
-            weights=weights,
-            active=[self._tells_responses_apart(run, present_B) for run, present_B in zip(runs, present_KB)],
-            present_KB=present_KB,
-        )
+        advantages_KBA = torch.stack([_join([experience.advantages for experience in run]) for run in runs])
+        mask_BA = _join([experience.action_mask for experience in experiences]).bool()
+        if get_rule(self.config.loss).of == "rewards":
+            result, scalar = self._scalarise(shaped, experiences, advantages_KBA, mask_BA, weights)
+            seen, shares = [scalar], (1.0,)  # what the estimator saw is one reward
+        else:
+            result = aggregate(
+                self.config.loss,
+                advantages_KBA,
+                mask_BA,
+                level=self.config.level,
+                noon=self.config.noon,
+                weights=weights,
+                whiten=self.config.whiten,
+                active=[self._tells_responses_apart(run, present_B) for run, present_B in zip(runs, present_KB)],
+                present_KB=present_KB,
+                groups_B=_order(experiences) // self.args.rollout.n_samples_per_prompt,
+                **self.config.options,
+                **self._duals(experiences),
+            )
+            seen, shares = runs, weights
+        self._remember_multipliers(result)
         metrics = self._name_metrics(result)
         if self.advantage_estimator == "gae":
             metrics |= {
@@ -233,7 +248,9 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             }
 
         sizes = [len(experience.sequences) for experience in experiences]
-        for stock, advantages_BA, own in zip(experiences, result.advantages.split(sizes), zip(*runs)):
+        for stock, advantages_BA, own, parts in zip(
+            experiences, result.advantages.split(sizes), zip(*runs), zip(*seen), strict=True
+        ):
             combined = own[0]  # the first run's copy goes on, with the columns of all
             if self.advantage_estimator == "gae":
                 combined.values, combined.returns = (
@@ -243,14 +260,58 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             valid_BA = combined.action_mask.bool()
             advantages_BA = advantages_BA[:, : valid_BA.shape[1]]
             combined.advantages = torch.where(valid_BA, advantages_BA, combined.advantages)  # padding stays the host's
-            combined.rewards = _weighted([experience.rewards for experience in own], weights)
+            combined.rewards = _weighted([experience.rewards for experience in parts], shares)
             for key in [key for key, value in combined.info.items() if value is not stock.info.get(key)]:
-                combined.info[key] = _weighted([experience.info[key] for experience in own], weights)
-            if len(own) > 1:  # a sum of standard deviations is not one
+                combined.info[key] = _weighted([experience.info[key] for experience in parts], shares)
+            if len(parts) > 1:  # a sum of standard deviations is not one
                 combined.info.pop("group_reward_std", None)
             # One value per rollout batch, as a column like any other of ``info``; the trainer takes them out again.
             combined.info |= {key: torch.full((len(valid_BA),), value) for key, value in metrics.items()}
         return runs[0]
+
+    def _scalarise(
+        self,
+        shaped: list[tuple[Tensor, ...]],
+        experiences: list[Experience],
+        advantages_KBA: Tensor,
+        mask_BA: Tensor,
+        weights: tuple[float, ...],
+    ) -> tuple[Aggregation, list[Experience]]:
+        """One reward per response by a rule of rewards, and what the host's estimator makes of it.
+
+        A missing reward counts as the mean that ``shape_rewards`` put in its place. The metrics are of the advantages.
+        """
+        rewards_KB1 = torch.stack([torch.cat(columns) for columns in shaped]).unsqueeze(-1)
+        present_B1 = mask_BA.new_ones(rewards_KB1.shape[1:])
+        found = aggregate(self.config.loss, rewards_KB1, present_B1, weights=weights, **self.config.options)
+        rewards = found.advantages.squeeze(-1).split([len(columns) for columns in shaped[0]])
+        run = self._estimate(
+            rewards,
+            present_B1.squeeze(-1),
+            experiences,
+            lambda values: sum(values[..., head] * weight for head, weight in enumerate(weights)),
+        )
+        advantages_BA = _join([experience.advantages for experience in run])
+        all_KB = mask_BA.new_ones(advantages_KBA.shape[:2])
+        metrics = found.metrics | describe(advantages_KBA, mask_BA, all_KB, advantages_BA.masked_fill(~mask_BA, 0))
+        return Aggregation(advantages_BA, found.coefficients, metrics), run
+
+    def _duals(self, experiences: list[Experience]) -> dict[str, list[float | None]]:
+        """How far each constraint's mean reward is from its threshold, and its multiplier so far."""
+        if not get_rule(self.config.loss).constrained:
+            return {}
+        violations: list[float | None] = []
+        for objective in self.config.trained:
+            mean = self._column(objective.name, experiences).nanmean().item()
+            # With no reward at all there is nothing to learn from: the multiplier stays.
+            missing = objective.threshold is not None and math.isnan(mean)
+            violations.append(None if objective.threshold is None else 0.0 if missing else objective.threshold - mean)
+        multipliers = [self.state.objectives[name].multiplier for name in self.config.trained_names]
+        return {"violations_K": violations, "multipliers_K": multipliers}
+
+    def _remember_multipliers(self, result: Aggregation) -> None:
+        for index, name in enumerate(self.config.trained_names):
+            self.state.objectives[name].multiplier = result.metrics.get(f"multiplier/{index}")
 
     def _tells_responses_apart(self, run: list[Experience], present_B: Tensor) -> bool:
         """Whether the rewards that the estimator sees differ where it compares them: in the batch, or a prompt's group.
@@ -267,17 +328,24 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         return bool((low_B.reshape(-1, size).amin(1) < high_B.reshape(-1, size).amax(1)).any())
 
     def _estimate(
-        self, index: int, objective: Objective, present_B: Tensor, experiences: list[Experience]
+        self,
+        rewards: tuple[Tensor, ...],
+        present_B: Tensor,
+        experiences: list[Experience],
+        pick: Callable[[Tensor], Tensor],
     ) -> list[Experience]:
-        """What the host's estimator makes of one objective's rewards and values, in copies that share all the rest."""
+        """What the host's estimator makes of one reward per response, in copies that share all the rest.
+
+        ``pick`` makes of the values (b, A, K) of all heads those that belong to the reward.
+        """
         copies = []
-        for experience, rewards_B in zip(experiences, self._shape(objective, experiences)):
+        for experience, rewards_B in zip(experiences, rewards):
             rewards_B = rewards_B.clone()  # the host applies penalties to it in place
             values = experience.values
             own = {
                 "rewards": rewards_B,
                 "info": experience.info | {"reward": rewards_B},
-                "values": values if values is None or values.dim() == 2 else values[..., index],
+                "values": values if values is None or values.dim() == 2 else pick(values),
             }
             copies.append(Experience(**vars(experience) | own))
         if present_B.all():

@@ -34,21 +34,10 @@ class Replica:
 
     def score(self, conversations: list[Conversation], free_memory: bool) -> list[float]:
         """One reward each; NaN for a conversation that the model or its template cannot read."""
-        try:
-            rewards = self.scorer.score(conversations)
-        except Exception as error:  # a template may raise what it likes, and so may a model's own code
-            logger.warning("scoring %d conversations together failed: %r; now one by one", len(conversations), error)
-            rewards = [self._score_alone(conversation) for conversation in conversations]
+        rewards = self.scorer.score_each(conversations)
         if free_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
         return rewards
-
-    def _score_alone(self, conversation: Conversation) -> float:
-        try:
-            return self.scorer.score([conversation])[0]
-        except Exception as error:
-            logger.warning("no reward for %r: %r", conversation, error)
-            return math.nan
 
     def inspect(self, conversation: Conversation) -> Inspection:
         return self.scorer.inspect(conversation)

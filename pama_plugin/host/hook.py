@@ -6,6 +6,7 @@ flags are added and, the host's modules being imported by then, where ``seam.ins
 """
 
 import argparse
+import difflib
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -69,12 +70,18 @@ def _check_own_flags(arguments: Sequence[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="pama train", add_help=False, allow_abbrev=False)
     add_flags(parser)
-    flags = vars(parser.parse_known_args(arguments)[0])
+    known, others = parser.parse_known_args(arguments)
+    flags = vars(known)
+    own = [option for action in parser._actions for option in action.option_strings]
+    for flag in (word.partition("=")[0] for word in others if word.startswith("--pama.")):
+        if not any(option.startswith(flag) for option in own):  # the host's parser takes abbreviations
+            hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(flag, own, n=1))
+            parser.exit(2, f"{parser.prog}: error: there is no flag {flag}{hint}\n")
     loss, file = flags["pama.loss"], flags["pama.config"]
     if loss == STOCK or not (loss or file):
         return
-    given = [flags[f"pama.{name}"] for name in ("level", "noon", "best", "probe")]
+    given = {name: flags[f"pama.{name}"] for name in ("level", "noon", "best", "probe", "whiten", "option")}
     try:
-        load_config(loss, flags["pama.objective"], file, *given, default_level="token")
+        load_config(loss, flags["pama.objective"], file, **given, default_level="token")
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -103,7 +103,7 @@ def _as_sample(maker: Any, prompt: str, text: str) -> Experience:
     if maker.config.of_kind("hf"):
         maker.conversations.origins[templated] = prompt
     before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (templated, text))
-    after = [*after, tokenizer.eos_token_id]
+    after = after if tokenizer.eos_token_id is None else [*after, tokenizer.eos_token_id]
     sequences = torch.tensor([[*before, *after]])
     action_mask = torch.zeros_like(sequences)
     action_mask[:, len(before) :] = 1

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from openrlhf.models import get_llm_for_sequence_regression
 
+from pama_plugin.host.weights import check_value_head
 from pama_plugin.objective import Objective
 from pama_plugin.rewards import Response
 
@@ -18,6 +19,7 @@ def score_responses(
 ) -> list[float]:
     """The rewards of the policy's tokens, as in training, without --reward.normalize_enable."""
     settings: Any = objective.settings
+    check_value_head(f"--pama.objective {objective.name}", objective.location, settings.value_head_prefix)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = get_llm_for_sequence_regression(
         objective.location,

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import logging
+import math
 import time
 import zlib
 from typing import Any
@@ -16,7 +17,7 @@ from pama_plugin.config import PamaConfig
 from pama_plugin.errors import PamaError, RewardError
 from pama_plugin.kinds import IN_THE_ROLLOUT
 from pama_plugin.objective import Objective
-from pama_plugin.rewards import Response
+from pama_plugin.rewards import Response, Scorer
 from pama_plugin.scoring import attempt, load_scorer
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class ObjectiveExecutor(AgentExecutorBase):
     def __init__(self, config: PamaConfig, base: AgentExecutorBase, scalar_reward: bool) -> None:
         self.config, self.base, self.scalar_reward = config, base, scalar_reward
         self.scored = config.of_kind(*IN_THE_ROLLOUT)
-        self.scorers = {own.name: load_scorer(own) for own in self.scored if own.kind != "agent"}
+        self.scorers = {own.name: _load(own) for own in self.scored if own.kind != "agent"}
         self.failures = dict.fromkeys(config.names, 0)
         self.steps_done = 0
 
@@ -56,6 +57,9 @@ class ObjectiveExecutor(AgentExecutorBase):
         columns = {}
         for own, (reward, seconds) in zip(self.scored, outcomes):
             columns |= {f"reward/{own.name}": reward, f"seconds/{own.name}": seconds}
+            if own.kind == "agent" and math.isnan(reward):
+                # The host makes a column of every key, which all responses must have, as a number. These two are not.
+                columns |= {own.location: reward} if own.location not in ("reward", "scores") else {}
         output["extra_logs"] = logs | columns
         if self.scalar_reward:
             rewards = [own.weight.at(self.steps_done) * reward for own, (reward, _) in zip(self.scored, outcomes)]
@@ -97,13 +101,30 @@ class ObjectiveExecutor(AgentExecutorBase):
             )
 
 
+def _load(own: Objective) -> Scorer:
+    """The scorer; if it cannot be loaded, one that ends the run, whatever the policy, as soon as it is asked.
+
+    An engine that died while it starts would leave the host waiting for it.
+    """
+    try:
+        return load_scorer(own, patient=own.on_failure.action == "fail")
+    except Exception as error:  # of the user's own file, too
+        problem = f"cannot be loaded: {type(error).__name__}: {error}"
+
+        async def refuse(response: Response) -> float:
+            raise RewardError(own.name, problem, response.query)
+
+        return refuse
+
+
 async def _read(given: dict[str, Any], key: str) -> float:
     """One number of what the agent returned."""
     if given.get(key) is None:
         raise PamaError(
             f"the agent returned no {key!r}, but {', '.join(name for name in given if given[name] is not None)}"
         )
-    values = torch.as_tensor(given[key]).flatten()
+    dtype = None if isinstance(given[key], torch.Tensor) else torch.float64  # not whatever is the default
+    values = torch.as_tensor(given[key], dtype=dtype).flatten()
     if len(values) != 1:
         raise PamaError(f"the agent returned {len(values)} values as {key!r}")
     return float(values[0])

@@ -22,12 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pama_plugin.aggregation import get_rule
 from pama_plugin.config import STOCK, PamaConfig, dump_config, load_config
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.checkpoint import Resume, prepare_resume
 from pama_plugin.host.fingerprints import check_host
 from pama_plugin.host.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
 from pama_plugin.host.tokenizers import check_vocabularies
+from pama_plugin.host.weights import check_value_head
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     flags = {key.removeprefix("pama."): vars(args).pop(key) for key in list(vars(args)) if key.startswith("pama.")}
     allowed = {what: flags.pop(f"allow_{what}") for what in ("unsupported_host", "other_objectives", "waiting")}
     objectives, file, loss, stated = (flags.pop(name) for name in ("objective", "config", "loss", "plan"))
-    asked = objectives or file or stated is not None or any(value is not None for value in flags.values())
+    asked = objectives or file or stated is not None or any(value not in (None, []) for value in flags.values())
     if loss == STOCK or not (loss or file):
         if asked:
             raise ConfigError(f"--pama.* flags need --loss RULE other than {STOCK}, found --loss {loss}")
@@ -106,6 +108,17 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
         raise ConfigError(
             "--ds.tensor_parallel_size must be 1 with gae and several objectives, whose value heads were never split "
             f"over ranks, found {getattr(args, 'ds.tensor_parallel_size')}: use another estimator or ZeRO-3"
+        )
+    if config.loss == "tchebycheff" and getattr(args, "algo.advantage.estimator") == "gae":
+        raise ConfigError(
+            "--loss tchebycheff makes one reward of all, of which no value head knows the value: use an estimator "
+            "without a critic, found --algo.advantage.estimator gae"
+        )
+    needs_groups = "groups_B" in get_rule(config.loss).parameters
+    if needs_groups and getattr(args, "rollout.n_samples_per_prompt") == 1:
+        raise ConfigError(
+            f"--loss {config.loss} compares the responses to one prompt: --rollout.n_samples_per_prompt must be at "
+            "least 2, found 1"
         )
     if getattr(args, "algo.dynamic_filtering_enable"):
         if late := config.of_kind("rm", "hf"):
@@ -166,7 +179,11 @@ def _check_models(args: argparse.Namespace, config: PamaConfig) -> list[str]:
     critic = getattr(args, "critic.model_name_or_path")
     if critic and getattr(args, "algo.advantage.estimator") == "gae":
         readers["--critic.model_name_or_path"] = critic
-    return warnings + check_vocabularies(getattr(args, "actor.model_name_or_path"), readers)
+    warnings += check_vocabularies(getattr(args, "actor.model_name_or_path"), readers)
+    for objective in config.of_kind("rm"):
+        options: Any = objective.settings
+        check_value_head(f"--pama.objective {objective.name}", objective.location, options.value_head_prefix)
+    return warnings
 
 
 def _swap(
@@ -214,7 +231,8 @@ def _ready(
             check_cluster(plan, cluster)
         except ConfigError as error:
             if not allow_waiting:
-                raise
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(2)
             print(f"[Warning] {error}", flush=True)
         if resume is not None:
             resume.point()

@@ -4,8 +4,10 @@ Imported only where an ``hf`` objective is used: it is the one module of the cor
 """
 
 import inspect
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pama_plugin.rewards.options import HfOptions
+
+logger = logging.getLogger(__name__)
 
 # Tokenizers that know no limit say 1e30, or another such number; no model reads as many tokens as this.
 _NO_LIMIT = 10**8
@@ -59,6 +63,7 @@ class HfScorer:
         trust = options.trust_remote_code
         self._options = options
         self._tokenizer: Any = AutoTokenizer.from_pretrained(location, trust_remote_code=trust)
+        _check_tokenizer(self._tokenizer, location)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             location, dtype=options.dtype, trust_remote_code=trust, output_loading_info=True
         )
@@ -95,6 +100,17 @@ class HfScorer:
             for index, reward in zip(batch, self._reward(self._logits([rows[index] for index in batch])).tolist()):
                 rewards[index] = reward
         return rewards
+
+    def score_each(self, conversations: Sequence[Conversation]) -> list[float]:
+        """As ``score``, and NaN for a conversation that the model or its template cannot read."""
+        try:
+            return self.score(conversations)
+        except Exception as error:  # a template may raise what it likes, and so may a model's own code
+            if len(conversations) == 1:
+                logger.warning("no reward for %r: %r", conversations[0], error)
+                return [math.nan]
+            logger.warning("scoring %d conversations together failed: %r; now one by one", len(conversations), error)
+            return [reward for conversation in conversations for reward in self.score_each([conversation])]
 
     def inspect(self, conversation: Conversation, tokens: int = 16) -> Inspection:
         """What the model sees of a conversation, with its last ``tokens`` as text.
@@ -191,6 +207,13 @@ def _check_weights(model: Any, missing_keys: Iterable[str], tokens: int, embeddi
         raise ValueError(f"{location} has no trained classification head, or is incomplete: {lacks}")
     if tokens > embeddings:
         raise ValueError(f"the tokenizer of {location} has {tokens} tokens, and its model embeds only {embeddings}")
+
+
+def _check_tokenizer(tokenizer: Any, location: str) -> None:
+    """Refuse a folder without a vocabulary: transformers then makes a tokenizer of special tokens alone."""
+    files = set(tokenizer.vocab_files_names.values())
+    if files and Path(location).is_dir() and not any((Path(location) / file).is_file() for file in files):
+        raise ValueError(f"{location} must hold the model's tokenizer, one of {', '.join(sorted(files))}, found none")
 
 
 def _find_label(label: int | str | None, names: Mapping[int, str], location: str) -> int:

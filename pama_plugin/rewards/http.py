@@ -35,7 +35,9 @@ from pama_plugin.rewards.response import Response
 BACKOFF = wait_exponential_jitter(multiplier=0.5, max=30, jitter=1)  # 0.5, 1, 2, 4 … s, each and up to 1 s
 LONGEST_RETRY_AFTER = 60.0  # seconds; a server that asks for more is asked again earlier
 FAILURES_TO_OPEN = 5  # in a row
-OPEN_SECONDS = 30.0  # since the last of them
+OPEN_SECONDS = 2.0  # since the last of them; then one request tries, which costs a dead server's users nothing
+POLL_SECONDS = 0.1
+LARGEST_REPLY = 2**20  # bytes, unpacked
 
 
 class HttpRewardError(PamaError, RuntimeError):
@@ -81,8 +83,8 @@ def load_http(location: str, options: HttpOptions, *, patient: bool = False) -> 
     Args:
         location: the replicas.
         options: how they are asked.
-        patient: whether to wait for the next trial while all replicas are left alone, as often as there are retries:
-            for those to whom a failure costs the run. Others learn at once that there is no reward.
+        patient: whether to wait while all replicas are left alone, for as long as an attempt may take, before that
+            costs an attempt: for those to whom a failure costs the run. Others go on to their next attempt.
 
     Raises:
         ValueError: as ``check_http``.
@@ -176,28 +178,32 @@ class _HttpScorer:
 
     async def _attempt(self, body: str, asked: list[_Replica]) -> float:
         async with self.slots:
-            replica = self._next(asked)
+            replica = await self._next(asked)
             asked.append(replica)
             with replica.request():
-                return self._reward(_shown(replica.url), await self._post(replica.url, body))
+                return self._reward(_shown(replica.url), *await self._post(replica.url, body))
 
-    def _next(self, asked: list[_Replica]) -> _Replica:
+    async def _next(self, asked: list[_Replica]) -> _Replica:
         """Of the replicas that this response was sent to least often, the one that was asked longest ago."""
-        ready = [replica for replica in self.replicas if replica.may_be_asked]
-        if not ready:
-            pause = max(0, min(replica.breaker.open_remaining for replica in self.replicas))
-            problem = (
-                f"no replica may be asked, each failed {FAILURES_TO_OPEN} times in a row; next trial in {pause} s; "
-                f"last error: {self.replicas[-1].breaker.last_failure}"
-            )
-            raise _Transient(problem, pause) if self.patient else _Failure(problem)
+        patience = self.options.timeout + OPEN_SECONDS if self.patient else 0.0
+        waited = 0.0
+        while not (ready := [replica for replica in self.replicas if replica.may_be_asked]):
+            if waited >= patience:
+                problem = (
+                    f"no replica may be asked, each failed {FAILURES_TO_OPEN} times in a row; "
+                    f"last error: {self.replicas[-1].breaker.last_failure}"
+                )
+                raise _Failure(problem) if self.patient else _Transient(problem)
+            await asyncio.sleep(POLL_SECONDS)
+            waited += POLL_SECONDS
         replica = min(ready, key=asked.count)
         self.replicas.remove(replica)
         self.replicas.append(replica)
         return replica
 
-    async def _post(self, url: str, body: str) -> httpx.Response:
-        request = asyncio.ensure_future(self.client.post(url, content=body))
+    async def _post(self, url: str, body: str) -> tuple[httpx.Response, bytes]:
+        """The reply, and its body as far as a reward may be long."""
+        request = asyncio.ensure_future(self._receive(url, body))
         try:
             await asyncio.wait([request], timeout=self.options.timeout)
         finally:
@@ -214,23 +220,32 @@ class _HttpScorer:
             problem = f"{type(error).__name__} {error}".rstrip()
         raise _ServerTrouble(f"{_shown(url)}: {problem}")
 
-    def _reward(self, where: str, reply: httpx.Response) -> float:
+    async def _receive(self, url: str, body: str) -> tuple[httpx.Response, bytes]:
+        received = bytearray()
+        async with self.client.stream("POST", url, content=body) as reply:
+            async for chunk in reply.aiter_bytes(LARGEST_REPLY):
+                received += chunk
+                if len(received) > LARGEST_REPLY:  # a server gone wild must not take the rollout's memory
+                    raise _Failure(f"{_shown(url)}: the body is longer than {LARGEST_REPLY} bytes")
+        return reply, bytes(received)
+
+    def _reward(self, where: str, reply: httpx.Response, body: bytes) -> float:
         if not reply.is_success:
-            raise self._refused(where, reply)
+            raise self._refused(where, reply, body)
         try:
             # Integers as floats, too: one beyond a float's range becomes inf, and true does not become 1.
-            document = json.loads(reply.content, parse_int=float)
+            document = json.loads(body, parse_int=float)
         except (ValueError, RecursionError):
-            raise _ServerTrouble(f"{where}: the body is not JSON, found {self._quoted(reply)}") from None
+            raise _ServerTrouble(f"{where}: the body is not JSON, found {self._quoted(body)}") from None
         rewards = document.get("rewards") if isinstance(document, dict) else None
         match rewards:
             case [float(reward)] if math.isfinite(reward):
                 return reward
-        raise _Failure(f"{where}: rewards must be a list of one finite number, found {self._quoted(reply)}")
+        raise _Failure(f"{where}: rewards must be a list of one finite number, found {self._quoted(body)}")
 
-    def _refused(self, where: str, reply: httpx.Response) -> _Failure:
+    def _refused(self, where: str, reply: httpx.Response, body: bytes) -> _Failure:
         status = reply.status_code
-        problem = f"{where}: HTTP {status}, {self._quoted(reply)}"
+        problem = f"{where}: HTTP {status}, {self._quoted(body)}"
         if status >= 500:
             return _ServerTrouble(problem, _retry_after(reply))
         if status == 429:
@@ -243,9 +258,9 @@ class _HttpScorer:
             problem += "; redirects are not followed: give the URL that they lead to"
         return _Failure(problem)
 
-    def _quoted(self, reply: httpx.Response) -> str:
+    def _quoted(self, body: bytes) -> str:
         """The beginning of what the server says, which may repeat the token."""
-        text = reply.content.decode("utf-8", "replace")
+        text = body.decode("utf-8", "replace")
         return repr((text.replace(self.token, "***") if self.token else text)[:200])
 
 

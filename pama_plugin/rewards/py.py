@@ -43,7 +43,7 @@ def check_location(location: str) -> None:
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
-        module = ast.parse(path.read_text())
+        module = ast.parse(path.read_text(), path.name)
     except (SyntaxError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid Python: {error}") from error
     functions, others = _top_level_names(module)
@@ -114,7 +114,12 @@ def _only_number(result: Any) -> float:
     rewards = result.get("rewards") if isinstance(result, dict) else result
     if rewards is None:
         raise PamaError("returned None")
-    values = torch.as_tensor(rewards).flatten()
+    # Not the process's default type, which a function may have set for a model that it loads.
+    dtype = None if isinstance(rewards, torch.Tensor) else torch.float64
+    try:
+        values = torch.as_tensor(rewards, dtype=dtype).flatten()
+    except (TypeError, ValueError, RuntimeError):
+        raise PamaError(f"returned {repr(rewards)[:80]}, which is no number") from None
     if len(values) != 1:
         raise PamaError(f"returned {len(values)} rewards for 1 response")
     return float(values[0])

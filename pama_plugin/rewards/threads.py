@@ -55,7 +55,10 @@ def _run(done: "Future[Any]", function: Callable[..., Any], arguments: tuple[Any
     try:
         done.set_result(function(*arguments))
     except BaseException as error:  # SystemExit would end the event loop, and StopIteration cannot cross into it
-        problem = PamaError(f"{type(error).__name__}: {error}{_where(error)}")
+        try:
+            problem = PamaError(f"{type(error).__name__}: {error}{_where(error)}")
+        except Exception:  # an error whose own text cannot be made
+            problem = PamaError(type(error).__name__)
         problem.__cause__ = error
         done.set_exception(problem)
 

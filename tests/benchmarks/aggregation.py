@@ -1,95 +1,128 @@
-"""Time and memory of ``aggregate``, against the size of its input.
+"""Time and memory of ``aggregate``: every rule, and how PAMA grows with the number of objectives.
 
-    python tests/benchmarks/aggregation.py [--device cuda] [--shape K B A]
+    python tests/benchmarks/aggregation.py [--device cuda] [--objectives 2 8 64]
 
-Peak and total are what torch allocated while the call ran, as multiples of the bytes of the (K, B, A) input: peak is
-the most that was held at once on top of the input, total adds up every allocation, also of what was freed again.
+The input is (K, 1024, 1024) float32. Peak is the most that torch held at once on top of the input while the call ran,
+as a multiple of the input's bytes. ``/ read`` is the time as a multiple of reading the input once, taken as half of the
+time of copying it, which reads and writes it. Calls and copies take turns; each number is the median over the rounds.
 """
 
 import argparse
+import math
 import platform
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pama_plugin import aggregate
+from pama_plugin import aggregate, available_rules
+from pama_plugin.aggregation import get_rule
 
-LEVELS = ("token", "sequence", "batch")
-VARIANTS = [
-    ("linear", {}),
-    *(("pama", {"level": level, "noon": noon}) for level in LEVELS for noon in (True, False)),
-    *(("pama", {"level": level, "noon": False, "weights": "1, 2, …"}) for level in LEVELS),
-]
+B, A = 1024, 1024
+ROUNDS = 9
 
 
-def allocated(function) -> tuple[int, int]:
-    """(peak, total) bytes that torch allocated on top of what was there, from the profiler's allocation events."""
+def peak_bytes(function: Callable[[], object], device: str) -> int:
+    """The most that torch held at once on top of what was there."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as profiler:
         function()
-    held = peak = total = 0
+    held = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-            total += max(0, event.nbytes())
-    return peak, total
+    return peak
 
 
-def allocated_cuda(function) -> tuple[int, int]:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    after = torch.cuda.memory_stats()
-    return (
-        after["allocated_bytes.all.peak"] - before["allocated_bytes.all.current"],
-        after["allocated_bytes.all.allocated"] - before["allocated_bytes.all.allocated"],
-    )
+def seconds(functions: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
+    """Median time of each, all taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for round in range(ROUNDS + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if round:  # the first one warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(own) for name, own in times.items()}
 
 
-def seconds(function, device: str, runs: int = 15) -> float:
-    times = []
-    for _ in range(runs + 2):
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+def make(objectives: int, device: str, tokens: int = A) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    advantages_KBA = torch.randn(objectives, B, tokens, generator=generator).to(device)
+    return advantages_KBA, (torch.rand(B, tokens, generator=generator) < 0.8).to(device)
+
+
+def calls_of_every_rule(objectives: int, device: str) -> dict[str, Callable[[], object]]:
+    found: dict[str, Callable[[], object]] = {}
+    whole, narrow = make(objectives, device), make(objectives, device, tokens=1)
+    groups_B = (torch.arange(B) // 8).to(device)
+    constraint = [None] * (objectives - 1)
+    for rule in available_rules():
+        given: list[dict[str, Any]] = [{}]
+        if rule == "pama":
+            given = [dict(level=level, noon=noon) for level in ("token", "sequence", "batch") for noon in (True, False)]
+            given += [dict(soft=4.0), dict(rescale=True)]
+        elif get_rule(rule).constrained:
+            given = [dict(violations_K=[*constraint, 0.1], multipliers_K=[*constraint, 1.0])]
+        advantages_KBA, mask_BA = narrow if get_rule(rule).of == "rewards" else whole
+        for own in given:
+            words = [f"{key}={value}" for key, value in own.items() if not key.endswith("_K")]
+            found[" ".join([rule, *words])] = lambda rule=rule, own=own, a=advantages_KBA, m=mask_BA: aggregate(
+                rule, a, m, groups_B=groups_B, **own
+            )
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--shape", type=int, nargs=3, default=(2, 1024, 1024), metavar=("K", "B", "A"))
+    parser.add_argument("--objectives", type=int, nargs="+", default=(2, 8, 64), metavar="K")
     options = parser.parse_args()
+    device = options.device
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"(K, {B}, {A}) float32; {name} ({platform.machine()}); torch {torch.__version__}\n")
 
-    generator = torch.Generator().manual_seed(0)
-    advantages = torch.randn(options.shape, generator=generator).to(options.device)
-    mask = (torch.rand(options.shape[1:], generator=generator) < 0.8).to(options.device)
-    size = advantages.numel() * advantages.element_size()
-    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(
-        f"{tuple(options.shape)} float32, {size / 2**20:.0f} MiB; {name} ({platform.machine()}); "
-        f"torch {torch.__version__}"
-    )
-    print(f"{'rule':8} {'level':9} {'noon':6} {'weights':8} {'ms':>8} {'peak':>7} {'total':>7}")
-    for rule, settings in VARIANTS:
-        weights = range(1, options.shape[0] + 1) if "weights" in settings else None
-        arguments = {**settings, "weights": weights}
+    first = options.objectives[0]
+    size = first * B * A * 4
+    print(f"every rule, K = {first}, {size / 2**20:.0f} MiB; morlhf and tchebycheff get one reward per response")
+    print(f"{'rule':30} {'ms':>8} {'peak':>7}")
+    functions = calls_of_every_rule(first, device)
+    for rule, took in seconds(functions, device).items():
+        print(f"{rule:30} {took * 1000:8.2f} {peak_bytes(functions[rule], device) / size:6.2f}x", flush=True)
 
-        def call(rule=rule, arguments=arguments):
-            aggregate(rule, advantages, mask, **arguments)
-
-        call()
-        peak, total = (allocated_cuda if options.device == "cuda" else allocated)(call)
-        took = seconds(call, options.device) * 1000
-        level, noon = settings.get("level", "–"), str(settings.get("noon", "–"))
-        named = settings.get("weights", "1 each")
-        print(f"{rule:8} {level:9} {noon:6} {named:8} {took:8.1f} {peak / size:6.2f}x {total / size:6.2f}x")
+    print("\npama, token level, Noon")
+    print(f"{'K':>4} {'MiB':>6} {'ms':>8} {'copy ms':>8} {'/ read':>7} {'peak':>7}")
+    points = []
+    for objectives in options.objectives:
+        advantages_KBA, mask_BA = make(objectives, device)
+        target = torch.empty_like(advantages_KBA)
+        pair = {
+            "pama": lambda a=advantages_KBA, m=mask_BA: aggregate("pama", a, m),
+            "copy": lambda a=advantages_KBA, t=target: t.copy_(a),
+        }
+        took = seconds(pair, device)
+        size = advantages_KBA.numel() * 4
+        peak = peak_bytes(pair["pama"], device) / size
+        points.append((math.log(objectives), math.log(took["pama"])))
+        print(
+            f"{objectives:4} {size / 2**20:6.0f} {took['pama'] * 1000:8.1f} {took['copy'] * 1000:8.1f} "
+            f"{took['pama'] / (took['copy'] / 2):6.1f}x {peak:6.2f}x",
+            flush=True,
+        )
+    if len(points) > 1:
+        slope, _ = statistics.linear_regression(*zip(*points))
+        print(f"time grows as K^{slope:.2f} (least squares of the logarithms)")
 
 
 if __name__ == "__main__":

@@ -137,3 +137,19 @@ def test_the_hosts_single_turn_executor_is_used_without_an_agent() -> None:
     output = asyncio.run(executor.execute(**request, hf_tokenizer=Numbers(), llm_engine=Engine()))
     assert output["observation_tokens"] == [3, 4, 7, 8, 9] and output["extra_logs"]["reward/n"] == 3
     assert output["reward"] == output["scores"] == 3
+
+
+def test_the_host_makes_columns_of_what_an_agent_gives_now_and_then(tmp_path) -> None:
+    """Under mask neither a key that some responses lack nor one that is no number loses the run."""
+    import torch
+    from openrlhf.trainer.ppo_utils.experience import Experience
+    from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+
+    generator = SamplesGenerator.__new__(SamplesGenerator)
+    rollout = []
+    for style in ("0.5", "None", "'text'", "torch.zeros(2)"):
+        _, ours = play(tmp_path, "a=agent:style,on_failure=mask", style=style)
+        rollout.append(generator._process_response_into_experience(ours, truncate_length=64, max_new_tokens=8))
+    joined = Experience.concat_experiences(rollout, 0)
+    assert joined.info["style"].isnan().tolist() == joined.info["reward/a"].isnan().tolist() == [False] + [True] * 3
+    assert joined.info["reward/a"][0] == torch.tensor(0.5)

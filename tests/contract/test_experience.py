@@ -1,5 +1,6 @@
 """K objectives through the whole experience maker: what reaches the actor, what is logged, and what stops the run."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from hosttools import host_args, make_rollout
 
-from pama_plugin import aggregate
+from pama_plugin import aggregate, available_rules
 from pama_plugin.config import load_config
 from pama_plugin.errors import RewardError
+from pama_plugin.state import RunState
 
 pytestmark = pytest.mark.contract
 
@@ -83,7 +85,9 @@ def test_the_metric_keys_are_frozen(groups) -> None:
         for stem in ("reward", "pama/coefficient", "pama/failures", "pama/gain", "pama/inactive")
     }
     of_models = {f"seconds/{name}" for name in MODELS}  # the rollout sends those of the others
-    assert ours == per_objective | of_models | {"pama/active_fraction", "pama/conflict_rate", "pama/rms"}
+    assert ours == per_objective | of_models | {
+        *("pama/active_fraction", "pama/conflict_rate", "pama/rms", "pama/effective_objectives")
+    }
     assert all(len(experience.info[key]) == 8 for key in ours)
 
 
@@ -269,3 +273,82 @@ def test_a_reward_that_is_missing_or_not_finite_stops_the_run(bad, groups) -> No
     row = rollout[0 if bad is None else 5]
     assert error.value.response == f"tokens {row.sequences[0].tolist()}"
     assert "objective 'length' at step 4: returned" in str(error.value.at_step(4))
+
+
+BUILTINS = ("a", "b", "c")
+BUILTIN_OBJECTIVES = tuple(f"{name}=builtin:length" for name in BUILTINS)
+CONSTRAINT = "c=builtin:length,role=constraint,threshold=0.5"
+
+
+def rows(experiences: list[Any]) -> torch.Tensor:
+    """The advantages of all response tokens, in order."""
+    return torch.cat([own.advantages[own.action_mask.bool()] for own in experiences])
+
+
+def objectives_for(loss: str) -> tuple[str, ...]:
+    return (*BUILTIN_OBJECTIVES[:2], CONSTRAINT if loss == "lagrangian" else BUILTIN_OBJECTIVES[2])
+
+
+@pytest.mark.parametrize("loss", available_rules())
+def test_every_rule_makes_the_same_of_a_rollout_however_it_is_split(loss, groups) -> None:
+    """Bit for bit, with an estimator that is so itself; others of the host whiten padded micro-batches."""
+    flags = ("--algo.advantage.estimator", "rloo", "--algo.kl.init_coef", "0")
+    found = {}
+    for size in ("3", "16"):
+        maker = build(
+            groups, *flags, "--rollout.micro_batch_size", size, objectives=objectives_for(loss), loss=loss, models=()
+        )
+        experiences = maker.make_experience_batch(make_rollout(16, names=BUILTINS))
+        found[size] = rows(experiences)
+        shares = [experiences[0].info[f"pama/coefficient/{name}"][0].item() for name in BUILTINS]
+        assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert found["16"].isfinite().all() and (found["16"] != 0).any()
+    assert torch.equal(found["3"], found["16"])
+
+
+@pytest.mark.parametrize("estimator", ["reinforce_baseline", "group_norm", "reinforce", "rloo"])
+def test_morlhf_is_the_stock_run_on_the_weighted_sum_of_rewards(estimator, groups) -> None:
+    flags = ("--algo.advantage.estimator", estimator, "--rollout.micro_batch_size", "3", "--algo.kl.init_coef", "0.1")
+    flags += ("--reward.overlong_buffer_len", "4", "--rollout.max_new_tokens", "8")
+    objectives = ("a=builtin:length,weight=2", "b=builtin:length,weight=0.5")
+    summed = make_rollout(8, names=("a", "b"))
+    for sample in summed:
+        sample.info["reward/a"] = 2 * sample.info["reward/a"] + 0.5 * sample.info.pop("reward/b")
+    alone = build(groups, *flags, objectives=("a=builtin:length",), loss="linear", models=())
+    both = build(groups, *flags, objectives=objectives, loss="morlhf", models=())
+    stock, found = alone.make_experience_batch(summed), both.make_experience_batch(make_rollout(8, names=("a", "b")))
+    for one, other in zip(stock, found, strict=True):
+        valid = one.action_mask.bool()
+        assert torch.equal(one.advantages[valid], other.advantages[valid])
+        assert torch.equal(one.rewards, other.rewards)
+        for key in ("reward", "return"):
+            assert torch.equal(one.info[key], other.info[key])
+
+
+def test_a_constraint_that_is_violated_gains_weight_and_its_multiplier_is_resumed(groups) -> None:
+    flags = ("--rollout.micro_batch_size", "8")
+    settings = dict(objectives=objectives_for("lagrangian"), loss="lagrangian", models=())
+    maker = build(groups, *flags, **settings)
+    mean = torch.cat([sample.info["reward/c"] for sample in make_rollout(8, names=BUILTINS)]).mean().item()
+    expected = 1.0
+    for _ in range(2):
+        (found,) = maker.make_experience_batch(make_rollout(8, names=BUILTINS))
+        expected *= math.exp(0.1 * expected * (0.5 - mean))
+        assert found.info["pama/multiplier/c"].unique().item() == pytest.approx(expected, rel=1e-5)
+    assert expected > 1 and "pama/multiplier/a" not in found.info
+
+    resumed = build(groups, *flags, **settings)
+    resumed.state.resume(RunState.model_validate_json(maker.state.model_dump_json()))
+    (after,) = resumed.make_experience_batch(make_rollout(8, names=BUILTINS))
+    (going_on,) = maker.make_experience_batch(make_rollout(8, names=BUILTINS))
+    assert torch.equal(after.advantages, going_on.advantages)
+
+
+def test_a_constraint_without_any_reward_keeps_its_multiplier(groups) -> None:
+    objectives = (*BUILTIN_OBJECTIVES[:2], f"{CONSTRAINT},on_failure=mask")
+    rollout = make_rollout(8, names=BUILTINS)
+    for sample in rollout:
+        sample.info["reward/c"] = torch.tensor([math.nan])
+    maker = build(groups, "--rollout.micro_batch_size", "8", objectives=objectives, loss="lagrangian", models=())
+    (found,) = maker.make_experience_batch(rollout)
+    assert found.info["pama/multiplier/c"].unique() == 1 and found.advantages.isfinite().all()

@@ -108,9 +108,11 @@ def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
 
     from pama_plugin.host import hf
     from pama_plugin.host.rewards import group_builder
-    from pama_plugin.rewards.hf import Conversation
+    from pama_plugin.rewards.hf import Conversation, HfScorer
 
-    class Length:  # local, as all that follows: it travels by value
+    class Length(HfScorer):  # local, as all that follows: it travels by value
+        def __init__(self): ...
+
         def score(self, conversations):
             if any(own.response == "bad" for own in conversations):
                 raise ValueError("Conversation roles must alternate")

@@ -10,6 +10,7 @@ from hosttools import parse_host_flags
 
 from pama_plugin.host.hook import HOST_COMMAND
 
+HEAD = '{"weight_map": {"score.weight": "model.safetensors"}}'
 pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,7 @@ def test_host_commands_parse_and_install(command, tmp_path, monkeypatch) -> None
 
     (tmp_path / "reward-model").mkdir()
     (tmp_path / "reward-model" / "config.json").write_text("{}")
+    (tmp_path / "reward-model" / "model.safetensors.index.json").write_text(HEAD)
     (tmp_path / "rewards.py").write_text("def polite(queries, prompts, labels): ...\n")
     monkeypatch.chdir(tmp_path)
     flags = command[next(index for index, word in enumerate(command) if word.startswith("--")) :]
@@ -56,6 +58,7 @@ def test_every_objective_can_be_parsed(tmp_path, monkeypatch) -> None:
 
     (tmp_path / "reward-model").mkdir()
     (tmp_path / "reward-model" / "config.json").write_text("{}")
+    (tmp_path / "reward-model" / "model.safetensors.index.json").write_text(HEAD)
     (tmp_path / "rewards.py").write_text("def polite(queries, prompts, labels): ...\n")
     monkeypatch.chdir(tmp_path)
     objectives = [
@@ -70,6 +73,7 @@ def test_the_yaml_loads(tmp_path, monkeypatch) -> None:
     (text,) = (text for language, text in BLOCKS if language == "yaml")
     (tmp_path / "reward-model").mkdir()
     (tmp_path / "reward-model" / "config.json").write_text("{}")
+    (tmp_path / "reward-model" / "model.safetensors.index.json").write_text(HEAD)
     (tmp_path / "run.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
     config = load_config("pama", [], "run.yaml", None, None, default_level="token")

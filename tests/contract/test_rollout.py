@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from pama_plugin.config import load_config
+from pama_plugin.errors import RewardError
+from pama_plugin.rewards import Response
 
 pytestmark = pytest.mark.contract
 
@@ -63,3 +65,15 @@ def test_with_a_seed_every_sample_of_every_step_has_its_own_and_always_the_same(
     seeds = sample(1)
     assert seeds == sample(1) and len(set(seeds)) == 3
     assert not set(seeds) & {*sample(1, step=1), *sample(2), *sample(1, prompt="q")}
+
+
+@pytest.mark.parametrize("policy", ["fail", "mask", "impute:0"])
+def test_a_file_that_cannot_be_imported_ends_the_run_and_not_the_engine(tmp_path, policy) -> None:
+    """The host would wait for an engine that died while it starts."""
+    from pama_plugin.host.rollout import ObjectiveExecutor
+
+    (tmp_path / "broken.py").write_text("import nothing_like_it\ndef f(queries, prompts, labels): ...\n")
+    text = f"x=py:{tmp_path}/broken.py:f,on_failure={policy}"
+    executor = ObjectiveExecutor(load_config("pama", [text], None, None, None, default_level="token"), None, False)
+    with pytest.raises(RewardError, match="'x': cannot be loaded: ModuleNotFoundError: No module named 'nothing"):
+        asyncio.run(executor.score_texts([Response("q", "p", "", "r", 1)]))

@@ -90,3 +90,40 @@ def test_a_run_with_it_is_refused_at_its_start(flag, policy, tmp_path) -> None:
         flags[-4:] = [flag, small]
     with pytest.raises(ConfigError, match=f"^{flag}( r)?: its vocabulary must .*found 19 in {small} and 20 in"):
         seam.install(parse_host_flags(*flags, extend=add_flags))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "sharded"])
+def test_a_model_without_a_value_head_would_score_at_random(tmp_path, kind) -> None:
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    from pama_plugin.host.weights import check_value_head
+
+    def write(**heads: torch.Tensor) -> None:
+        weights = {"model.embed.weight": torch.zeros(2, 2)} | {f"{name}.weight": head for name, head in heads.items()}
+        if kind == "safetensors":
+            save_file(weights, tmp_path / "model.safetensors")
+        elif kind == "bin":
+            torch.save(weights, tmp_path / "pytorch_model.bin")
+        else:
+            index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00001.safetensors")}
+            (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def check(prefix: str | None = None) -> None:
+        check_value_head("--pama.objective r", str(tmp_path), prefix)
+
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="r: cannot read the weights in"):
+        check()
+    write(classifier=torch.zeros(1, 2))
+    with pytest.raises(ConfigError, match="must hold score.weight, or it would score at random, .* of kind hf"):
+        check()
+    write(value_head=torch.zeros(1, 2))
+    check("value_head")
+    with pytest.raises(ConfigError, match=r"must hold score\.weight"):
+        check()
+    (tmp_path / "config.json").write_text('{"value_head_prefix": "value_head"}')
+    check()
+    check_value_head("--pama.objective r", "org/on-the-hub", None)

@@ -15,11 +15,14 @@ def test_killed_and_resumed_equals_uninterrupted(run_host, models, tmp_path) -> 
     flags = [
         *"--train.full_determinism_enable --ckpt.save_steps 1 --ckpt.max_num 2 --critic.lr_scheduler constant".split(),
         *"--algo.advantage.estimator gae --train.batch_size 4 --ds.value_head_prefix score".split(),
-        *("--loss", "pama", "--pama.no_noon", "--pama.objective", f"helpful=rm:{models}/helpful"),
-        *("--pama.objective", "length=builtin:length,scale=12"),
+        *("--loss", "lagrangian", "--pama.option", "rate=0.05", "--pama.objective", f"helpful=rm:{models}/helpful"),
+        *("--pama.objective", "length=builtin:length,scale=12,role=constraint,threshold=2"),
     ]
     whole = run_host(*flags, "--ckpt.path", str(tmp_path / "whole"), steps=6)
     assert whole.status == 0 and list(whole.by_step) == [1, 2, 3, 4, 5, 6], whole.output[-5000:]
+
+    multipliers = [step["pama/multiplier/length"] for step in whole.by_step.values()]
+    assert 1 < multipliers[0] < multipliers[-1] < 100 and multipliers == sorted(multipliers), "it is never long enough"
 
     killed = run_host(*flags, steps=6, kill_after=3)
     assert killed.status == -signal.SIGKILL and max(killed.by_step) < 6

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import advantages, call, variants
+from strategies import advantages
 
 from pama_plugin import aggregate
 
@@ -18,17 +18,6 @@ def with_absences(draw: st.DrawFn):
     advantages_KBA, mask_BA = draw(advantages(min_objectives=2))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     return advantages_KBA, mask_BA, torch.rand(advantages_KBA.shape[:2], generator=generator) < 0.6
-
-
-@given(with_absences(), variants)
-def test_what_stands_where_there_is_no_reward_enters_nothing(case, variant) -> None:
-    advantages_KBA, mask_BA, present_KB = case
-    result = call(variant, advantages_KBA, mask_BA, present_KB=present_KB)
-    for rubbish in (math.nan, math.inf, -1e9):
-        other = advantages_KBA.masked_fill(~present_KB.unsqueeze(-1), rubbish)
-        found = call(variant, other, mask_BA, present_KB=present_KB)
-        assert torch.equal(found.advantages, result.advantages) and found.metrics == result.metrics
-    assert (result.advantages[~present_KB.any(0)] == 0).all()
 
 
 def project(values: list[float], noon: bool) -> float:

@@ -15,6 +15,19 @@ ROWS = {
     "linear": (dict(rule="linear", weights=[0.5, 0.5]), [0.70, 0.15, -0.90, 0.05], [0.5, 0.5], [0.435, 0.2275]),
     "token, Noon": (dict(rule="pama"), [0.40, 0, 0, 0], [0, 1], [0.100, 0.040]),
     "token, signed": (dict(rule="pama", noon=False), [0.40, 0, -0.60, 0], [0, 1], [0.280, 0.130]),
+    # c_1 = .4 / 1.49 and 1.22 / 4.1
+    "min-norm, Noon": (
+        dict(rule="min_norm", noon=True),
+        [0.561074, 0.585235, 0, 0.187919],
+        [0.268456, 0.731544],
+        [0.1, 0.144966],
+    ),
+    "min-norm, signed": (
+        dict(rule="min_norm"),
+        [0.578537, 0.413171, -0.778537, -0.213171],
+        [0.297561, 0.702439],
+        [0.289244, 0.289244],
+    ),
     "batch, Noon": (dict(rule="pama", level="batch"), [0.40, 0.80, 0, 0], [0, 1], [0.0, 0.200]),
 }
 
@@ -24,8 +37,8 @@ def test_row(row: str, immutable_call) -> None:
     options, advantages, coefficients, gains = ROWS[row]
     rule, options = options["rule"], {key: value for key, value in options.items() if key != "rule"}
     result = immutable_call(aggregate, rule, ADVANTAGES_KBA, MASK_BA, **options)
-    torch.testing.assert_close(result.advantages, torch.tensor([advantages]))
-    torch.testing.assert_close(result.coefficients, torch.tensor(coefficients, dtype=torch.float32))
+    torch.testing.assert_close(result.advantages, torch.tensor([advantages]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(result.coefficients, torch.tensor(coefficients, dtype=torch.float32), atol=1e-6, rtol=0)
     assert [result.metrics["gain/0"], result.metrics["gain/1"]] == pytest.approx(gains, abs=1e-6)
     assert result.metrics["conflict_rate"] == 0.5
     assert result.metrics["active_fraction"] == sum(value != 0 for value in advantages) / 4

@@ -22,7 +22,7 @@ MASK = torch.ones(3, 4, dtype=torch.bool)
         (dict(weights=[1.0, float("inf")]), "positive finite"),
         (dict(active=[True]), r"active must be 2 flags, found \[True\]"),
         (dict(present_KB=torch.ones(3, 2, dtype=torch.bool)), r"\(K, B\) = \(2, 3\) flags, found \(3, 2\)"),
-        (dict(sharpness=2), "rule 'pama' has no option sharpness; it takes level, noon"),
+        (dict(sharpness=2), "rule 'pama' has no option sharpness; it takes rescale, soft, leak"),
         (dict(rule="linear", sharpness=2), "rule 'linear' has no option sharpness; it takes none"),
     ],
 )

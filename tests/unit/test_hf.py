@@ -526,3 +526,11 @@ def test_transformers_is_imported_for_nothing_else() -> None:
             if any(module.partition(".")[0] == "transformers" or module.endswith("rewards.hf") for module in modules):
                 importers.add(path.relative_to(package).as_posix())
     assert {importer for importer in importers if not importer.startswith("host/")} == {"rewards/hf.py"}
+
+
+def test_a_folder_without_a_tokenizer_is_refused(bert, tmp_path) -> None:
+    """Transformers makes one that reads every text alike."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(bert) / name, tmp_path)
+    with pytest.raises(ValueError, match=r"must hold the model's tokenizer, one of tokenizer.json, .*found none"):
+        HfScorer(str(tmp_path), HfOptions(), "cpu")

@@ -32,6 +32,7 @@ FINAL = {
     "404": "HTTP 404, 'status 404'",
     "422": "HTTP 422, 'status 422'",
     "echo": "HTTP 422, 'what is None?'",
+    "long": "the body is longer than 1048576 bytes",
     "not_an_object": NOT_ONE_NUMBER + "'[0.5]'",
     "no_rewards": NOT_ONE_NUMBER + """'{"scores": [0.5]}'""",
     "scalar": NOT_ONE_NUMBER + """'{"rewards": 0.5}'""",
@@ -145,7 +146,7 @@ def test_a_failure_survives_its_way_between_processes() -> None:
 def test_a_time_out_ends_a_request_that_swallows_a_cancellation(monkeypatch) -> None:
     """As one does on Python 3.10 that connects at that moment."""
 
-    async def post(url: str, content: str) -> None:
+    async def receive(url: str, body: str) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
         await asyncio.Event().wait()
@@ -153,7 +154,7 @@ def test_a_time_out_ends_a_request_that_swallows_a_cancellation(monkeypatch) -> 
     async def main() -> None:
         with FaultServer() as server:
             async with scorer(server, retries=0, timeout=0.05) as score:
-                monkeypatch.setattr(score.client, "post", post)
+                monkeypatch.setattr(score, "_receive", receive)
                 with pytest.raises(http.HttpRewardError, match="no complete reply within 0.05 s"):
                     await score(RESPONSE)
 
@@ -325,6 +326,44 @@ def test_who_is_patient_outlives_a_server_that_restarts(patient, monkeypatch) ->
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_server_that_recovers_within_the_retries_costs_no_reward_however_many_wait(patient, monkeypatch) -> None:
+    """One burst opens the breaker before any response has used up its retries."""
+    monkeypatch.setattr(http, "OPEN_SECONDS", 0.2)
+    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_fixed(0.2))
+
+    async def main() -> None:
+        with FaultServer("flaky", count=3 * http.FAILURES_TO_OPEN) as server:
+            async with scorer(server, patient=patient, retries=9) as score:
+                rewards = await asyncio.gather(*(score(RESPONSE) for _ in range(32)))
+        assert rewards == [reward_of(RESPONSE.query)] * 32
+
+    asyncio.run(main())
+
+
+def test_who_is_patient_waits_for_a_trial_that_takes_its_time(monkeypatch) -> None:
+    monkeypatch.setattr(http, "OPEN_SECONDS", 0.1)
+
+    async def main() -> None:
+        with FaultServer("flaky", count=http.FAILURES_TO_OPEN, delay=0.5) as server:
+            async with scorer(server, patient=True, retries=1) as score:
+                outcomes = await asyncio.gather(*(score(RESPONSE) for _ in range(5)), return_exceptions=True)
+        assert outcomes == [reward_of(RESPONSE.query)] * 5
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_a_body_without_end_takes_no_memory(patient) -> None:
+    async def main() -> None:
+        with FaultServer("long") as server:
+            async with scorer(server, patient=patient, retries=3) as score:
+                with pytest.raises(http.HttpRewardError, match=r"longer than 1048576 bytes \(attempts: 1\)"):
+                    await score(RESPONSE)
+
+    asyncio.run(main())
+
+
 def test_failures_must_be_in_a_row() -> None:
     async def main() -> None:
         with FaultServer() as server:
@@ -346,8 +385,7 @@ def test_no_replica_left() -> None:
                 with pytest.raises(http.HttpRewardError) as caught:
                     await score(RESPONSE)
             assert str(caught.value).startswith(
-                "no replica may be asked, each failed 5 times in a row; next trial in 30 s; "
-                f"last error: {b.url}: ConnectError"
+                f"no replica may be asked, each failed 5 times in a row; last error: {b.url}: ConnectError"
             )
             assert str(caught.value).endswith("(attempts: 0)") and a.requests == http.FAILURES_TO_OPEN
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 from pama_plugin.errors import PamaError
 from pama_plugin.rewards import (
@@ -104,7 +105,9 @@ def test_two_functions_of_one_file_share_it(tmp_path) -> None:
         ("{}", "returned None"),
         ("[0.5, 0.5]", "returned 2 rewards for 1 response"),
         ("[]", "returned 0 rewards for 1 response"),
-        ("'0.5'", "str"),
+        ("'0.5'", "returned '0.5', which is no number"),
+        ("['good']", r"returned \['good'\], which is no number"),
+        ("{'rewards': {}}", "returned {}, which is no number"),
     ],
 )
 def test_a_function_that_returns_the_wrong_thing(tmp_path, body, message) -> None:
@@ -237,3 +240,25 @@ def test_another_package_adds_a_reward_by_being_installed(decorated, tmp_path, m
 
         builtin._REWARDS.pop(name, None)
         sys.modules.pop(f"other{decorated}", None)
+
+
+def test_an_error_without_a_text_is_still_an_answer(tmp_path) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text(
+        "class Silent(Exception):\n    def __str__(self): raise RuntimeError\n"
+        "def f(queries, prompts, labels):\n    raise Silent\n"
+    )
+    with pytest.raises(PamaError, match="Silent"):
+        call(f"{file}:f", timeout=5)
+
+
+@pytest.mark.parametrize("reward", ["1.2345678", "[1.2345678]", "{'rewards': [1.2345678]}"])
+def test_a_number_is_what_it_is_whatever_the_default_type(tmp_path, reward) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text(f"def f(queries, prompts, labels):\n    return {reward}\n")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert call(f"{file}:f") == 1.2345678
+    finally:
+        torch.set_default_dtype(before)

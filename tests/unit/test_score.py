@@ -96,3 +96,56 @@ def test_help_teaches(capsys) -> None:
         main(["score", "--help"])
     text = capsys.readouterr().out
     assert "JSONL" in text and "--pama.objective NAME=KIND:LOCATION" in text and "--tokenizer MODEL" in text
+
+
+def test_lines_end_at_newlines_alone_and_labels_stay_what_they_are(tmp_path) -> None:
+    (tmp_path / "rewards.py").write_text("def f(queries, prompts, labels):\n    return float(labels[0] == 0)\n")
+    rows = [{"prompt": "a\u2028b", "response": "c\u0085", "label": 0}, {"prompt": "a", "response": "b", "label": None}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    _, found = run(file, "--pama.objective", f"zero=py:{tmp_path}/rewards.py:f")
+    assert [row["rewards"]["zero"] for row in found] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("out", ["nowhere/rows.jsonl", "rows.jsonl"])
+def test_rewards_that_could_not_be_written_are_not_computed(file, capsys, out) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["score", str(file), "--pama.objective", "n=builtin:json", "--out", str(file.parent / out)])
+    assert exit.value.code == 2 and "--out must be another file" in capsys.readouterr().err
+    assert [json.loads(line) for line in file.read_text().splitlines() if line] == ROWS
+
+
+def test_a_file_of_functions_that_cannot_be_imported_is_named(file, capsys) -> None:
+    (file.parent / "broken.py").write_text("import nothing_like_it\ndef f(queries, prompts, labels): ...\n")
+    with pytest.raises(SystemExit) as exit:
+        main(["score", str(file), "--pama.objective", f"x=py:{file.parent}/broken.py:f"])
+    assert exit.value.code == 2
+    assert "objective 'x' cannot be loaded: ModuleNotFoundError: No module named" in capsys.readouterr().err
+
+
+def test_text_is_no_number(file, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(builtin._REWARDS, "says", lambda: lambda own: "0.5")
+    code, _ = run(file, "--pama.objective", "a=builtin:says")
+    assert code == 1 and "returned text, '0.5'" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_is_not_there(file, capsys) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["score", str(file), "--pama.objective", "n=builtin:length", "--tokenizer", "./nope"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "--tokenizer: cannot load the tokenizer of ./nope: " in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.timeout(50)
+def test_a_server_that_is_down_is_not_waited_for(file, capsys, monkeypatch) -> None:
+    """On a training run a failure would cost the run, so that one waits as long as an attempt may take."""
+    import tenacity
+
+    from pama_plugin.rewards import http
+
+    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_none())
+    with file.open("a") as rows:
+        rows.writelines(json.dumps(ROWS[0]) + "\n" for _ in range(20))
+    code, _ = run(file, "--pama.objective", "dead=http:http://127.0.0.1:9/get_reward,timeout=60")
+    assert code == 1 and "no replica may be asked" in capsys.readouterr().out

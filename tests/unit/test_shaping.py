@@ -78,3 +78,10 @@ def test_normalised_rewards_know_no_scale(rewards, normalize, scale) -> None:
     assert one.isfinite().all() and one.abs().max() <= math.sqrt(given.numel())
     other = shape_rewards(objective, given * scale, Moments(), fill_by_group=False)
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", ["batch", "group", "running"])
+def test_the_largest_rewards_are_normalised_to_numbers(normalize) -> None:
+    rewards = [[1e18, -1e18] * 300, [1e18, 1e18] * 300]
+    shaped = shape(f",normalize={normalize}", rewards, Moments(count=9, mean=0.0, squares=1e-49))
+    assert shaped[0][0] > 0 > shaped[0][1]

@@ -42,3 +42,8 @@ def test_moments_are_those_of_all_batches_together_even_through_json(batches, of
         assert moments.std == pytest.approx(together.std().item(), rel=1e-6, abs=1e-6)
     else:
         assert moments.std != moments.std
+
+
+def test_a_key_in_a_url_is_no_part_of_a_checkpoint_but_another_one_is_another_scorer() -> None:
+    one, other = (identify(parse_objective(f"a=http:http://judge/?key={key}|http://b/")) for key in ("pa55", "pa56"))
+    assert one != other and "pa5" not in one + other and one.startswith("http:http://judge/?")

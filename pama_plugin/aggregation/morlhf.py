@@ -1,0 +1,26 @@
+"""MORLHF: one reward from all, before the estimator: what multi-objective RLHF is usually compared with."""
+
+from torch import Tensor
+
+from pama_plugin.aggregation.linear import linear
+from pama_plugin.aggregation.registry import Combination, register_rule
+
+
+@register_rule("morlhf", of="rewards")
+def morlhf(
+    advantages_KBA: Tensor, mask_BA: Tensor, weights_K: Tensor, active_K: Tensor, present_KB: Tensor
+) -> Combination:
+    """``Σ_i w_i r_i`` of the rewards (K, B, 1), which the estimator then takes for the one reward of each response.
+
+    The baseline of arXiv 2508.07768 and of most work before it. It feels the scale of every reward: one that varies ten
+    times as much as another has ten times its say, whatever the weights. ``linear`` sums after the estimator, which
+    whitens each objective by itself. Weights are used as given, coefficients are their shares. With a critic the
+    baseline is ``Σ_i w_i V_i`` of the value heads, which is the value of this sum.
+
+    >>> import torch
+    >>> from pama_plugin import aggregate
+    >>> rewards_KB1 = torch.tensor([[[1.0], [2.0]], [[10.0], [30.0]]])
+    >>> aggregate("morlhf", rewards_KB1, torch.ones(2, 1), weights=[1, 0.1]).advantages.flatten()
+    tensor([2., 5.])
+    """
+    return linear(advantages_KBA, mask_BA, weights_K, active_K, present_KB)

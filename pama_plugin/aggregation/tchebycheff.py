@@ -1,0 +1,63 @@
+"""Tchebycheff scalarisation: each response is judged by the objective in which it falls furthest behind."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pama_plugin.aggregation.registry import Combination, register_rule
+
+
+@register_rule("tchebycheff", of="rewards")
+def tchebycheff(
+    advantages_KBA: Tensor,
+    mask_BA: Tensor,
+    weights_K: Tensor,
+    active_K: Tensor,
+    present_KB: Tensor,
+    *,
+    ideal: list[float] | None = None,
+    augment: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
+    smooth: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None,
+) -> Combination:
+    """``−max_i w_i (z_i − r_i) + ρ Σ_i w_i r_i`` of the rewards (K, B, 1), one reward for each response.
+
+    Smooth Tchebycheff (Lin et al., arXiv 2402.19078) has ``μ log Σ_i exp(w_i (z_i − r_i) / μ)`` instead of the maximum.
+    It is taken once per response: taken at every token, it would add a penalty on length that nobody asked for. The
+    estimator makes advantages of it as of any reward; with a critic there is no value head for it, so ``gae`` cannot be
+    used. It feels the scale of every reward; ``normalize=`` of the objectives takes that away. An objective with a
+    larger weight is kept closer to its ideal. Coefficients are the share of responses in which an objective is the
+    furthest behind, or of its softmax weight with ``smooth``. An objective without signal stays in.
+
+    Args:
+        ideal: z, K numbers; if not given, the largest reward of each objective in the batch.
+        augment: ρ; 0 is the plain form, a little keeps it from being weakly Pareto optimal alone.
+        smooth: μ, in units of the rewards.
+
+    Raises:
+        ValueError: ``ideal`` is not K numbers.
+
+    >>> from pama_plugin import aggregate
+    >>> rewards_KB1 = torch.tensor([[[1.0], [0.0]], [[0.2], [0.6]]])
+    >>> aggregate("tchebycheff", rewards_KB1, torch.ones(2, 1), ideal=[1, 1]).advantages.flatten()
+    tensor([-0.8000, -1.0000])
+    """
+    absent_KB1 = ~present_KB.unsqueeze(-1) | ~mask_BA
+    rewards_KB1 = advantages_KBA.masked_fill(absent_KB1, 0)
+    if ideal is None:
+        ideal_K11 = advantages_KBA.masked_fill(absent_KB1, -torch.inf).amax((1, 2), keepdim=True).nan_to_num(neginf=0.0)
+    elif len(ideal) == len(weights_K):
+        ideal_K11 = rewards_KB1.new_tensor(ideal)[:, None, None]
+    else:
+        raise ValueError(f"ideal must be {len(weights_K)} numbers, one per objective, found {ideal}")
+    behind_KB1 = (weights_K[:, None, None] * (ideal_K11 - rewards_KB1)).masked_fill_(absent_KB1, -torch.inf)
+    if smooth is None:
+        furthest_B1 = behind_KB1.amax(0)
+        shares_KB1 = (behind_KB1 == furthest_B1) & ~absent_KB1
+    else:
+        furthest_B1 = smooth * (behind_KB1 / smooth).logsumexp(0)
+        shares_KB1 = (behind_KB1 / smooth).softmax(0).nan_to_num_(nan=0.0)
+    total_B1 = furthest_B1.neg().nan_to_num(posinf=0.0) + augment * (weights_K[:, None, None] * rewards_KB1).sum(0)
+    shares_K = (shares_KB1 / shares_KB1.sum(0).clamp(min=1)).sum((1, 2))
+    return Combination(total_B1, shares_K / shares_K.sum().clamp(min=1))

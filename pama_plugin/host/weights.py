@@ -1,0 +1,48 @@
+"""What a model's files hold, without loading it."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from pama_plugin.errors import ConfigError
+
+
+def check_value_head(flag: str, location: str, prefix: str | None) -> None:
+    """Refuse a folder whose weights have no value head: the host would make one of random numbers, and score with it.
+
+    A name on the hub is not looked at.
+
+    Args:
+        flag: what the error names.
+        location: folder or hub name.
+        prefix: the head's name; None for the host's default. What the model's own config.json says counts more.
+
+    Raises:
+        ConfigError: the head is missing, or the files cannot be read.
+    """
+    folder = Path(location).expanduser()
+    if not folder.is_dir():
+        return
+    try:
+        names = _weight_names(folder)
+        prefix = json.loads((folder / "config.json").read_text()).get("value_head_prefix", prefix or "score")
+    except Exception as error:  # a damaged file may raise anything
+        raise ConfigError(f"{flag}: cannot read the weights in {location}: {error}") from error
+    if f"{prefix}.weight" not in names:
+        raise ConfigError(
+            f"{flag}: a value-head reward model must hold {prefix}.weight, or it would score at random, found none in "
+            f"{location} (value_head_prefix= names another head; a sequence classifier is of kind hf)"
+        )
+
+
+def _weight_names(folder: Path) -> set[str]:
+    """Of the files that transformers would load, the first kind that is there."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            return set(json.loads((folder / index).read_text())["weight_map"])
+    if (folder / "model.safetensors").is_file():
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            return set(file.keys())
+    return set(torch.load(folder / "pytorch_model.bin", map_location="meta", weights_only=True))

@@ -1,0 +1,233 @@
+"""Properties that an aggregation rule should hold, for hypothesis to attack: of ours, and of any that is registered.
+
+    from pama_plugin.testing import PROPERTIES, check_rule
+
+    @pytest.mark.parametrize("name", PROPERTIES)
+    def test_my_rule(name):
+        check_rule("my_rule", name)
+
+Needs ``pip install 'pama_plugin[test]'``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pama_plugin.aggregation import Aggregation, aggregate, get_rule
+
+EXAMPLES = 25
+
+
+class Case(NamedTuple):
+    """What ``aggregate`` is given: K objectives, B responses to prompts of ``groups_B``, A tokens; NaN where masked."""
+
+    advantages_KBA: Tensor
+    mask_BA: Tensor
+    present_KB: Tensor
+    groups_B: Tensor
+    weights_K: Tensor
+
+    def but(self, **changes: Tensor) -> "Case":
+        return self._replace(**changes)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn, min_objectives: int = 1, max_objectives: int = 8, *, tokens: int = 6, complete: bool = False
+) -> Case:
+    """Random, with ties and exact zeros in half of the cases, ragged responses, and some rewards missing."""
+    objectives, groups = draw(st.integers(min_objectives, max_objectives)), draw(st.integers(1, 3))
+    size = draw(st.integers(1, 4))
+    shape = objectives, groups * size, draw(st.integers(1, tokens))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    advantages_KBA = torch.randn(shape, generator=generator)
+    if draw(st.booleans()):
+        advantages_KBA = advantages_KBA.round()
+    mask_BA = torch.rand(shape[1:], generator=generator) < 0.7
+    mask_BA[0, 0] = True
+    present_KB = torch.rand(shape[:2], generator=generator) < (1.1 if complete or draw(st.booleans()) else 0.7)
+    return Case(
+        advantages_KBA.masked_fill(~mask_BA, math.nan),
+        mask_BA,
+        present_KB,
+        torch.arange(shape[1]) // size,
+        torch.rand(objectives, generator=generator) + 0.5,
+    )
+
+
+Call = Callable[[Case], Aggregation]
+
+
+def _inputs_are_not_modified(call: Call, case: Case) -> None:
+    before = [tensor.clone() for tensor in case]
+    call(case)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(case, before))
+
+
+def _calls_are_repeatable(call: Call, case: Case) -> None:
+    """Bit for bit, whatever was drawn from torch's generator in between."""
+    first = call(case)
+    torch.rand(7)
+    _assert_same(call(case), first)
+
+
+def _padding_enters_nothing(call: Call, case: Case) -> None:
+    result = call(case)
+    assert result.advantages.isfinite().all() and (result.advantages[~case.mask_BA] == 0).all()
+    for rubbish in (math.inf, -1e9):
+        _assert_same(call(case.but(advantages_KBA=case.advantages_KBA.nan_to_num(nan=rubbish))), result)
+
+
+def _what_has_no_reward_enters_nothing(call: Call, case: Case) -> None:
+    result = call(case)
+    absent_KB1 = ~case.present_KB.unsqueeze(-1)
+    for rubbish in (math.nan, math.inf, -1e9):
+        _assert_same(call(case.but(advantages_KBA=case.advantages_KBA.masked_fill(absent_KB1, rubbish))), result)
+    assert (result.advantages[~case.present_KB.any(0)] == 0).all()
+
+
+def _flip_objectives(case: Case) -> Case:
+    return case.but(
+        advantages_KBA=case.advantages_KBA.flip(0), present_KB=case.present_KB.flip(0), weights_K=case.weights_K.flip(0)
+    )
+
+
+def _order_of_objectives_does_not_matter(call: Call, case: Case) -> None:
+    flipped, result = call(_flip_objectives(case)), call(case)
+    torch.testing.assert_close(flipped.advantages, result.advantages, atol=1e-4, rtol=1e-3)
+
+
+def _coefficients_follow_the_order(call: Call, case: Case) -> None:
+    """Of a rule whose coefficients are unique."""
+    flipped, result = call(_flip_objectives(case)), call(case)
+    torch.testing.assert_close(flipped.coefficients.flip(0), result.coefficients, atol=1e-4, rtol=1e-3)
+
+
+def _order_of_responses_does_not_matter(call: Call, case: Case) -> None:
+    result = call(case)
+    flipped = call(
+        Case(
+            case.advantages_KBA.flip(1),
+            case.mask_BA.flip(0),
+            case.present_KB.flip(1),
+            case.groups_B.flip(0),
+            case.weights_K,
+        )
+    )
+    torch.testing.assert_close(flipped.advantages.flip(0), result.advantages, atol=1e-4, rtol=1e-3)
+
+
+def _coefficients_are_shares(call: Call, case: Case) -> None:
+    result = call(case)
+    assert (result.coefficients >= 0).all()
+    anything = float(bool((result.advantages != 0).any()))
+    assert math.isclose(float(result.coefficients.sum()), anything, abs_tol=1e-5)
+
+
+def _scale_is_followed(call: Call, case: Case) -> None:
+    """``aggregate(s·A) = s·aggregate(A)``, or the same for rules that whiten, for s a power of 2 from 1e-8 to 1e8."""
+    result = call(case).advantages
+    for scale in (2.0**-26, 2.0**26):
+        scaled = call(case.but(advantages_KBA=case.advantages_KBA * scale)).advantages
+        followed = torch.allclose(scaled / scale, result, atol=1e-4, rtol=1e-3)
+        assert followed or torch.allclose(scaled, result, atol=1e-4, rtol=1e-3)
+
+
+def _float64_agrees(call: Call, case: Case) -> None:
+    result = call(case)
+    double = call(case.but(advantages_KBA=case.advantages_KBA.double()))
+    assert double.advantages.dtype == torch.float64
+    torch.testing.assert_close(double.advantages.float(), result.advantages, atol=1e-3, rtol=1e-3)
+
+
+def _extremes_stay_finite(call: Call, case: Case) -> None:
+    for fill in (0.0, -0.0, 1.0, 1e-40, 1e8):  # 1e-40 is subnormal in float32
+        constant = torch.full_like(case.advantages_KBA, fill)
+        assert call(case.but(advantages_KBA=constant)).advantages.isfinite().all()
+        mixed = torch.where(torch.arange(len(constant))[:, None, None] == 0, constant, case.advantages_KBA)
+        assert call(case.but(advantages_KBA=mixed)).advantages.isfinite().all()
+    result = call(case.but(mask_BA=torch.zeros_like(case.mask_BA)))
+    assert (result.advantages == 0).all() and (result.coefficients == 0).all()
+
+
+def _metrics_are_what_they_say(call: Call, case: Case) -> None:
+    result = call(case)
+    out_N, tokens = result.advantages[case.mask_BA], int(case.mask_BA.sum())
+    counted = [(case.mask_BA & present_B.unsqueeze(-1))[case.mask_BA] for present_B in case.present_KB]
+    rows = [row_BA[case.mask_BA] for row_BA in case.advantages_KBA]
+    above = torch.stack([(row > 0) & valid for row, valid in zip(rows, counted)]).any(0)
+    below = torch.stack([(row < 0) & valid for row, valid in zip(rows, counted)]).any(0)
+    expected = {
+        "active_fraction": float((out_N != 0).sum()) / tokens,
+        "conflict_rate": float((above & below).sum()) / tokens,
+        "rms": float(out_N.square().mean().sqrt()),
+    }
+    for index, (row, valid) in enumerate(zip(rows, counted)):
+        expected[f"gain/{index}"] = float((row * out_N)[valid].sum()) / max(int(valid.sum()), 1)
+    squares = float(result.coefficients.square().sum())
+    expected["effective_objectives"] = 1 / squares if squares else 0.0
+    for key, value in expected.items():
+        assert math.isclose(result.metrics[key], value, rel_tol=1e-3, abs_tol=1e-4), key
+
+
+# Of an advantage rule and of a rule of rewards alike.
+PROPERTIES: dict[str, Callable[[Call, Case], None]] = {
+    function.__name__.strip("_"): function
+    for function in (
+        _inputs_are_not_modified,
+        _calls_are_repeatable,
+        _padding_enters_nothing,
+        _what_has_no_reward_enters_nothing,
+        _order_of_objectives_does_not_matter,
+        _coefficients_follow_the_order,
+        _order_of_responses_does_not_matter,
+        _coefficients_are_shares,
+        _scale_is_followed,
+        _float64_agrees,
+        _extremes_stay_finite,
+        _metrics_are_what_they_say,
+    )
+}
+
+
+def check_rule(rule: str, name: str, **given_options: Any) -> None:
+    """Let hypothesis look for a case in which the rule does not hold the property ``name`` of ``PROPERTIES``.
+
+    Args:
+        rule: a registered one.
+        name: of the property.
+        given_options: for every call of ``aggregate``. Per-objective lists of a constrained rule may be functions of K.
+
+    Raises:
+        AssertionError: with the smallest such case that was found.
+    """
+    rewards = get_rule(rule).of == "rewards"
+
+    def call(case: Case) -> Aggregation:
+        options = {key: own(len(case.weights_K)) if callable(own) else own for key, own in given_options.items()}
+        return aggregate(
+            rule,
+            case.advantages_KBA,
+            case.mask_BA,
+            weights=case.weights_K,
+            present_KB=case.present_KB,
+            groups_B=case.groups_B,
+            **options,
+        )
+
+    @settings(max_examples=EXAMPLES, deadline=None)
+    @given(cases(min_objectives=2 if get_rule(rule).constrained else 1, tokens=1 if rewards else 6))
+    def attack(case: Case) -> None:
+        PROPERTIES[name](call, case)
+
+    attack()
+
+
+def _assert_same(found: Aggregation, expected: Aggregation) -> None:
+    assert torch.equal(found.advantages, expected.advantages)
+    assert torch.equal(found.coefficients, expected.coefficients) and found.metrics == expected.metrics

@@ -1,0 +1,67 @@
+"""Every rule against the kit that others can run on theirs."""
+
+import pytest
+
+from pama_plugin import available_rules
+from pama_plugin.testing import PROPERTIES, check_rule
+
+pytestmark = pytest.mark.property
+
+SETTINGS = {
+    "pama, token": ("pama", {}),
+    "pama, sequence": ("pama", dict(level="sequence")),
+    "pama, batch": ("pama", dict(level="batch")),
+    "pama, signed": ("pama", dict(noon=False)),
+    "pama, signed by sequence": ("pama", dict(level="sequence", noon=False)),
+    "pama, soft": ("pama", dict(soft=3.0)),
+    "pama, soft and signed": ("pama", dict(soft=3.0, noon=False)),
+    "pama, leak": ("pama", dict(leak=0.2)),
+    "pama, rescaled": ("pama", dict(rescale=True)),
+    "pama, whitened": ("pama", dict(whiten=True)),
+    "linear": ("linear", {}),
+    "morlhf": ("morlhf", {}),
+    "min_norm": ("min_norm", {}),
+    "min_norm, Noon": ("min_norm", dict(noon=True)),
+    "gdpo": ("gdpo", {}),
+    "gd2po": ("gd2po", {}),
+    "rvpo": ("rvpo", {}),
+    "tchebycheff": ("tchebycheff", {}),
+    "tchebycheff, augmented": ("tchebycheff", dict(augment=0.1)),
+    "tchebycheff, smooth": ("tchebycheff", dict(smooth=0.5)),
+    "lagrangian": (
+        "lagrangian",
+        dict(violations_K=lambda k: [None] * (k - 1) + [0.5], multipliers_K=lambda k: [None] * k),
+    ),
+    "gram:upgrad": ("gram:upgrad", {}),
+    "gram:cagrad": ("gram:cagrad", {}),
+    "gram:pcgrad": ("gram:pcgrad", {}),
+    "gram:imtl_g": ("gram:imtl_g", {}),
+    "gram:aligned_mtl": ("gram:aligned_mtl", {}),
+}
+
+# What a rule does not claim, and why.
+EXCEPT = {
+    ("pama, whitened", "metrics_are_what_they_say"): "they are of the whitened advantages",
+    **{
+        (rule, "coefficients_follow_the_order"): "they are not unique where the Gram matrix is singular"
+        for rule in ("min_norm", "min_norm, Noon")
+    },
+    ("gram:pcgrad", "order_of_objectives_does_not_matter"): "it projects in an order that is drawn once",
+    ("gram:pcgrad", "coefficients_follow_the_order"): "it projects in an order that is drawn once",
+    ("tchebycheff, smooth", "scale_is_followed"): "μ is in the unit of the rewards",
+    ("lagrangian", "order_of_objectives_does_not_matter"): "the last objective is the constraint",
+    ("lagrangian", "coefficients_follow_the_order"): "the last objective is the constraint",
+}
+
+
+def test_all_rules_are_here() -> None:
+    assert {rule for rule, _ in SETTINGS.values()} == set(available_rules())
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_property(setting, name) -> None:
+    if (setting, name) in EXCEPT:
+        pytest.skip(EXCEPT[setting, name])
+    rule, options = SETTINGS[setting]
+    check_rule(rule, name, **options)

@@ -1,0 +1,248 @@
+"""Closed forms and vectorised sums against slow, obvious twins, and the optimality conditions of ``min_norm``."""
+
+import itertools
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pama_plugin import aggregate
+from pama_plugin.aggregation.gram import gram_matrix
+from pama_plugin.aggregation.min_norm import min_norm_point
+from pama_plugin.testing import Case, cases
+
+pytestmark = pytest.mark.property
+
+
+@st.composite
+def gram_matrices(draw: st.DrawFn, max_objectives: int = 8) -> torch.Tensor:
+    """Of full rank, of lower rank, with duplicates, and with objectives of very different scales."""
+    size, rank = draw(st.integers(1, max_objectives)), draw(st.integers(1, 10))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    rows = torch.randn(size, rank, generator=generator, dtype=torch.float64) + draw(st.sampled_from([0.0, 1.0, 5.0]))
+    if draw(st.booleans()):
+        rows = rows[torch.randint(size, (size,), generator=generator)]
+    if draw(st.booleans()):
+        rows = rows * 10 ** torch.randint(-8, 9, (size, 1), generator=generator).double()
+    return rows @ rows.T
+
+
+@given(gram_matrices())
+def test_min_norm_satisfies_its_optimality_conditions(gram_KK) -> None:
+    """``(Mc)_i ≥ c'Mc`` for all i, with equality where ``c_i > 0``: necessary and sufficient, the problem is convex."""
+    c_K = min_norm_point(gram_KK)
+    assert (c_K >= 0).all() and c_K.sum().item() == pytest.approx(1)
+    slopes_K, value = gram_KK @ c_K, c_K @ gram_KK @ c_K
+    slack = 1e-9 * gram_KK.diagonal().max()
+    assert (slopes_K >= value - slack).all()
+    assert (slopes_K[c_K > 1e-6] <= value + slack * 1e3).all()
+
+
+@given(gram_matrices(max_objectives=4))
+def test_min_norm_is_no_worse_than_any_point_of_a_grid(gram_KK) -> None:
+    steps = 12
+    points = [c for c in itertools.product(range(steps + 1), repeat=len(gram_KK)) if sum(c) == steps]
+    grid = torch.tensor(points, dtype=torch.float64) / steps
+    best = torch.einsum("nk,kl,nl->n", grid, gram_KK, grid).min()
+    c_K = min_norm_point(gram_KK)
+    assert c_K @ gram_KK @ c_K <= best + 1e-9 * gram_KK.diagonal().max()
+
+
+@given(gram_matrices())
+def test_min_norm_agrees_with_a_quadratic_program(gram_KK) -> None:
+    from qpsolvers import solve_qp
+
+    size = len(gram_KK)
+    scaled = gram_KK / gram_KK.diagonal().max() + 1e-9 * torch.eye(size)  # the solver needs it positive definite
+    ones = torch.ones(1, size, dtype=torch.float64)
+    found = solve_qp(
+        scaled.numpy(),
+        torch.zeros(size, dtype=torch.float64).numpy(),
+        A=ones.numpy(),
+        b=torch.ones(1, dtype=torch.float64).numpy(),
+        lb=torch.zeros(size, dtype=torch.float64).numpy(),
+        solver="quadprog",
+    )
+    other = torch.as_tensor(found)
+    c_K = min_norm_point(gram_KK)
+    assert c_K @ scaled @ c_K <= other @ scaled @ other + 1e-8
+
+
+@given(cases())
+def test_gram_is_a_mean_of_products(case: Case) -> None:
+    advantages_KBA, mask_BA, present_KB, _, weights_K = case
+    found = gram_matrix(advantages_KBA, mask_BA, present_KB, weights_K, 1.0)
+    rows = (advantages_KBA.masked_fill(~(mask_BA & present_KB.unsqueeze(-1)), 0) * weights_K[:, None, None]).double()
+    for i, j in itertools.product(range(len(rows)), repeat=2):
+        expected = (rows[i] * rows[j]).sum() / mask_BA.sum()
+        assert found[i, j].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def scores(case: Case) -> list[list[list[float]]]:
+    """``Z_i[b]``, at every token, by loops; an objective that does not vary in a group scores 0 there."""
+    advantages_KBA, mask_BA, present_KB, groups_B, _ = case
+    K, B, A = advantages_KBA.shape
+    found = [[[0.0] * A for _ in range(B)] for _ in range(K)]
+    for k in range(K):
+        for group in set(groups_B.tolist()):
+            rows = [b for b in range(B) if groups_B[b] == group and present_KB[k, b] and mask_BA[b].any()]
+            means = [advantages_KBA[k, b][mask_BA[b]].double().mean().item() for b in rows]
+            spread = statistics.stdev(means) if len(means) > 1 else 0.0
+            if not rows or spread <= 1e-6 * max(map(abs, means)):
+                continue
+            for b, mean in zip(rows, means):
+                found[k][b] = [(mean - statistics.fmean(means)) / spread] * A
+    return found
+
+
+def whitened(values: list[float]) -> list[float]:
+    mean = statistics.fmean(values)
+    spread = math.sqrt(statistics.fmean([(value - mean) ** 2 for value in values]))
+    largest = max(abs(value - mean) for value in values)
+    return [(value - mean) / spread if spread > 1e-6 * largest else 0.0 for value in values]
+
+
+def check_twin(rule: str, case: Case, combine, counts) -> None:
+    """``combine(z, w, present)`` of a token's scores, whitened over the responses that ``counts(b)``; 0 elsewhere."""
+    found = aggregate(
+        rule,
+        case.advantages_KBA,
+        case.mask_BA,
+        weights=case.weights_K,
+        present_KB=case.present_KB,
+        groups_B=case.groups_B,
+        active=[True] * len(case.weights_K),
+    )
+    kept = [k for k in range(len(case.weights_K)) if not found.metrics[f"inactive/{k}"]]
+    z = scores(case)
+    tokens = [
+        (b, t)
+        for b, t in case.mask_BA.nonzero().tolist()
+        if any(case.present_KB[k, b] for k in kept) and counts(b, kept, z)
+    ]
+    expected = torch.zeros_like(found.advantages)
+    if tokens:
+        raw = [
+            combine([(case.weights_K[k].item(), z[k][b][t]) for k in kept if case.present_KB[k, b]]) for b, t in tokens
+        ]
+        for (b, t), value in zip(tokens, whitened(raw)):
+            expected[b, t] = value
+    torch.testing.assert_close(found.advantages, expected, atol=1e-4, rtol=1e-3)
+
+
+def everyone(*_) -> bool:
+    return True
+
+
+@given(cases())
+def test_gdpo(case: Case) -> None:
+    check_twin("gdpo", case, lambda scored: sum(w * z for w, z in scored), everyone)
+
+
+@given(cases())
+def test_rvpo(case: Case) -> None:
+    def soft_minimum(scored):
+        total = sum(w for w, _ in scored)
+        return -math.log(sum(w / total * math.exp(-z) for w, z in scored))
+
+    check_twin("rvpo", case, soft_minimum, everyone)
+
+
+@given(cases())
+def test_gd2po(case: Case) -> None:
+    present_KB = case.present_KB
+
+    def agrees(b: int, kept: list[int], z) -> bool:
+        signs = set()
+        for k in kept:
+            if present_KB[k, b]:
+                signs.add((z[k][b][0] > 0) - (z[k][b][0] < 0))
+        return not {-1, 1} <= signs
+
+    check_twin("gd2po", case, lambda scored: sum(w * z for w, z in scored), agrees)
+
+
+@given(cases(tokens=1, complete=True), st.sampled_from([None, 0.5]), st.sampled_from([0.0, 0.3]))
+def test_tchebycheff(case: Case, smooth, augment) -> None:
+    rewards_KB1, mask_B1, present_KB, _, weights_K = case
+    options = dict(ideal=[0.5] * len(weights_K), smooth=smooth, augment=augment)
+    found = aggregate("tchebycheff", rewards_KB1, mask_B1, weights=weights_K, **options).advantages
+    for b in mask_B1.flatten().nonzero().flatten().tolist():
+        behind = [w * (0.5 - r) for w, r in zip(weights_K.tolist(), rewards_KB1[:, b, 0].tolist())]
+        worst = max(behind) if smooth is None else smooth * math.log(sum(math.exp(x / smooth) for x in behind))
+        total = sum(w * r for w, r in zip(weights_K.tolist(), rewards_KB1[:, b, 0].tolist()))
+        assert found[b].item() == pytest.approx(-worst + augment * total, abs=1e-4)
+
+
+def test_tchebycheffs_ideal_is_the_best_of_the_batch_by_default() -> None:
+    rewards_KB1 = torch.tensor([[[1.0], [3.0]], [[5.0], [4.0]]])
+    assert aggregate("tchebycheff", rewards_KB1, torch.ones(2, 1)).advantages.flatten().tolist() == [-2.0, -1.0]
+
+
+@given(cases(complete=True), st.floats(0.1, 50))
+def test_soft_pama(case: Case, soft: float) -> None:
+    """Token by token: between the minimum and the mean of what Noon leaves, and nearer to the minimum the sharper."""
+    advantages_KBA, mask_BA, _, _, _ = case
+    arguments = dict(active=[True] * len(advantages_KBA))
+    values = aggregate("pama", advantages_KBA, mask_BA, soft=soft, **arguments)
+    kept = [not values.metrics[f"inactive/{k}"] for k in range(len(advantages_KBA))]
+    for b, t in mask_BA.nonzero().tolist():
+        a = [max(x, 0.0) for x in advantages_KBA[kept, b, t].tolist()]
+        rms = math.sqrt(statistics.fmean([x * x for x in a])) or 1.0
+        weights = [math.exp(-soft * x / rms) for x in a]
+        expected = sum(w * x for w, x in zip(weights, a)) / sum(weights)
+        assert values.advantages[b, t].item() == pytest.approx(expected, abs=1e-4)
+        assert min(a) - 1e-5 <= expected <= statistics.fmean(a) + 1e-5
+
+
+@given(cases())
+def test_leak_is_between_noon_and_signed(case: Case) -> None:
+    arguments = (case.advantages_KBA, case.mask_BA)
+    same = dict(present_KB=case.present_KB, weights=case.weights_K)
+    found = {leak: aggregate("pama", *arguments, leak=leak, **same).advantages for leak in (0.0, 0.5, 1.0)}
+    assert torch.equal(found[0.0], aggregate("pama", *arguments, **same).advantages)
+    assert torch.equal(found[1.0], aggregate("pama", *arguments, noon=False, **same).advantages)
+    torch.testing.assert_close(found[0.5], torch.where(found[1.0] < 0, 0.5 * found[1.0], found[1.0]))
+
+
+@given(cases())
+def test_rescale_makes_unit_rms_of_whatever_is_left(case: Case) -> None:
+    arguments = (case.advantages_KBA, case.mask_BA)
+    plain = aggregate("pama", *arguments, present_KB=case.present_KB)
+    found = aggregate("pama", *arguments, present_KB=case.present_KB, rescale=True)
+    assert found.metrics["rms"] == pytest.approx(1.0 if plain.metrics["rms"] else 0.0, abs=1e-4)
+    if plain.metrics["rms"]:
+        torch.testing.assert_close(found.advantages * plain.metrics["rms"], plain.advantages, atol=1e-5, rtol=1e-3)
+
+
+@given(cases(min_objectives=2))
+def test_lagrangian(case: Case) -> None:
+    K = len(case.weights_K)
+    given = dict(violations_K=[None] * (K - 1) + [-0.4], multipliers_K=[None] * (K - 1) + [2.0])
+    found = aggregate("lagrangian", case.advantages_KBA, case.mask_BA, weights=case.weights_K, rate=0.5, **given)
+    multiplier = 2.0 * math.exp(0.5 * 2.0 * -0.4)
+    assert found.metrics[f"multiplier/{K - 1}"] == pytest.approx(multiplier)
+    w, A = case.weights_K[:, None, None], case.advantages_KBA
+    main = (w[:-1] * A[:-1]).sum(0) / w[:-1].sum()
+    expected = (main + multiplier * w[-1] * A[-1]) / (1 + multiplier)
+    torch.testing.assert_close(found.advantages, expected.masked_fill(~case.mask_BA, 0), atol=1e-5, rtol=1e-4)
+
+
+def test_a_multiplier_moves_at_most_e_fold_and_not_beyond_its_ceiling() -> None:
+    def step(violation: float, **options: float) -> float:
+        given = dict(violations_K=[None, violation], multipliers_K=[None, 1.0])
+        return aggregate("lagrangian", torch.randn(2, 3, 4), torch.ones(3, 4), **given, **options).metrics[
+            "multiplier/1"
+        ]
+
+    assert step(1e6) == pytest.approx(math.e) and step(-1e6) == pytest.approx(1 / math.e)
+    assert step(1e6, ceiling=1.5) == 1.5 and step(0.0) == 1.0
+
+
+@pytest.mark.parametrize("given", [[None, None], [0.1, 0.1]])
+def test_lagrangian_needs_both_kinds(given) -> None:
+    with pytest.raises(ValueError, match="at least one constraint and one objective among 2"):
+        aggregate("lagrangian", torch.ones(2, 1, 1), torch.ones(1, 1), violations_K=given, multipliers_K=[None, None])

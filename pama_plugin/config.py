@@ -43,6 +43,7 @@ class PamaConfig(BaseModel):
     options: dict[str, Any] = {}
     best: BestRule | None = None
     probe: ProbeMode = "warn"
+    probe_gradients: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,6 +76,7 @@ def load_config(
     probe: str | None = None,
     whiten: bool | None = None,
     option: Iterable[str] = (),
+    probe_gradients: str | None = None,
     *,
     default_level: str,
 ) -> PamaConfig:
@@ -128,6 +130,9 @@ def load_config(
         options = check_options(loss, options)
     except ValueError as error:
         raise ConfigError(f"--pama.option: {error}") from error
+    every = content.get("probe_gradients") if probe_gradients is None else probe_gradients
+    if every is not None and not (str(every).isdecimal() and int(every) > 0):
+        raise ConfigError(f"--pama.probe_gradients must be a whole number of steps, at least 1, found {every!r}")
     config = PamaConfig.model_validate(
         {
             "loss": loss,
@@ -138,6 +143,7 @@ def load_config(
             "options": options,
             "best": best,
             "probe": probe,
+            "probe_gradients": every and int(every),
         }
     )
     _rehearse(config)

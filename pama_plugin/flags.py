@@ -92,6 +92,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         f"first rollout: {', '.join(PROBE_MODES)} (strict ends the run where a reward is broken; default: warn)",
     )
     group.add_argument(
+        "--pama.probe_gradients",
+        metavar="N",
+        help="every N steps, log the cosine between the gradients of the policy's update and of each objective's own, "
+        "over a few responses: where they disagree, advantages mislead. It costs a backward pass per objective and one",
+    )
+    group.add_argument(
         "--pama.allow_other_objectives",
         action="store_true",
         help="resume from a checkpoint of other objectives: the new ones start anew (not with gae, whose critic has a "

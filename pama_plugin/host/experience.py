@@ -17,6 +17,7 @@ from pama_plugin.aggregation import Aggregation, aggregate, describe, get_rule
 from pama_plugin.config import PamaConfig
 from pama_plugin.errors import RewardError
 from pama_plugin.host.critic import flatten_objectives
+from pama_plugin.host.gradients import gradient_cosines
 from pama_plugin.host.probe import probe_rollout
 from pama_plugin.host.scored import Scored
 from pama_plugin.objective import Objective
@@ -241,6 +242,17 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             seen, shares = runs, weights
         self._remember_multipliers(result)
         metrics = self._name_metrics(result)
+        if (every := self.config.probe_gradients) is not None and self.steps_done % every == 0:
+            cosines = gradient_cosines(
+                self.actor_model_group,
+                experiences,
+                advantages_KBA.masked_fill(~present_KB.unsqueeze(-1), 0),
+                result.advantages,
+                self.args.train.micro_batch_size,
+                all_ranks=self.args.ds.zero_stage == 3,
+            )
+            named = zip(trained, cosines, strict=True)
+            metrics |= {f"pama/gradient_cosine/{own.name}": cosine for own, cosine in named if not math.isnan(cosine)}
         if self.advantage_estimator == "gae":
             metrics |= {
                 f"explained_variance/{objective.name}": _explained_variance(run, present_B)

@@ -35,6 +35,7 @@ SEAMS = {
     "cli/train_ppo_ray.py": "train __main__",
     "datasets/prompts_dataset.py": "preprocess_data",
     "datasets/utils.py": "blending_datasets",
+    "models/actor.py": "Actor.forward",
     "models/loss.py": "PolicyLoss.forward ValueLoss.__init__ ValueLoss.forward",
     "models/model.py": "get_llm_for_sequence_regression _get_reward_model _get_critic_model",
     "models/utils.py": "compute_reward masked_mean",

@@ -43,6 +43,13 @@ BROKEN_IN_THE_HOST = {
     "ds.load_in_4bit": "it trains through LoRA adapters alone, which OpenRLHF's PPO cannot send to vLLM",
 }
 
+# What the gradient probe needs; reentrant checkpoints do not know ``torch.autograd.grad``.
+WHOLE_POLICY = {
+    "ds.ring_attn_size": 1,
+    "ds.tensor_parallel_size": 1,
+    "actor.gradient_checkpointing_reentrant": False,
+}
+
 
 def install(args: argparse.Namespace) -> argparse.Namespace:
     """Turn the parsed flags into a ``PamaConfig`` at ``args.pama`` and put our classes in the host's place.
@@ -137,6 +144,13 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
         raise ConfigError(
             f"normalize=group needs --rollout.n_samples_per_prompt of at least 2, found 1 with {', '.join(grouped)}"
         )
+    if config.probe_gradients is not None:
+        for flag, whole in WHOLE_POLICY.items():
+            if getattr(args, flag) != whole:
+                raise ConfigError(
+                    f"--pama.probe_gradients runs the policy on each rank by itself: --{flag} must be {whole}, found "
+                    f"{getattr(args, flag)}"
+                )
     ranks_in_step = getattr(args, "ds.ring_attn_size") * getattr(args, "ds.tensor_parallel_size")
     evaluates = getattr(args, "train.async_enable") and getattr(args, "eval.dataset")
     if evaluates and config.of_kind("rm") and ranks_in_step > 1:

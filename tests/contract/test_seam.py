@@ -231,6 +231,15 @@ def test_stock_flags_come_through_untouched(flags) -> None:
             "normalize=group needs --rollout.n_samples_per_prompt of at least 2, found 1 with length",
         ),
         ((*TWO, *GROUPS, "--pama.probe", "maybe"), "--pama.probe must be one of off, warn, strict, found 'maybe'"),
+        ((*TWO, *GROUPS, "--pama.probe_gradients", "0"), "--pama.probe_gradients must be a whole number .*found '0'"),
+        (
+            (*TWO, *GROUPS, "--pama.probe_gradients", "9", "--ds.tensor_parallel_size", "2"),
+            "--pama.probe_gradients runs .*--ds.tensor_parallel_size must be 1, found 2",
+        ),
+        (
+            (*TWO, *GROUPS, "--pama.probe_gradients", "9", "--actor.gradient_checkpointing_reentrant"),
+            "--actor.gradient_checkpointing_reentrant must be False, found True",
+        ),
         ((*TWO, *GROUPS, "--ds.lora.rank", "8"), "--ds.lora.rank cannot be used: .* with LoRA adapters .*found 8"),
         ((*TWO, *GROUPS, "--ds.load_in_4bit"), "--ds.load_in_4bit cannot be used: it trains through LoRA"),
         (

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]
     [
         ["--ds.zero_stage", "2", "--ds.param_dtype", "bf16"],
         ["--ds.zero_stage", "3", "--critic.num_gpus_per_node", "2", "--rollout.micro_batch_size", "2"]
-        + ["--train.micro_batch_size", "2"],
+        + ["--train.micro_batch_size", "2", "--actor.num_gpus_per_node", "2", "--pama.probe_gradients", "2"],
     ],
     ids=["ZeRO-2 with bfloat16", "ZeRO-3 on two ranks"],
 )
@@ -27,7 +27,10 @@ def test_two_value_heads_learn_and_are_saved(flags, run_host, models, tmp_path) 
     )
     assert run.status == 0, run.output[-5000:]
     ranks = 2 if "3" in flags else 1
-    assert f"2 objectives, policy 1/1, critic {ranks}/{ranks}, reward groups 1/1" in run.output
+    assert f"2 objectives, policy {ranks}/{ranks}, critic {ranks}/{ranks}, reward groups 1/1" in run.output
+    for name in ("helpful", "length"):
+        cosines = [step.get(f"pama/gradient_cosine/{name}") for step in run.steps]
+        assert [cosine is not None and -1 <= cosine <= 1 for cosine in cosines] == [ranks == 2, False] * 3
     for step in run.steps:
         losses = [step[f"critic_loss/{name}"] for name in ("helpful", "length")]
         assert step["critic_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)

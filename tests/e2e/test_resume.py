@@ -18,11 +18,13 @@ def test_killed_and_resumed_equals_uninterrupted(run_host, models, tmp_path) -> 
         *("--loss", "lagrangian", "--pama.option", "rate=0.05", "--pama.objective", f"helpful=rm:{models}/helpful"),
         *("--pama.objective", "length=builtin:length,scale=12,role=constraint,threshold=2"),
     ]
-    whole = run_host(*flags, "--ckpt.path", str(tmp_path / "whole"), steps=6)
+    # Only this run takes gradients for its logs; that the others equal it shows that doing so changes nothing.
+    whole = run_host(*flags, "--pama.probe_gradients", "2", "--ckpt.path", str(tmp_path / "whole"), steps=6)
     assert whole.status == 0 and list(whole.by_step) == [1, 2, 3, 4, 5, 6], whole.output[-5000:]
 
     multipliers = [step["pama/multiplier/length"] for step in whole.by_step.values()]
     assert 1 < multipliers[0] < multipliers[-1] < 100 and multipliers == sorted(multipliers), "it is never long enough"
+    assert [step for step, found in whole.by_step.items() if "pama/gradient_cosine/length" in found] == [1, 3, 5]
 
     killed = run_host(*flags, steps=6, kill_after=3)
     assert killed.status == -signal.SIGKILL and max(killed.by_step) < 6

@@ -264,7 +264,11 @@ def test_a_bad_run(arguments, message) -> None:
     ("content", "message"),
     [
         ("objectives: [a, b]", "objectives must map names to specifications, found list"),
-        ("- a", "must be a mapping of best, level, loss, noon, objectives, options, probe, whiten, found list"),
+        (
+            "- a",
+            "must be a mapping of best, level, loss, noon, objectives, options, probe, probe_gradients, whiten, "
+            "found list",
+        ),
         ("objective: {}", "must be a mapping of .*, found objective"),
         ("objectives: {a: 'builtin:length', a: 'builtin:length'}", "keys must differ, found a twice"),
         (
@@ -277,6 +281,10 @@ def test_a_bad_run(arguments, message) -> None:
         ("objectives: {a: {kind: builtin}}", "objective 'a': location: Field required"),
         ("objectives: {a: {location: length}}", "objective 'a': kind: Field required"),
         ("objectives: {a: 'builtin:length'}\nnoon: 'no'", "noon must be true or false, found 'no'"),
+        (
+            "objectives: {a: 'builtin:length'}\nprobe_gradients: true",
+            "must be a whole number.*found True",
+        ),
         ("objectives: {", "is not valid YAML"),
         ("objectives: !!python/object/apply:os.getcwd []", "is not valid YAML"),
     ],

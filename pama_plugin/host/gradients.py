@@ -1,0 +1,108 @@
+"""Gradients themselves, now and then: how far the policy's update agrees with each objective's own.
+
+Rules combine advantages, as if the gradients of different tokens were orthogonal and of equal length. They are not.
+This is the cosine between what the combined advantages and what one objective's advantages make the policy's parameters
+do, without the KL and entropy terms, clipping and the optimizer's scaling.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import ray
+import torch
+from openrlhf.trainer.ppo_utils.experience import Experience
+from torch import Tensor
+
+from pama_plugin.errors import PamaError
+
+RESPONSES = 16  # at least so many are looked at, in whole micro-batches spread evenly over the rollout
+
+
+class Part(NamedTuple):
+    """Responses that fit through the policy at once; the first row of the advantages is the combined one."""
+
+    sequences: Tensor
+    attention_mask: Tensor
+    action_mask: Tensor
+    advantages_JbA: Tensor
+
+
+def gradient_cosines(
+    group: Any,
+    experiences: list[Experience],
+    advantages_KBA: Tensor,
+    combined_BA: Tensor,
+    size: int,
+    *,
+    all_ranks: bool,
+) -> list[float]:
+    """Cosine between the gradient of the policy loss under ``combined_BA`` and under each objective's advantages.
+
+    At the policy that sampled the responses the importance ratio is 1 and nothing is clipped: the gradient is
+    ``−Σ_t A[t] · ∇ log π[t]``. It is taken K + 1 times; two of them are held at once, in the policy's precision.
+
+    Args:
+        group: the policy's.
+        experiences: the micro-batches of the rollout.
+        advantages_KBA: (K, B, A), 0 where an objective has no say.
+        combined_BA: (B, A) for the responses of all micro-batches, in their order.
+        size: how many responses the policy trains on at once.
+        all_ranks: let all ranks do the same, because a rank alone would wait for the others' share of the parameters.
+
+    Returns:
+        K numbers, NaN where one of the two gradients is 0.
+    """
+    sizes = [len(experience.sequences) for experience in experiences]
+    advantages = torch.cat([combined_BA.unsqueeze(0), advantages_KBA]).split(sizes, dim=1)
+    wanted = min(math.ceil(RESPONSES / max(sizes)), len(experiences))
+    parts = []
+    for index in range(0, len(experiences), len(experiences) // wanted):
+        own = experiences[index]
+        columns = (own.sequences, own.attention_mask, own.action_mask)
+        split = [column.split(size) for column in columns]
+        split.append(advantages[index][..., : own.action_mask.shape[1]].split(size, dim=1))
+        parts += [Part(*columns) for columns in zip(*split)]
+    ranks = group._actor_handlers if all_ranks else group._actor_handlers[:1]
+    cosines: list[float] = ray.get([rank.__ray_call__.remote(cosines_on_rank, parts) for rank in ranks])[0]
+    return cosines
+
+
+def cosines_on_rank(rank: Any, parts: list[Part]) -> list[float]:
+    """Runs inside a policy actor; leaves its parameters, gradients, random numbers and DeepSpeed's engine alone."""
+    actor, engine = rank.actor, rank.actor.model
+    if getattr(actor, "is_vlm", False):
+        raise PamaError("--pama.probe_gradients does not know policies that read images: leave it out")
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    actor.train()  # as it is in training, where gradient checkpointing saves memory
+    actor.model = engine.module  # the engine would take a backward pass for a part of its step
+    try:
+        combined = _gradient(actor, parameters, parts, 0)
+        length = math.sqrt(_product(combined, combined))
+        cosines = []
+        for row in range(1, len(parts[0].advantages_JbA)):
+            own = _gradient(actor, parameters, parts, row)
+            lengths = length * math.sqrt(_product(own, own))
+            cosines.append(_product(combined, own) / lengths if lengths else math.nan)
+        return cosines
+    finally:
+        actor.model = engine
+
+
+def _gradient(actor: Any, parameters: list[Tensor], parts: Iterable[Part], row: int) -> list[Tensor | None]:
+    """Of the loss ``−Σ_t A[t] · log π[t]`` over all parts, with the same dropout for every row."""
+    device = parameters[0].device
+    total: list[Tensor | None] = [None] * len(parameters)
+    with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for part in parts:
+            sequences, attention_mask, action_mask, advantages_JbA = (tensor.to(device) for tensor in part)
+            log_probs_bA = actor(sequences, action_mask, attention_mask=attention_mask)
+            loss = -(log_probs_bA * advantages_JbA[row] * action_mask).sum()
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)  # not every expert is used
+            total = [new if old is None else old if new is None else old.add_(new) for old, new in zip(total, found)]
+    return total
+
+
+def _product(one: list[Tensor | None], other: list[Tensor | None]) -> float:
+    pairs = [(a, b) for a, b in zip(one, other) if a is not None and b is not None]
+    return float(sum((a.float() * b.float()).sum(dtype=torch.float64) for a, b in pairs))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pama_plugin.aggregation.blocks import blocks, valid_at
+from pama_plugin.aggregation.blocks import blocks, tokens_per_response, valid_at
 from pama_plugin.aggregation.diagnostics import describe, effective_objectives, inspect
 from pama_plugin.aggregation.registry import GIVEN, check_options, get_rule
 
@@ -153,7 +153,7 @@ def _find_active(
 
 def _whiten(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor) -> Tensor:
     """A copy with mean 0 and standard deviation 1 over each objective's valid tokens; 0 where it does not vary."""
-    count_K = (present_KB * mask_BA.sum(-1)).sum(-1).clamp(min=1)
+    count_K = (present_KB * tokens_per_response(mask_BA)).sum(-1).clamp(min=1)
     totals_K = torch.zeros(len(advantages_KBA), dtype=torch.float64, device=mask_BA.device)
     squares_K = totals_K.clone()
     whitened_KBA = torch.empty_like(advantages_KBA)

@@ -5,10 +5,11 @@ It also bounds what the operations allocate. Sums over blocks run in double prec
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 # Numbers of the (K, b, A) advantages in one block. Measured in tests/benchmarks; a GPU is better off with few launches.
-BLOCK = {"cpu": 2**18, "cuda": 2**25}
+BLOCK = {"cpu": 2**17, "cuda": 2**25}
 
 
 def blocks(advantages_KBA: Tensor) -> Iterator[slice]:
@@ -21,4 +22,10 @@ def blocks(advantages_KBA: Tensor) -> Iterator[slice]:
 
 def valid_at(rows: slice, mask_BA: Tensor, present_KB: Tensor) -> Tensor:
     """(K, b, A) true at the valid tokens of responses that an objective has a reward for; K is 1 if all have all."""
-    return mask_BA[rows] & present_KB[:, rows].unsqueeze(-1)
+    present_Kb = present_KB[:, rows]
+    return mask_BA[rows].unsqueeze(0) if present_Kb.all() else mask_BA[rows] & present_Kb.unsqueeze(-1)
+
+
+def tokens_per_response(mask_BA: Tensor) -> Tensor:
+    """(B,) how many tokens are valid; a sum over all of the mask at once would first copy it as 64-bit integers."""
+    return torch.cat([mask_bA.sum(-1) for mask_bA in mask_BA.split(64)])

@@ -30,7 +30,7 @@ def gram_matrix(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, sca
     for rows in blocks(advantages_KBA):
         flat_KN = scaled(rows, advantages_KBA, mask_BA, present_KB, scale_K, slope).flatten(1).double()
         total_KK += flat_KN @ flat_KN.T
-    return total_KK / mask_BA.sum().clamp(min=1)
+    return total_KK / mask_BA.count_nonzero().clamp(min=1)
 
 
 def mix(

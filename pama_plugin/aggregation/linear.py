@@ -23,6 +23,6 @@ def linear(
     """
     combined_BA = torch.empty_like(advantages_KBA[0])
     for rows in blocks(advantages_KBA):
-        invalid_KbA = ~valid_at(rows, mask_BA, present_KB)
-        combined_BA[rows] = (advantages_KBA[:, rows] * weights_K[:, None, None]).masked_fill_(invalid_KbA, 0).sum(0)
+        valid_KbA = valid_at(rows, mask_BA, present_KB)
+        combined_BA[rows] = torch.where(valid_KbA, advantages_KBA[:, rows] * weights_K[:, None, None], 0).sum(0)
     return Combination(combined_BA, weights_K / weights_K.sum())

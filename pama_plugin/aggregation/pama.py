@@ -88,7 +88,7 @@ def pama(
         shares_K += (c * mask_BA[rows]).sum((1, 2), dtype=torch.float64)
     if rescale:
         squares = combined_BA.masked_fill_(~mask_BA, 0).square().sum(dtype=torch.float64)
-        rms = (squares / mask_BA.sum()).sqrt().to(combined_BA.dtype)
+        rms = (squares / mask_BA.count_nonzero()).sqrt().to(combined_BA.dtype)
         combined_BA /= torch.where(rms > 0, rms, 1)
     coefficients_K = torch.zeros_like(weights_K)
     coefficients_K[active_K] = (shares_K / torch.where(shares_K.sum() > 0, shares_K.sum(), 1)).to(weights_K.dtype)
@@ -97,7 +97,7 @@ def pama(
 
 def _leaky(a: Tensor, slope: float) -> Tensor:
     """``max(a, 0) + slope · min(a, 0)``: Noon with slope 0."""
-    return torch.where(a < 0, a * slope, a)
+    return a.clamp_(min=0) if slope == 0 else a if slope == 1 else torch.where(a < 0, a * slope, a)
 
 
 def _mean_over_tokens(a_KbA: Tensor, valid_KbA: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,16 +109,20 @@ def _project(a_KU: Tensor, valid_KU: Tensor, soft: float | None) -> tuple[Tensor
     """``s*`` of every unit, a token or a response, and the ``c`` (K', U) that it comes from: 0 where ``s* = 0``."""
     if soft is not None:
         return _project_softly(a_KU.masked_fill(~valid_KU, 0), valid_KU, soft)
-    low_U = a_KU.masked_fill(~valid_KU, torch.inf).amin(0)
-    high_U = a_KU.masked_fill(~valid_KU, -torch.inf).amax(0)
-    projected_U = (low_U.clamp(min=0) + high_U.clamp(max=0)).nan_to_num_(nan=0.0)  # inf − inf where nothing is valid
+    if len(valid_KU) < len(a_KU):  # all objectives have a value or none has
+        low_U, high_U = a_KU.amin(0), a_KU.amax(0)
+    else:
+        low_U = torch.where(valid_KU, a_KU, torch.inf).amin(0)
+        high_U = torch.where(valid_KU, a_KU, -torch.inf).amax(0)
+    projected_U = torch.where(valid_KU.any(0), low_U.clamp_(min=0) + high_U.clamp_(max=0), 0)
     # Where s* ≠ 0 it is the extreme objective's own value, and c is 1 there: 1/m each for m objectives in a tie.
-    extreme_KU = (a_KU == projected_U) & valid_KU & (projected_U != 0)
-    return projected_U, extreme_KU / extreme_KU.sum(0).clamp(min=1)
+    extreme_KU = (a_KU == projected_U).logical_and_(valid_KU).to(a_KU.dtype)
+    share_U = (projected_U != 0) / extreme_KU.sum(0).clamp_(min=1)
+    return projected_U, extreme_KU.mul_(share_U)
 
 
 def _project_softly(a_KU: Tensor, valid_KU: Tensor, soft: float) -> tuple[Tensor, Tensor]:
-    rms_U = (a_KU.square().sum(0) / valid_KU.sum(0).clamp(min=1)).sqrt()
+    rms_U = (a_KU.square().sum(0) / valid_KU.expand_as(a_KU).sum(0).clamp(min=1)).sqrt()
     sharp_KU = soft * a_KU / torch.where(rms_U > 0, rms_U, 1)
     c_low_KU, c_high_KU = (
         logits_KU.masked_fill(~valid_KU, -torch.inf).softmax(0).nan_to_num_(nan=0.0)

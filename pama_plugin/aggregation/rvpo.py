@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pama_plugin.aggregation.blocks import tokens_per_response
 from pama_plugin.aggregation.registry import Combination, register_rule
 from pama_plugin.aggregation.scores import group_scores, spread_and_whiten
 
@@ -45,5 +46,5 @@ def rvpo(
     logits_KB = log_weights_KB - risk * scores_KB
     combined_B = ((log_weights_KB.logsumexp(0) - logits_KB.logsumexp(0)) / risk).nan_to_num(nan=0.0)
     combined_BA = spread_and_whiten(combined_B, counted_KB.any(0), mask_BA, advantages_KBA.dtype)
-    totals_K = (logits_KB.softmax(0).nan_to_num(nan=0.0) * mask_BA.sum(-1)).sum(-1)
+    totals_K = (logits_KB.softmax(0).nan_to_num(nan=0.0) * tokens_per_response(mask_BA)).sum(-1)
     return Combination(combined_BA, (totals_K / totals_K.sum().clamp(min=1)).to(weights_K.dtype))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pama_plugin.aggregation.blocks import tokens_per_response
+
 # A standard deviation below this share of the largest advantage is that of a constant, up to rounding.
 CONSTANT = 1e-6
 
@@ -14,8 +16,9 @@ def group_scores(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, gr
     group does not vary, is a single response, or has no reward.
     """
     totals_KB = torch.stack([row_BA.masked_fill(~mask_BA, 0).sum(-1, dtype=torch.float64) for row_BA in advantages_KBA])
-    counted_KB = present_KB & mask_BA.any(-1)
-    means_KB = (totals_KB / mask_BA.sum(-1).clamp(min=1)).masked_fill(~counted_KB, 0)
+    tokens_B = tokens_per_response(mask_BA)
+    counted_KB = present_KB & (tokens_B > 0)
+    means_KB = (totals_KB / tokens_B.clamp(min=1)).masked_fill(~counted_KB, 0)
     _, group_B = torch.unique(groups_B, return_inverse=True)
 
     def over_group(numbers_KB: Tensor, reduce: str) -> Tensor:
@@ -35,7 +38,7 @@ def spread_and_whiten(values_B: Tensor, counts_B: Tensor, mask_BA: Tensor, dtype
 
     Only responses that count do, the others are 0; so are all if the values do not vary.
     """
-    tokens_B = mask_BA.sum(-1) * counts_B
+    tokens_B = tokens_per_response(mask_BA) * counts_B
     total = tokens_B.sum().clamp(min=1)
     centred_B = (values_B - (values_B * tokens_B).sum() / total) * (tokens_B > 0)
     std = ((centred_B.square() * tokens_B).sum() / total).sqrt()

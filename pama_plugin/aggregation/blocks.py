@@ -28,4 +28,4 @@ def valid_at(rows: slice, mask_BA: Tensor, present_KB: Tensor) -> Tensor:
 
 def tokens_per_response(mask_BA: Tensor) -> Tensor:
     """(B,) how many tokens are valid; a sum over all of the mask at once would first copy it as 64-bit integers."""
-    return torch.cat([mask_bA.sum(-1) for mask_bA in mask_BA.split(64)])
+    return torch.cat([mask_bA.sum(-1) for mask_bA in torch.split(mask_BA, 64)])

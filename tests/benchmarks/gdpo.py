@@ -16,6 +16,7 @@ import statistics
 import time
 
 import torch
+
 from pama_plugin import aggregate
 
 B, A, N, ROUNDS = 1024, 1024, 8, 9

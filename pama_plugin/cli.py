@@ -39,9 +39,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     commands.add_parser("enable", help="let the literal command, python -m openrlhf.cli.train_ppo_ray, take our flags")
     commands.add_parser("disable", help="take that back; pama train works either way")
-    report = commands.add_parser("report", help="summarise a run from its TensorBoard folder: a table and a picture")
-    report.add_argument("folder", type=Path, help="what --logger.tensorboard_dir was, or one run's folder in it")
-    report.add_argument("--png", type=Path, help="where the curves go (default: curves.png in the folder)")
+    report = commands.add_parser(
+        "report",
+        help="compare runs by their logs: tables, curves, the Pareto front",
+        description="Compare runs by their logs: tables here; curves.png, front.png and report.html in a folder. It "
+        "works on one run, on many, on one that is still going, and says what is missing of one that is broken.",
+    )
+    report.add_argument(
+        "folder", type=Path, nargs="+", metavar="RUN", help="what --logger.tensorboard_dir was, or a sweep's --out"
+    )
+    report.add_argument("--out", type=Path, help="where the files go (default: the first RUN)")
+    report.add_argument(
+        "--reference",
+        nargs="+",
+        default=(),
+        metavar="NAME=VALUE",
+        help="what hypervolume is measured above, for every objective (default: the rewards before the first update)",
+    )
+    sweep = commands.add_parser(
+        "sweep",
+        help="train every rule, weight and seed of a file; started again, go on where it stopped",
+        description="Train every rule, weight and seed of a YAML file, each in a folder of its own with one "
+        "result.json. What has a result is never run again. README: Many runs.",
+    )
+    sweep.add_argument("file", type=Path, help="objectives, grids of rules × weights × seeds, flags of all runs")
+    sweep.add_argument("--out", type=Path, required=True, help="the folder of the runs' folders")
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     score = commands.add_parser(
         "score",
         help="score prompts and responses in a file with the objectives of a run, without training",
@@ -58,10 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from pama_plugin.score import score_file
 
             sys.exit(score_file(options))
-        if options.command == "report":
-            from pama_plugin.report import report_run
+        if options.command == "sweep":
+            from pama_plugin.sweep import run_sweep
 
-            report_run(options.folder, options.png)
+            sys.exit(run_sweep(options))
+        if options.command == "report":
+            from pama_plugin.report import report_runs
+
+            report_runs(options.folder, options.out, options.reference)
         else:
             from pama_plugin.host import pth
 

@@ -1,129 +1,137 @@
-"""What a run did to each objective: start against end with standard errors, and the curves."""
+"""The tables of a report: what each run did to each objective, and what many runs say of their arms."""
 
 import math
-import statistics
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("agg")  # no display on a cluster
-
-from matplotlib import pyplot
-from rich.console import Console
+import numpy as np
 from rich.table import Table
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pama_plugin.errors import ConfigError
+from pama_plugin.report.pareto import Interval, by_arm, ends, fifth, indicators, interval, nondominated, starts
+from pama_plugin.report.runs import Run
 
-Series = list[tuple[int, float]]
-
-# The start and the end of a run are its first and last tenth.
-TENTH = 0.1
+WHOLE_RUN = ("active_fraction", "conflict_rate", "effective_objectives")
+OF_THE_HOST = {"kl": "KL", "response_length": "response length", "entropy_loss": "entropy"}
 
 
-class Mean(NamedTuple):
-    """Mean of per-step means over some steps, and its standard error."""
+class Grid(NamedTuple):
+    """A table before it is drawn: on the console or the page."""
 
-    value: float
-    error: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.error:.3f}"
-
-
-def mean_of(values: list[float]) -> Mean:
-    """Mean and standard error, the sample standard deviation over √n; one value alone has no error to state.
-
-    >>> print(mean_of([1.0, 2.0, 3.0]))
-    2.000 ± 0.577
-    """
-    spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return Mean(statistics.fmean(values), spread / math.sqrt(len(values)))
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    caption: str = ""
 
 
-def read_scalars(folder: Path) -> dict[str, Series]:
-    """Every scalar of the newest run in a ``--logger.tensorboard_dir``, without the host's prefix ``train/``.
-
-    Raises:
-        ConfigError: the folder has no event file, or none of a run with objectives.
-    """
-    files = sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise ConfigError(f"no TensorBoard events in {folder}: give the folder that --logger.tensorboard_dir named")
-    events = EventAccumulator(str(files[-1]), size_guidance={"scalars": 0})  # 0: keep every step
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    if not any(tag.startswith("train/pama/coefficient/") for tag in tags):
-        raise ConfigError(f"{files[-1]} is not the log of a run with --loss: it has no pama/coefficient/<name>")
-    return {tag.removeprefix("train/"): [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
-
-
-def names_in(scalars: dict[str, Series]) -> list[str]:
-    """The objectives, sorted: the host logs its metrics in an order of its own, another one in each run."""
-    prefix = "pama/coefficient/"
-    return sorted(tag.removeprefix(prefix) for tag in scalars if tag.startswith(prefix))
-
-
-def start_and_end(series: Series) -> tuple[Mean, Mean]:
-    """The first and the last tenth of the steps, at least one step each."""
-    values = [value for _, value in series]
-    count = max(1, math.floor(len(values) * TENTH))
-    return mean_of(values[:count]), mean_of(values[-count:])
-
-
-def table_of(scalars: dict[str, Series]) -> Table:
-    """One row per objective: mean of its reward over the steps ± standard error, and run means of its share and gain.
-
-    ``rise/s.e.`` is the difference of the two means over its own standard error.
-    """
-    steps = max(len(series) for series in scalars.values())
-    table = Table(padding=(0, 0), title=f"{steps} steps, each a rollout batch")
-    for heading in ("objective", "first 10 %", "last 10 %", "rise/s.e.", "coefficient", "gain"):
-        table.add_column(heading, justify="left" if heading == "objective" else "right", no_wrap=True)
-    for name in names_in(scalars):
-        start, end = start_and_end(scalars[f"reward/{name}"])
-        error = math.hypot(start.error, end.error)
-        rise = f"{(end.value - start.value) / error:+.1f}" if error > 0 else "–"
-        shares = [mean_of([value for _, value in scalars[f"pama/{key}/{name}"]]) for key in ("coefficient", "gain")]
-        table.add_row(name, str(start), str(end), rise, *(f"{share.value:.3f}" for share in shares))
-    whole_run = {
-        key: mean_of([value for _, value in scalars[f"pama/{key}"]]).value
-        for key in ("active_fraction", "conflict_rate", "rms")
-    }
-    table.caption = "over the run: " + ", ".join(
-        f"{key.replace('_', ' ')} {value:.3f}" for key, value in whole_run.items()
+def objectives_table(runs: Sequence[Run]) -> Grid:
+    """Arm × objective: reward in the first and last fifth of the steps, coefficient, gain and cosine over the run."""
+    rows = []
+    for arm, own in by_arm(runs).items():
+        for name in dict.fromkeys(name for run in own for name in run.scored):
+            row = [arm, name]
+            for last in (False, True):
+                row.append(_over(own, f"reward/{name}", last=last))
+            rises = [_at(run, f"reward/{name}", True) - _at(run, f"reward/{name}", False) for run in own]
+            row.append(str(interval(_known(rises))))
+            for key in ("coefficient", "gain", "gradient_cosine"):
+                row.append(_mean(own, f"pama/{key}/{name}"))
+            rows.append(row)
+    return Grid(
+        "objectives",
+        ["arm", "objective", "first fifth", "last fifth", "rise", "coefficient", "gain", "cosine"],
+        rows,
+        "Reward: mean over the first and last fifth of the steps, ± half of the 95 % interval over seeds; the others: "
+        "mean over the run. Cosine: of the policy's gradient and the objective's own (--pama.probe_gradients).",
     )
+
+
+def arms_table(runs: Sequence[Run]) -> Grid:
+    """Arm × what the host and the aggregation log of the run: KL, length, entropy, active fraction, conflict."""
+    rows = []
+    for arm, own in by_arm(runs).items():
+        row = [arm, str(len(own)), str(min(run.steps for run in own))]
+        row += [_mean(own, f"pama/{key}") for key in WHOLE_RUN]
+        rows.append(row + [_over(own, tag, last=True) for tag in OF_THE_HOST])
+    columns = ["arm", "runs", "steps", *(key.replace("_", " ") for key in WHOLE_RUN), *OF_THE_HOST.values()]
+    return Grid("runs", columns, rows, "Conflict and activity: mean over the run; the rest: mean over its last fifth.")
+
+
+def front_table(runs: Sequence[Run], names: Sequence[str], reference: Sequence[float]) -> Grid:
+    """Arm × whether its mean end is on the front, its worst objective, and the indicators of its rule's points.
+
+    The indicators are of all arms of a rule, one set of points per seed; the front that IGD+ and ε are distances to is
+    that of all arms' mean ends.
+    """
+    arms = by_arm(runs)
+    means = np.array([ends(own, names).mean(0) for own in arms.values()])
+    kept = nondominated(means)
+    at_start = starts(runs, names)
+    rules: dict[str, list[Run]] = {}
+    for run in runs:
+        rules.setdefault(run.rule, []).append(run)
+    rows = []
+    for (arm, own), on_front in zip(arms.items(), kept):
+        rises = (ends(own, names) - at_start) / spreads(runs, names)
+        row = [arm, "yes" if on_front else "", str(interval(rises.min(1).tolist()))]
+        seeds: dict[int | None, list[Run]] = {}
+        for run in rules.pop(own[0].rule, []):  # in the first row of a rule
+            seeds.setdefault(run.seed, []).append(run)
+        found = [indicators(ends(group, names), means[kept], reference) for group in seeds.values()]
+        row += [str(interval(list(column))) for column in zip(*found)] or [""] * 3
+        rows.append(row)
+    point = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, reference))
+    return Grid(
+        "Pareto front",
+        ["arm", "on the front", "worst rise", "hypervolume", "IGD+", "additive ε"],
+        rows,
+        "Worst rise: that of the objective that rose least since the first step, in standard deviations of its rewards "
+        f"there. Hypervolume above {point}. The last three are of all arms of a rule.",
+    )
+
+
+def spreads(runs: Sequence[Run], names: Sequence[str]) -> np.ndarray:
+    """(objectives,) standard deviation of the rewards of all runs' first steps, 1 where it is not logged or 0."""
+    found = []
+    for name in names:
+        values = [run.scalars[f"reward_std/{name}"][0][1] for run in runs if run.scalars.get(f"reward_std/{name}")]
+        found.append(float(np.mean(values)) if values and np.mean(values) > 0 else 1.0)
+    return np.array(found)
+
+
+def shared_objectives(runs: Sequence[Run]) -> list[str]:
+    """The trained objectives that every run has: the axes of the front."""
+    common = set.intersection(*({name for name in run.trained if run.scalars.get(f"reward/{name}")} for run in runs))
+    return sorted(common)
+
+
+def draw_table(grid: Grid) -> Table:
+    """For the console."""
+    table = Table(title=grid.title, caption=grid.caption, padding=(0, 1, 0, 0))
+    for index, column in enumerate(grid.columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in grid.rows:
+        table.add_row(*row)
     return table
 
 
-def draw(scalars: dict[str, Series], png: Path) -> None:
-    """One panel per objective's reward, one for the coefficients, one for active fraction and conflict rate."""
-    names = names_in(scalars)
-    figure, panels = pyplot.subplots(1, len(names) + 2, figsize=(3.4 * (len(names) + 2), 3), layout="constrained")
-    for name, panel in zip(names, panels):
-        panel.plot(*zip(*scalars[f"reward/{name}"]), color="tab:blue")
-        panel.set_title(f"reward/{name}")
-    for name in names:
-        panels[-2].plot(*zip(*scalars[f"pama/coefficient/{name}"]), label=name)
-    for key in ("active_fraction", "conflict_rate"):
-        panels[-1].plot(*zip(*scalars[f"pama/{key}"]), label=key.replace("_", " "))
-    panels[-2].set_title("coefficients")
-    panels[-1].set_title("share of tokens")
-    for panel in panels:
-        panel.set_xlabel("step")
-    for panel in panels[-2:]:
-        panel.set_ylim(0, 1)
-        panel.legend()
-    figure.savefig(png, dpi=120)
-    pyplot.close(figure)
+def _at(run: Run, tag: str, last: bool) -> float:
+    return fifth(run.scalars.get(tag, []), last=last)
 
 
-def report_run(folder: Path, png: Path | None = None) -> None:
-    """Print the table, write the picture (``curves.png`` in the folder unless told) and say where it is."""
-    scalars = read_scalars(folder)
-    png = png or folder / "curves.png"
-    draw(scalars, png)
-    console = Console()
-    console.print(table_of(scalars))
-    console.print(f"curves  {png}\nlogs    {folder}", soft_wrap=True)
+def _known(values: list[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
+
+
+def _text(found: Interval) -> str:
+    return str(found) if found.n else "–"
+
+
+def _over(runs: list[Run], tag: str, *, last: bool) -> str:
+    return _text(interval(_known([_at(run, tag, last) for run in runs])))
+
+
+def _mean(runs: list[Run], tag: str) -> str:
+    """Over all steps, then over runs."""
+    values = [_known([value for _, value in run.scalars.get(tag, [])]) for run in runs]
+    means = [sum(own) / len(own) for own in values if own]
+    return f"{interval(means).mean:.3f}" if means else "–"

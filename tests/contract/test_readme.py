@@ -69,8 +69,9 @@ def test_every_objective_can_be_parsed(tmp_path, monkeypatch) -> None:
 
 def test_the_yaml_loads(tmp_path, monkeypatch) -> None:
     from pama_plugin.config import load_config
+    from pama_plugin.sweep import load_sweep
 
-    (text,) = (text for language, text in BLOCKS if language == "yaml")
+    text, sweep = (text for language, text in BLOCKS if language == "yaml")
     (tmp_path / "reward-model").mkdir()
     (tmp_path / "reward-model" / "config.json").write_text("{}")
     (tmp_path / "reward-model" / "model.safetensors.index.json").write_text(HEAD)
@@ -78,6 +79,8 @@ def test_the_yaml_loads(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_config("pama", [], "run.yaml", None, None, default_level="token")
     assert config.names == ("sentiment", "length") and config.level == "sequence"
+    (tmp_path / "sweep.yaml").write_text(sweep)
+    assert len(load_sweep(tmp_path / "sweep.yaml")) == 5 * (2 + 3)
 
 
 @pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "python"])

@@ -1,13 +1,20 @@
-"""A run's TensorBoard folder becomes the right numbers, a picture and a clear error where there is none."""
+"""Logs become the right numbers, pictures, one page, and words for what is missing."""
 
+import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from pama_plugin.cli import main
 from pama_plugin.errors import ConfigError
-from pama_plugin.report.summary import read_scalars, start_and_end
+from pama_plugin.report.pareto import fifth, indicators, interval, nondominated, paired
+from pama_plugin.report.runs import find_runs, read_run, read_scalars
+from pama_plugin.report.summary import front_table, objectives_table
+
+NAMES = ("length", "sentiment")
 
 
 @pytest.fixture
@@ -24,25 +31,130 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_start_and_end_are_the_first_and_last_tenth(folder) -> None:
-    start, end = start_and_end(read_scalars(folder)["reward/sentiment"])
-    # two steps each: (0.1 + 0.2) / 2 and (1.9 + 2.0) / 2, standard error .0707 / √2
-    assert start == pytest.approx((0.15, 0.05), abs=1e-6) and end == pytest.approx((1.95, 0.05), abs=1e-6)
+def write_result(out: Path, rule: str, weights: str, seed: int, ends: tuple[float, float], start=(0.0, 0.0)) -> Path:
+    """Ten steps of a sweep's run: the first eight as at the start, the last fifth at its ends."""
+    scalars = {}
+    for name, first, last in zip(NAMES, start, ends):
+        scalars[f"reward/{name}"] = [[step, first if step <= 8 else last] for step in range(1, 11)]
+        scalars[f"reward_std/{name}"] = [[1, 2.0]]
+        scalars[f"pama/coefficient/{name}"] = [[step, 0.5] for step in range(1, 11)]
+    folder = out / f"{rule}{weights}-{seed}".replace(":", "-")
+    folder.mkdir(parents=True)
+    spec = {"arm": f"{rule} {weights}".rstrip(), "rule": rule, "seed": seed, "scalars": scalars}
+    (folder / "result.json").write_text(json.dumps(spec))
+    return folder
 
 
-def test_the_command_prints_a_table_and_draws(folder, capsys) -> None:
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two seeds of: a, on the front; b with two weights, of which one is dominated by a."""
+    for seed, nudge in ((1, 0.1), (2, -0.1)):
+        write_result(tmp_path, "a", "", seed, (2.0 + nudge, 2.0))
+        write_result(tmp_path, "b", "1:3", seed, (1.0, 3.0))
+        write_result(tmp_path, "b", "3:1", seed, (1.5, 1.0 + nudge))
+    return tmp_path
+
+
+def test_a_fifth_leaves_out_what_is_no_number() -> None:
+    series = [(step, float(step)) for step in range(1, 11)]
+    assert (fifth(series, last=False), fifth(series, last=True)) == (1.5, 9.5)
+    assert fifth([*series, (11, math.nan)], last=True) == 9.5
+    assert math.isnan(fifth([], last=True))
+
+
+def test_an_interval_is_students() -> None:
+    # t(.975, 4) = 2.776, s = 1.5811, √5 = 2.2361
+    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found.mean == 3.0 and found.half == pytest.approx(1.963, abs=1e-3) and found.excludes_zero
+    assert not interval([-1.0, 1.0]).excludes_zero and not interval([5.0]).excludes_zero
+
+
+def test_pairs_are_of_one_seed() -> None:
+    found = paired({1: 1.0, 2: 3.0, 9: 100.0}, {2: 2.0, 1: 0.0, 8: 50.0})
+    assert found == (1.0, 0.0, 2)
+
+
+def test_indicators_by_hand() -> None:
+    points, front = np.array([[1.0, 3.0], [1.5, 1.0]]), np.array([[2.0, 2.0], [1.0, 3.0]])
+    # above (0, 0): 1·3 + (1.5 − 1)·1; IGD+: of (2, 2) min(1, √(.5² + 1)) = 1, of (1, 3) 0; ε: 1 from (1, 3) to (2, 2)
+    assert indicators(points, front, [0.0, 0.0]) == pytest.approx((3.5, 0.5, 1.0))
+    assert nondominated(np.array([[2.0, 2.0], [1.0, 3.0], [1.5, 1.0], [2.0, 2.0]])).tolist() == [
+        True,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_the_front_of_a_sweep_by_hand(sweep) -> None:
+    runs, missing = find_runs([sweep])
+    assert len(runs) == 6 and not missing
+    rows = {row[0]: row[1:] for row in front_table(runs, NAMES, [0.0, 0.0]).rows}
+    assert [arm for arm, row in rows.items() if row[0] == "yes"] == ["a", "b 1:3"]
+    # worst rises, in units of 2: a's (2.1, 2) and (1.9, 2) → 1.0, .95; t(.975, 1) = 12.706 · .0354 / √2
+    assert rows["a"][1] == "0.975 ± 0.318"
+    assert rows["a"][2] == "4.000 ± 2.541"  # 2.1·2 and 1.9·2: ± 12.706 · .2828 / √2
+    # b's points (1, 3), (1.5, 1.1) and (1.5, .9): 3 + .5·1.1 and 3 + .5·.9
+    assert rows["b 1:3"][2] == "3.500 ± 0.635" and rows["b 3:1"][2:] == ["", "", ""]
+
+
+def test_objectives_by_hand(sweep) -> None:
+    rows = {tuple(row[:2]): row[2:] for row in objectives_table(find_runs([sweep])[0]).rows}
+    assert rows["b 1:3", "sentiment"] == ["0.000 ± 0.000", "3.000 ± 0.000", "3.000 ± 0.000", "0.500", "–", "–"]
+
+
+def test_the_command_on_one_run(folder, capsys) -> None:
     main(["report", str(folder)])
     printed = capsys.readouterr().out
-    # (1.95 - 0.15) / √(.05² + .05²) = 25.5
-    assert "sentiment" in printed and "0.150 ± 0.050" in printed and "1.950 ± 0.050" in printed and "+25.5" in printed
-    assert "active fraction 0.500" in printed and str(folder / "curves.png") in printed
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # four steps each: (.1 + … + .4) / 4 and (1.7 + … + 2.0) / 4
+    assert all(text in printed for text in ("sentiment", "0.250", "1.850", "1.600", "0.750"))
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG") and "report.html" in printed
+
+
+def test_the_page_of_a_sweep_needs_no_other_file(sweep, tmp_path, capsys) -> None:
+    (sweep / "gone").mkdir()
+    (sweep / "gone" / "run.json").write_text('{"arm": "<b>", "rule": "x", "seed": 1}')
+    main(["report", str(sweep), "--out", str(tmp_path / "out"), "--reference", "length=0", "sentiment=0"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page and "3.500 ± 0.635" in page
+    assert "no TensorBoard events in" in page and "no TensorBoard events in" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_or_is_broken_is_shown_and_said(folder) -> None:
+    (folder / "run.json").write_text('{"arm": "a", "rule": "a", "seed": 1}')
+    assert read_run(folder).problems == ("not finished, 20 steps so far",)
+    with SummaryWriter(str(folder / "later")) as writer:
+        writer.add_scalar("train/pama/coefficient/a", 1.0, 1)
+        writer.add_scalar("train/pama/coefficient/b", 1.0, 1)
+        writer.add_scalar("train/reward/b", math.nan, 1)
+    problems = read_run(folder).problems
+    assert problems[1:] == ("reward/a is not logged", "reward/b is not a number in 1 of 1 steps")
+    main(["report", str(folder)])
+
+
+def test_steps_that_a_resumed_run_repeats_count_once(folder) -> None:
+    with SummaryWriter(str(folder / "run"), filename_suffix=".later") as writer:
+        for step in (20, 21):
+            writer.add_scalar("train/reward/length", 5.0, step)
+            writer.add_scalar("train/pama/coefficient/length", 0.75, step)
+    series = read_scalars(folder)["reward/length"]
+    assert [step for step, _ in series] == list(range(1, 22)) and series[-2:] == [(20, 5.0), (21, 5.0)]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="no TensorBoard events in"):
-        read_scalars(tmp_path)
+        find_runs([tmp_path])
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("train/reward", 1.0, 1)
     with pytest.raises(ConfigError, match="is not the log of a run with --loss"):
         read_scalars(tmp_path)
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        find_runs([tmp_path])
+
+
+@pytest.mark.parametrize("reference", [["length=0"], ["length=0", "sentiment=x"], ["length=0", "sentiment=1", "c=1"]])
+def test_a_bad_reference(reference, sweep) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(sweep), "--reference", *reference])
+    assert stopped.value.code == 2

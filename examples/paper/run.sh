@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Train what a sweep file of the replication asks for, and compare it. Started again, it goes on where it stopped.
+#
+#   examples/paper/run.sh FILE.yaml [JOBS]        (default: 1 run at a time)
+#
+# Needs no GPU. The first run installs everything and makes the data, the policy and the sentiment model.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+sweep=$1
+out="runs/paper/$(basename "$sweep" .yaml)"
+. examples/quickstart/stack.sh
+python -m pip --disable-pip-version-check install --quiet --requirement examples/paper/requirements.txt
+make_policy
+if [ ! -e runs/paper/sentiment/quality.json ]; then
+    echo "== the sentiment model, with a tokenizer of its own (about three minutes)"
+    OMP_NUM_THREADS=$cores python examples/paper/prepare.py "$work/data" runs/paper/sentiment
+fi
+start_ray
+pama sweep "$sweep" --out "$out" --jobs "${2:-1}"
+pama report "$out"

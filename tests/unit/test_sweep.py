@@ -1,0 +1,153 @@
+"""A sweep runs everything once, goes on where it was killed, and leaves whole results or none."""
+
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from pama_plugin.cli import main
+from pama_plugin.errors import ConfigError
+from pama_plugin.sweep import load_sweep
+
+FILE = """
+flags: --actor.model_name_or_path policy
+objectives: {a: "builtin:length", b: "hf:model,label=1"}
+seeds: [1, 2]
+grids:
+- rules: {pama: --loss pama --pama.level token, linear: --loss linear}
+- rules: {morlhf: --loss morlhf}
+  weights: [{a: 1, b: 3}, {a: 0.5}]
+  seeds: [7]
+- rules: {again: --loss linear}
+"""
+
+# Stands for the host's command: leaves the log of two steps, unless told to fail or to wait.
+PAMA = """#!/bin/bash
+echo "$1" >> {folder}/calls
+while [ "$1" != --logger.tensorboard_dir ]; do shift; done
+echo "Global step 1: ..."
+while [ -e {folder}/wait ]; do sleep 0.05; done
+mkdir -p "$2" && cp {folder}/log/* "$2"
+echo "Global step 2: ..."
+[ ! -e {folder}/fail ]
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """A file, and a ``pama`` beside a Python that counts its calls."""
+    (tmp_path / "sweep.yaml").write_text(FILE)
+    fake = tmp_path / "bin" / "pama"
+    fake.parent.mkdir()
+    fake.write_text(PAMA.format(folder=tmp_path))
+    with SummaryWriter(str(tmp_path / "log")) as writer:
+        for step in (1, 2):
+            for tag in ("reward/a", "pama/coefficient/a"):
+                writer.add_scalar(f"train/{tag}", step / 3, step)
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake.with_name("python")))
+    return tmp_path
+
+
+def run(folder: Path, *flags: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", str(folder / "sweep.yaml"), "--out", str(folder / "out"), *flags])
+    return stopped.value.code
+
+
+def test_the_grid(sweep) -> None:
+    jobs = load_sweep(sweep / "sweep.yaml")
+    assert [(job.arm, job.seed) for job in jobs] == [
+        *[("pama", 1), ("pama", 2), ("linear", 1), ("linear", 2)],
+        *[("morlhf 1:3", 7), ("morlhf 0.5", 7)],  # "again" is linear by another name
+    ]
+    assert jobs[4].flags == [
+        *"--actor.model_name_or_path policy --loss morlhf --train.seed 7".split(),
+        *["--pama.objective", "a=builtin:length,weight=1", "--pama.objective", "b=hf:model,label=1,weight=3"],
+    ]
+    assert len({job.folder for job in jobs}) == 6 and all("/" not in job.folder for job in jobs)
+
+
+def test_everything_runs_once(sweep, capsys) -> None:
+    assert run(sweep, "--jobs", "2") == 0
+    results = sorted((sweep / "out").glob("*/result.json"))
+    assert len(results) == 6 and (sweep / "calls").read_text() == 6 * "train\n"
+    found = json.loads(results[0].read_text())
+    assert (found["arm"], found["seed"]) == ("linear", 1)
+    assert found["scalars"]["reward/a"] == [[1, 0.333333], [2, 0.666667]]
+    assert run(sweep) == 0
+    assert len((sweep / "calls").read_text().split()) == 6
+    assert "6 runs, 6 of them done" in capsys.readouterr().out
+
+
+def test_a_failed_run_has_no_result_and_starts_anew(sweep, capsys) -> None:
+    (sweep / "fail").touch()
+    assert run(sweep) == 1
+    assert "failed: " in capsys.readouterr().out and not list((sweep / "out").glob("*/result.json"))
+    (sweep / "fail").unlink()
+    assert run(sweep) == 0
+    assert len(list((sweep / "out").glob("*/result.json"))) == 6
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_sweep_goes_on(sweep, sent) -> None:
+    """Told to stop, it takes its run along. Killed, it leaves one behind, which the next sweep does not start twice."""
+    (sweep / "wait").touch()
+    code = (
+        f"import sys; sys.executable = {sys.executable!r}; from pama_plugin.cli import main; "
+        f"main(['sweep', {str(sweep / 'sweep.yaml')!r}, '--out', {str(sweep / 'out')!r}])"
+    )
+    process = subprocess.Popen(
+        [f"{sys.prefix}/bin/python", "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (sweep / "calls").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(sent)
+    assert process.wait(30) != 0
+
+    (lock,) = (sweep / "out").glob("*/lock")
+    with lock.open("w") as held:
+        if sent == signal.SIGKILL:  # its run goes on, and holds the lock
+            with pytest.raises(OSError):
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if sent == signal.SIGKILL:
+        (sweep / "wait").unlink()
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+    (sweep / "wait").unlink(missing_ok=True)
+    assert run(sweep) == 0
+    assert len(list((sweep / "out").glob("*/result.json"))) == 6
+    assert len((sweep / "calls").read_text().split()) == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("objectives: {", "is not valid YAML"),
+        ("objectives: {a: 'builtin:length'}", "grids: Field required"),
+        ("objectives: {a: 'builtin:length'}\ngrids: [{rules: {}}]", "grids.0.rules: .*at least 1"),
+        ("objectives: {a: x}\ngrids: [{rules: {p: --loss p}, weights: [{b: 1}]}]", "must be of a, found b"),
+        ("objectives: {a: x}\ngrids: [{rules: {p: --loss p}, weights: [{a: 0}]}]", "greater than 0"),
+        ("objectives: {a: x}\ngrids: [{rules: {p: --loss p}, seed: [1]}]", "grids.0.seed: Extra"),
+    ],
+)
+def test_a_bad_file(content, message, tmp_path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_sweep(file)
+
+
+def test_a_missing_file(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_sweep(tmp_path / "sweep.yaml")

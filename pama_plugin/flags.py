@@ -35,7 +35,12 @@ def _keys(options: Iterable[str]) -> str:
 
 
 def _options_of_rules() -> dict[str, list[str]]:
-    found = {name: [key for key in get_rule(name).parameters if key not in GIVEN] for name in available_rules()}
+    found = {}
+    for name in available_rules():
+        try:
+            found[name] = [key for key in get_rule(name).parameters if key not in GIVEN]
+        except ValueError:  # a rule of another package that cannot be loaded; whoever asks for it is told
+            continue
     return {name: keys for name, keys in found.items() if keys}
 
 

@@ -11,6 +11,7 @@ sweep=$1
 out="runs/paper/$(basename "$sweep" .yaml)"
 . examples/quickstart/stack.sh
 python -m pip --disable-pip-version-check install --quiet --requirement examples/paper/requirements.txt
+python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation examples/paper/uniform_scalar
 make_policy
 if [ ! -e runs/paper/sentiment/quality.json ]; then
     echo "== the sentiment model, with a tokenizer of its own (about three minutes)"

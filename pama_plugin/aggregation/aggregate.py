@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pama_plugin.aggregation.blocks import blocks, tokens_per_response, valid_at
 from pama_plugin.aggregation.diagnostics import describe, effective_objectives, inspect
-from pama_plugin.aggregation.registry import GIVEN, check_options, get_rule
+from pama_plugin.aggregation.registry import GIVEN, Combination, check_options, get_rule
 
 LEVELS = ("token", "sequence", "batch")
 
@@ -107,9 +107,14 @@ def aggregate(
         raise ValueError(
             f"present_KB must be (K, B) = {tuple(advantages_KBA.shape[:2])} flags, found {tuple(present_KB.shape)}"
         )
-    given = {"level": level, "noon": noon, "groups_B": groups_B}
+    given: dict[str, Any] = {"level": level, "noon": noon, "groups_B": groups_B}
     given |= {key: options.pop(key) for key in GIVEN if key in options}
     options = check_options(rule, options)
+    for key in ("violations_K", "multipliers_K"):
+        if key in chosen.parameters and len(given.get(key, ())) != len(advantages_KBA):
+            raise ValueError(
+                f"rule {rule!r} needs {key}, {len(advantages_KBA)} numbers or None, found {given.get(key)}"
+            )
     if "groups_B" in chosen.parameters and (groups_B is None or groups_B.shape != mask_BA.shape[:1]):
         found = None if groups_B is None else tuple(groups_B.shape)
         raise ValueError(f"rule {rule!r} needs groups_B, (B,) = {tuple(mask_BA.shape[:1])}, found {found}")
@@ -121,12 +126,25 @@ def aggregate(
     given = {key: value for key, value in given.items() if key in chosen.parameters and value is not None}
     combination = chosen.combine(advantages_KBA, mask_BA, weights_K, active_K, present_KB, **given, **options)
 
+    _check_combination(rule, combination, weights_K, mask_BA)
     combined_BA = combination.advantages_BA.masked_fill_(~mask_BA, 0)
+    if not bool(combined_BA.isfinite().all()):
+        raise ValueError(f"rule {rule!r} returned NaN or inf at a valid token")
     metrics = describe(advantages_KBA, mask_BA, present_KB, combined_BA)
     metrics |= {f"inactive/{index}": float(not kept) for index, kept in enumerate(active_K.tolist())}
     coefficients_K = combination.coefficients_K * bool(metrics["active_fraction"])
     metrics["effective_objectives"] = effective_objectives(coefficients_K)
     return Aggregation(combined_BA, coefficients_K, metrics | dict(combination.metrics))
+
+
+def _check_combination(rule: str, found: object, weights_K: Tensor, mask_BA: Tensor) -> None:
+    """What a rule of somebody else may have returned."""
+    expected = (tuple(mask_BA.shape), tuple(weights_K.shape))
+    if not isinstance(found, Combination):
+        raise ValueError(f"rule {rule!r} must return a Combination, found {type(found).__name__}")
+    shapes = (tuple(found.advantages_BA.shape), tuple(found.coefficients_K.shape))
+    if shapes != expected:
+        raise ValueError(f"rule {rule!r} must return shapes (B, A) and (K,), {expected}, found {shapes}")
 
 
 def _check_weights(weights: Sequence[float] | Tensor | None, advantages_KBA: Tensor) -> Tensor:

@@ -79,9 +79,12 @@ def _torchjd(
     gram_KK = gram_KK[kept_K][:, kept_K]
     c_K = torch.zeros(len(weights_K), dtype=torch.float64)
     if kept_K.any():
-        with torch.random.fork_rng(devices=[]):  # PCGrad draws an order: always the same one
-            torch.manual_seed(0)
+        state = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(0)  # PCGrad draws an order: always the same one
+        try:
             c_K[kept_K] = weighting(gram_KK / gram_KK.trace()).double()  # in units in which nothing is tiny
+        finally:
+            torch.default_generator.set_state(state)
     c_K = c_K.to(mask_BA.device)
     combined_BA = mix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0, c_K)
     total = c_K.abs().sum()

@@ -54,6 +54,8 @@ def lagrangian(
     multipliers = {}
     for index, (violation, last) in enumerate(zip(violations_K, multipliers_K, strict=True)):
         if violation is not None:
+            if not math.isfinite(violation):
+                raise ValueError(f"violations_K must be finite, found {violation} for objective {index}")
             now = start if last is None else last
             # At most e-fold in one step: a single outlier must not throw the multiplier away.
             multipliers[index] = min(now * math.exp(min(max(rate * now * violation, -1.0), 1.0)), ceiling)

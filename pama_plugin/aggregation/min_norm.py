@@ -61,14 +61,18 @@ def min_norm_point(gram_KK: Tensor) -> Tensor:
         first = ((gram_KK[1, 1] - gram_KK[0, 1]) / spread).clamp(0, 1) if spread > 1e-15 else torch.tensor(0.5)
         return torch.stack([first, 1 - first]).double()
     # Every round lowers c'Mc, so that no set of objectives comes up twice; the bound is for rounding.
+    lengths_K = gram_KK.diagonal().clamp(min=1e-300).sqrt()
     for _ in range(50 * len(c_K)):
         slopes_K = gram_KK @ c_K
-        nearest = int(slopes_K.argmin())
-        if slopes_K[nearest] >= c_K @ slopes_K - 1e-12 or c_K[nearest] > 0:
+        value = (c_K @ slopes_K).clamp(min=0)
+        # By how much an objective is on the near side, in units of its own length: scales may differ a lot.
+        nearness_K = (value - slopes_K) / lengths_K
+        nearest = int(nearness_K.argmax())
+        if nearness_K[nearest] <= 1e-12 * value.sqrt() + 1e-15 * lengths_K[nearest] or c_K[nearest] > 0:
             break
         kept = torch.cat([c_K.nonzero().flatten(), torch.tensor([nearest])])
         while True:
-            inside = _affine_minimum(gram_KK[kept][:, kept])
+            inside = _affine_minimum(gram_KK[kept][:, kept], lengths_K[kept])
             if bool((inside > 0).all()):
                 break
             now = c_K[kept]
@@ -85,12 +89,14 @@ def min_norm_point(gram_KK: Tensor) -> Tensor:
     return c_K / c_K.sum()
 
 
-def _affine_minimum(gram_SS: Tensor) -> Tensor:
-    """``argmin_c c'Mc`` with ``Σ c = 1`` and any signs; of least norm where it is not unique."""
+def _affine_minimum(gram_SS: Tensor, lengths_S: Tensor) -> Tensor:
+    """``argmin_c c'Mc`` with ``Σ c = 1`` and any signs, solved for ``c_i`` times the length of objective i."""
     size = len(gram_SS)
-    system = gram_SS.new_ones(size + 1, size + 1)
-    system[:size, :size], system[size, size] = gram_SS, 0
+    unit_S = lengths_S.min() / lengths_S
+    system = gram_SS.new_zeros(size + 1, size + 1)
+    system[:size, :size] = gram_SS / lengths_S / lengths_S.unsqueeze(-1)
+    system[size, :size] = system[:size, size] = unit_S
     target = gram_SS.new_zeros(size + 1)
     target[size] = 1
     solution: Tensor = torch.linalg.lstsq(system, target.unsqueeze(-1), driver="gelsd").solution
-    return solution[:size, 0]
+    return solution[:size, 0] * unit_S

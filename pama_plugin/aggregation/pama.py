@@ -28,9 +28,9 @@ def pama(
     """``min_c (Σ_i c_i a_i)²``, c on the simplex (Eq. 10): the projection of 0 on ``[min_i a_i, max_i a_i]``.
 
     The minimum is ``s* = min_i a_i`` if all are positive, ``max_i a_i`` if all are negative, else 0. ``a_i`` is
-    ``A_i / w_i`` with the weights scaled to mean 1: the larger a weight, the more often its objective is the binding
-    one, and what it gains is at least in proportion, ``A_i · s* ≥ w_i · s*²``. With Noon ("No Negative", Eq. 5)
-    ``a_i`` is ``max(A_i, 0) / w_i``. What is projected is chosen by ``level``:
+    ``A_i / w_i`` with the weights scaled to mean 1 over what is combined: the larger a weight, the more often its
+    objective is the binding one, and what it gains is at least in proportion, ``A_i · s* ≥ w_i · s*²``. With Noon
+    ("No Negative", Eq. 5) ``a_i`` is ``max(A_i, 0) / w_i``. What is projected is chosen by ``level``:
 
     - ``token``: every token by itself, ``s*[b,t]``. The paper's bound is exact here, because at one token all
       objectives share the direction ``∇ log π``.
@@ -65,11 +65,15 @@ def pama(
         raise ValueError("soft has no meaning with level=batch, which has one minimum per batch")
     slope = leak if noon else 1.0
     present_KB = present_KB[active_K]
-    units_K11 = (weights_K / weights_K[active_K].mean())[active_K, None, None]
+    weights_K1 = weights_K[active_K].unsqueeze(-1)
+    # To mean 1 over those that a response is combined of; a batch has one combination of them all.
+    counted_KB = torch.ones_like(present_KB) if level == "batch" else present_KB
+    mean_B = (weights_K1 * counted_KB).sum(0) / counted_KB.sum(0).clamp(min=1)
+    units_KB1 = (weights_K1 / torch.where(mean_B > 0, mean_B, 1)).unsqueeze(-1)
 
     def block(rows: slice) -> tuple[Tensor, Tensor]:
         """``a`` before Noon, and where it counts."""
-        return advantages_KBA[active_K, rows].div_(units_K11), valid_at(rows, mask_BA, present_KB)
+        return advantages_KBA[active_K, rows].div_(units_KB1[:, rows]), valid_at(rows, mask_BA, present_KB)
 
     combined_BA = torch.empty_like(advantages_KBA[0])
     shares_K = torch.zeros(len(present_KB), dtype=torch.float64, device=mask_BA.device)

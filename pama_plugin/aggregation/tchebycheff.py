@@ -17,7 +17,7 @@ def tchebycheff(
     active_K: Tensor,
     present_KB: Tensor,
     *,
-    ideal: list[float] | None = None,
+    ideal: list[Annotated[float, Field(allow_inf_nan=False)]] | None = None,
     augment: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
     smooth: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None,
 ) -> Combination:

@@ -29,6 +29,8 @@ logger = init_logger(__name__)
 
 # Estimators of the host that subtract something of the prompt's own group of responses.
 GROUP_ESTIMATORS = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
+# Those that subtract nothing before the host clips to --reward.clip_range.
+CLIPS_THE_REWARD = ("gae", "reinforce")
 
 
 class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
@@ -190,18 +192,25 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             self.state.objectives[objective.name].rewards,
             fill_by_group=self.advantage_estimator in GROUP_ESTIMATORS,
         )
-        self._warn_of_clipping(objective.name, shaped_GN)
+        if get_rule(self.config.loss).of != "rewards":
+            self._warn_of_clipping(f"objective {objective.name!r}", shaped_GN)
         return shaped_GN.flatten()[order].split([len(experience.sequences) for experience in experiences])
 
-    def _warn_of_clipping(self, name: str, rewards: Tensor) -> None:
-        """The host clamps every reward before its estimator, without a word: say so, once per objective."""
+    def _warn_of_clipping(self, what: str, rewards_GN: Tensor) -> None:
+        """The host clamps what is left of a reward after its baseline, without a word: say so, once."""
+        if self.advantage_estimator == "group_norm":
+            return  # it divides by the standard deviation first
+        if self.advantage_estimator in GROUP_ESTIMATORS:
+            rewards_GN = rewards_GN - rewards_GN.mean(1, keepdim=True)
+        elif self.advantage_estimator not in CLIPS_THE_REWARD:
+            rewards_GN = rewards_GN - rewards_GN.mean()
         low, high = self.args.reward.clip_range
-        clipped = int(((rewards < low) | (rewards > high)).sum())
-        if clipped and name not in self.warned:
-            self.warned.add(name)
+        clipped = int(((rewards_GN < low) | (rewards_GN > high)).sum())
+        if clipped and what not in self.warned:
+            self.warned.add(what)
             logger.warning(
-                f"objective {name!r}: {clipped} of {rewards.numel()} rewards lie outside --reward.clip_range {low} "
-                f"{high} and are clipped by OpenRLHF; reward/{name} in the logs is the raw one"
+                f"{what}: {clipped} of {rewards_GN.numel()} rewards, less the estimator's baseline, lie outside "
+                f"--reward.clip_range {low} {high} and are clipped by OpenRLHF; the logs have the raw ones"
             )
 
     @torch.no_grad()
@@ -222,7 +231,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         advantages_KBA = torch.stack([_join([experience.advantages for experience in run]) for run in runs])
         mask_BA = _join([experience.action_mask for experience in experiences]).bool()
         if get_rule(self.config.loss).of == "rewards":
-            result, scalar = self._scalarise(shaped, experiences, advantages_KBA, mask_BA, weights)
+            result, scalar = self._scalarise(shaped, experiences, advantages_KBA, mask_BA, present_KB, weights)
             seen, shares = [scalar], (1.0,)  # what the estimator saw is one reward
         else:
             result = aggregate(
@@ -249,6 +258,8 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
                 advantages_KBA.masked_fill(~present_KB.unsqueeze(-1), 0),
                 result.advantages,
                 self.args.train.micro_batch_size,
+                mean_per_response=self.args.actor.loss_agg_mode == "seq-mean-token-mean"
+                or self.args.actor.policy_loss_type == "gspo",
                 all_ranks=self.args.ds.zero_stage == 3,
             )
             named = zip(trained, cosines, strict=True)
@@ -287,25 +298,31 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         experiences: list[Experience],
         advantages_KBA: Tensor,
         mask_BA: Tensor,
+        present_KB: Tensor,
         weights: tuple[float, ...],
     ) -> tuple[Aggregation, list[Experience]]:
         """One reward per response by a rule of rewards, and what the host's estimator makes of it.
 
-        A missing reward counts as the mean that ``shape_rewards`` put in its place. The metrics are of the advantages.
+        A missing reward counts as the mean that ``shape_rewards`` put in its place; a response without any is left out.
+        The metrics are of the advantages.
         """
         rewards_KB1 = torch.stack([torch.cat(columns) for columns in shaped]).unsqueeze(-1)
         present_B1 = mask_BA.new_ones(rewards_KB1.shape[1:])
         found = aggregate(self.config.loss, rewards_KB1, present_B1, weights=weights, **self.config.options)
-        rewards = found.advantages.squeeze(-1).split([len(columns) for columns in shaped[0]])
+        rewards_B, order = found.advantages.squeeze(-1), _order(experiences)
+        ordered_B = torch.empty_like(rewards_B)
+        ordered_B[order] = rewards_B
+        ordered_GN = ordered_B.reshape(-1, self.args.rollout.n_samples_per_prompt)
+        self._warn_of_clipping(f"the combined reward of --loss {self.config.loss}", ordered_GN)
         run = self._estimate(
-            rewards,
-            present_B1.squeeze(-1),
+            rewards_B.split([len(columns) for columns in shaped[0]]),
+            present_KB.any(0),
             experiences,
             lambda values: sum(values[..., head] * weight for head, weight in enumerate(weights)),
         )
         advantages_BA = _join([experience.advantages for experience in run])
-        all_KB = mask_BA.new_ones(advantages_KBA.shape[:2])
-        metrics = found.metrics | describe(advantages_KBA, mask_BA, all_KB, advantages_BA.masked_fill(~mask_BA, 0))
+        advantages_BA = advantages_BA.masked_fill(~(mask_BA & present_KB.any(0).unsqueeze(-1)), 0)
+        metrics = found.metrics | describe(advantages_KBA, mask_BA, present_KB, advantages_BA)
         return Aggregation(advantages_BA, found.coefficients, metrics), run
 
     def _duals(self, experiences: list[Experience]) -> dict[str, list[float | None]]:
@@ -332,7 +349,8 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         """
         order = _order(run)
         rewards_B = torch.cat([experience.rewards for experience in run]).float()
-        rewards_B = rewards_B.clamp(*self.args.reward.clip_range)
+        if self.advantage_estimator in CLIPS_THE_REWARD:  # others keep a difference, which they clip after the baseline
+            rewards_B = rewards_B.clamp(*self.args.reward.clip_range)
         low_B, high_B = (torch.empty(len(order)) for _ in range(2))
         low_B[order] = rewards_B.masked_fill(~present_B, math.inf)
         high_B[order] = rewards_B.masked_fill(~present_B, -math.inf)
@@ -381,7 +399,8 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         named = {f"pama/coefficient/{name}": float(c) for name, c in zip(names, result.coefficients)}
         for key, value in result.metrics.items():
             stem, _, index = key.partition("/")
-            named[f"pama/{stem}/{names[int(index)]}" if index else f"pama/{key}"] = value
+            of_objective = index.isdecimal() and int(index) < len(names)
+            named[f"pama/{stem}/{names[int(index)]}" if of_objective else f"pama/{key}"] = value
         scheduled = [objective for objective in self.config.trained if objective.weight.shape != "constant"]
         return named | {f"pama/weight/{own.name}": own.weight.at(self.steps_done) for own in scheduled}
 

@@ -35,12 +35,14 @@ def gradient_cosines(
     combined_BA: Tensor,
     size: int,
     *,
+    mean_per_response: bool,
     all_ranks: bool,
 ) -> list[float]:
     """Cosine between the gradient of the policy loss under ``combined_BA`` and under each objective's advantages.
 
     At the policy that sampled the responses the importance ratio is 1 and nothing is clipped: the gradient is
-    ``−Σ_t A[t] · ∇ log π[t]``. It is taken K + 1 times; two of them are held at once, in the policy's precision.
+    ``−Σ_t A[t] · ∇ log π[t]``, a response's share divided by its length where the host's loss does so. It is taken
+    K + 1 times; two of them are held at once, in the policy's precision.
 
     Args:
         group: the policy's.
@@ -48,6 +50,7 @@ def gradient_cosines(
         advantages_KBA: (K, B, A), 0 where an objective has no say.
         combined_BA: (B, A) for the responses of all micro-batches, in their order.
         size: how many responses the policy trains on at once.
+        mean_per_response: the loss is a mean over responses of means over their tokens, not over all tokens.
         all_ranks: let all ranks do the same, because a rank alone would wait for the others' share of the parameters.
 
     Returns:
@@ -55,13 +58,18 @@ def gradient_cosines(
     """
     sizes = [len(experience.sequences) for experience in experiences]
     advantages = torch.cat([combined_BA.unsqueeze(0), advantages_KBA]).split(sizes, dim=1)
-    wanted = min(math.ceil(RESPONSES / max(sizes)), len(experiences))
+    for count in range(1, len(sizes) + 1):
+        chosen = [position * len(sizes) // count for position in range(count)]
+        if sum(sizes[index] for index in chosen) >= RESPONSES:
+            break
     parts = []
-    for index in range(0, len(experiences), len(experiences) // wanted):
+    for index in chosen:
         own = experiences[index]
-        columns = (own.sequences, own.attention_mask, own.action_mask)
-        split = [column.split(size) for column in columns]
-        split.append(advantages[index][..., : own.action_mask.shape[1]].split(size, dim=1))
+        advantages_JbA = advantages[index][..., : own.action_mask.shape[1]]
+        if mean_per_response:
+            advantages_JbA = advantages_JbA / own.action_mask.sum(-1, keepdim=True).clamp(min=1)
+        split = [column.split(size) for column in (own.sequences, own.attention_mask, own.action_mask)]
+        split.append(advantages_JbA.split(size, dim=1))
         parts += [Part(*columns) for columns in zip(*split)]
     ranks = group._actor_handlers if all_ranks else group._actor_handlers[:1]
     cosines: list[float] = ray.get([rank.__ray_call__.remote(cosines_on_rank, parts) for rank in ranks])[0]

@@ -246,18 +246,53 @@ def test_with_value_heads_each_objective_is_the_stock_run_with_its_own_values(gr
 
 def test_rewards_that_the_host_clips_are_pointed_out_once(groups) -> None:
     rollout = make_rollout(8, names=COLUMNS)
-    rollout[3].info["reward/length"] = torch.tensor([12.0])
+    rollout[3].info["reward/length"] = torch.tensor([22.0])
     maker = build(groups, "--rollout.micro_batch_size", "8")
     maker.make_experience_batch(rollout)
-    assert maker.warned == {"length"}
+    assert maker.warned == {"objective 'length'"}
 
 
-def test_rewards_that_differ_only_outside_the_clip_range_are_a_constant(groups) -> None:
-    rollout = make_rollout(8, names=COLUMNS)
-    for index, sample in enumerate(rollout):
-        sample.info["reward/length"] = torch.tensor([11.0 + index])
-    (found,) = build(groups, "--rollout.micro_batch_size", "8").make_experience_batch(rollout)
-    assert found.info["pama/inactive/length"].unique() == 1 and (found.advantages != 0).any()
+ESTIMATORS = ("reinforce", "reinforce_baseline", "rloo", "group_norm", "dr_grpo", "flash_reinforce")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_clip_range_is_of_what_the_host_clips(estimator, groups) -> None:
+    """Rewards that differ only outside of it are a constant to an estimator without a baseline, and to no other one."""
+    if estimator not in host_estimators():
+        pytest.skip("a later release has it")
+    flags = ("--rollout.micro_batch_size", "8", "--algo.advantage.estimator", estimator, "--algo.kl.init_coef", "0")
+    found = []
+    for offset in (0.0, 11.0):
+        rollout = make_rollout(8, names=COLUMNS)
+        for index, sample in enumerate(rollout):
+            sample.info["reward/length"] = torch.tensor([offset + index])
+        maker = build(groups, *flags, objectives=("length=builtin:length", "helpful=rm:org/a"), models=MODELS[:1])
+        (experience,) = maker.make_experience_batch(rollout)
+        found.append((experience, maker))
+    (inside, _), (outside, maker) = found
+    clips = estimator == "reinforce"
+    assert outside.info["pama/inactive/length"].unique() == clips
+    assert maker.warned == ({"objective 'length'"} if clips else set())
+    if not clips:
+        torch.testing.assert_close(inside.advantages, outside.advantages, rtol=1e-4, atol=1e-4)
+
+
+def host_estimators() -> str:
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    return (Path(find_spec("openrlhf").origin).parent / "trainer/ppo_utils/experience_maker.py").read_text()
+
+
+def test_a_combined_reward_that_the_host_clips_is_pointed_out(groups) -> None:
+    flags = ("--algo.advantage.estimator", "reinforce", "--rollout.micro_batch_size", "8")
+    rollout = make_rollout(8, names=("a", "b"))
+    for sample in rollout:
+        sample.info |= {"reward/a": torch.tensor([9.0]), "reward/b": sample.info["reward/b"] + 8}
+    objectives = ("a=builtin:length", "b=builtin:length")
+    maker = build(groups, *flags, objectives=objectives, loss="morlhf", models=())
+    maker.make_experience_batch(rollout)
+    assert maker.warned == {"the combined reward of --loss morlhf"}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])

@@ -102,7 +102,10 @@ def test_a_policy_that_reads_images_is_refused(rank) -> None:
         cosines_on_rank(rank, [make_part(1, 2, seed=5)])
 
 
-@pytest.mark.parametrize(("sizes", "expected"), [([4] * 8, [0, 2, 4, 6]), ([3, 2], [0, 1]), ([32, 32, 5], [0])])
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([4] * 8, [0, 2, 4, 6]), ([3, 2], [0, 1]), ([32, 32, 5], [0]), ([1, 16], [0, 1]), ([4] * 7, [0, 1, 3, 5])],
+)
 def test_micro_batches_are_spread_over_the_rollout(sizes, expected, groups) -> None:
     """Which ones, and that each comes with its own advantages, cut to what the policy trains on at once."""
     import ray
@@ -127,10 +130,32 @@ def test_micro_batches_are_spread_over_the_rollout(sizes, expected, groups) -> N
 
     group = SimpleNamespace(_actor_handlers=[SimpleNamespace(__ray_call__=SimpleNamespace(remote=call))] * 2)
     advantages = owner_B.float()[None, :, None].expand(2, -1, 4)
-    cosines = gradient_cosines(group, experiences, advantages, advantages[0], 2, all_ranks=False)
+    cosines = gradient_cosines(
+        group, experiences, advantages, advantages[0], 2, mean_per_response=False, all_ranks=False
+    )
     assert cosines[0] == 0.5 and math.isnan(cosines[1])
     assert sorted({int(part.sequences[0, 0]) for part in seen}) == expected
     assert sum(len(part.sequences) for part in seen) == sum(sizes[index] for index in expected)
     for part in seen:
         assert len(part.sequences) <= 2 and part.advantages_JbA.shape == (3, *part.action_mask.shape)
         assert (part.advantages_JbA == part.sequences[0, 0]).all()
+
+
+def test_a_loss_that_is_a_mean_of_means_counts_every_response_once(groups) -> None:
+    import ray
+    from openrlhf.trainer.ppo_utils.experience import Experience
+
+    from pama_plugin.host.gradients import gradient_cosines
+
+    action_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    columns = {"sequences": torch.ones(2, 5), "attention_mask": torch.ones(2, 5), "action_mask": action_mask}
+    seen = []
+
+    def call(_, parts):
+        seen.extend(parts)
+        return ray.put([1.0])
+
+    group = SimpleNamespace(_actor_handlers=[SimpleNamespace(__ray_call__=SimpleNamespace(remote=call))])
+    ones = torch.ones(1, 2, 4)
+    gradient_cosines(group, [Experience(**columns)], ones, ones[0], 2, mean_per_response=True, all_ranks=False)
+    assert seen[0].advantages_JbA[0].tolist() == [[0.25] * 4, [0.5] * 4]

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.property
 def with_absences(draw: st.DrawFn):
     advantages_KBA, mask_BA = draw(advantages(min_objectives=2))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    return advantages_KBA, mask_BA, torch.rand(advantages_KBA.shape[:2], generator=generator) < 0.6
+    weights = torch.rand(len(advantages_KBA), generator=generator) * 5 + 0.2
+    return advantages_KBA, mask_BA, torch.rand(advantages_KBA.shape[:2], generator=generator) < 0.6, weights
 
 
 def project(values: list[float], noon: bool) -> float:
@@ -30,18 +31,20 @@ def project(values: list[float], noon: bool) -> float:
 
 @given(with_absences(), st.booleans(), st.sampled_from(["token", "sequence"]))
 def test_the_others_are_projected_as_if_it_were_not_there(case, noon, level) -> None:
-    advantages_KBA, mask_BA, present_KB = case
+    advantages_KBA, mask_BA, present_KB, weights = case
     K, B, A = advantages_KBA.shape
     all_on = torch.ones(K, dtype=torch.bool)
-    result = aggregate("pama", advantages_KBA, mask_BA, level=level, noon=noon, active=all_on, present_KB=present_KB)
+    given = dict(level=level, noon=noon, weights=weights, active=all_on, present_KB=present_KB)
+    result = aggregate("pama", advantages_KBA, mask_BA, **given)
     inactive = [result.metrics[f"inactive/{index}"] for index in range(K)]
     for b in range(B):
         kept = [index for index in range(K) if present_KB[index, b] and not inactive[index]]
         tokens = [t for t in range(A) if mask_BA[b, t]]
         for t in tokens:
             units = [t] if level == "token" else tokens
-            means = [advantages_KBA[index, b, units].mean().item() for index in kept]
-            assert result.advantages[b, t].item() == pytest.approx(project(means, noon), abs=1e-6)
+            mean = weights[kept].mean() if kept else 1
+            means = [(advantages_KBA[index, b, units].mean() / weights[index] * mean).item() for index in kept]
+            assert result.advantages[b, t].item() == pytest.approx(project(means, noon), rel=1e-5, abs=1e-5)
 
 
 def test_batch_means_are_over_the_responses_that_have_a_reward() -> None:

@@ -1,0 +1,24 @@
+"""A reading of PAMA that cannot learn: the one scalar of the batch on every token. Here as a negative control."""
+
+import torch
+from torch import Tensor
+
+from pama_plugin.aggregation import Combination
+
+
+def uniform_scalar(
+    advantages_KBA: Tensor, mask_BA: Tensor, weights_K: Tensor, active_K: Tensor, present_KB: Tensor
+) -> Combination:
+    """``s* = min_i E_t[max(A_i, 0) / w_i]`` on every token, as the baseline in the code of CTWA has it.
+
+    It tells no token or response from another: all that was sampled becomes likelier. Coefficients are 1 for the
+    objective whose mean is the least, 1/m each for m in a tie.
+    """
+    valid_KBA = mask_BA & present_KB.unsqueeze(-1)
+    positive_KBA = torch.where(valid_KBA, advantages_KBA.clamp(min=0), 0)
+    means_K = positive_KBA.sum((1, 2), dtype=torch.float64) / valid_KBA.sum((1, 2)).clamp(min=1) / weights_K
+    means_K = means_K.masked_fill(~active_K, torch.inf)
+    least_K = means_K == means_K.min()
+    scalar = means_K.min().to(advantages_KBA.dtype)
+    rewarded_BA = valid_KBA.any(0).to(advantages_KBA.dtype)
+    return Combination(scalar * rewarded_BA, (least_K / least_K.sum()).to(weights_K.dtype))

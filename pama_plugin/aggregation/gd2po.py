@@ -19,7 +19,8 @@ def gd2po(
     """``gdpo`` over the responses in which no two objectives' scores ``Z_i`` have different signs; 0 in all others.
 
     The more objectives, the fewer responses are left: of independent ones a share of ``2^(1−K)``. Whitening is over
-    what is left. Weights and coefficients as in ``gdpo``.
+    what is left, and centres it: of responses that all objectives like, the least liked is trained down. Weights and
+    coefficients as in ``gdpo``.
 
     >>> import torch
     >>> from pama_plugin import aggregate

@@ -15,7 +15,9 @@ def morlhf(
     The baseline of arXiv 2508.07768 and of most work before it. It feels the scale of every reward: one that varies ten
     times as much as another has ten times its say, whatever the weights. ``linear`` sums after the estimator, which
     whitens each objective by itself. Weights are used as given, coefficients are their shares. With a critic the
-    baseline is ``Σ_i w_i V_i`` of the value heads, which is the value of this sum.
+    baseline is ``Σ_i w_i V_i`` of the value heads, which is the value of this sum unless the KL is part of the rewards:
+    every head has learned it, so that it counts ``Σ w`` times; take it as a loss, or weights that sum to 1. A missing
+    reward counts as the mean of those there are.
 
     >>> import torch
     >>> from pama_plugin import aggregate

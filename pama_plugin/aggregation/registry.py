@@ -41,7 +41,7 @@ class Rule(NamedTuple):
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         """The keyword-only ones."""
-        parameters = inspect.signature(self.combine).parameters
+        parameters = inspect.signature(self.combine, eval_str=True).parameters  # annotations may be strings
         return {name: own for name, own in parameters.items() if own.kind is own.KEYWORD_ONLY}
 
 
@@ -60,13 +60,16 @@ def register_rule(
     advantages must not count. It must not write to any of them, and returns tensors of its own. A rule ``of`` rewards
     gets them as (K, B, 1).
 
-    A program that trains needs the rule in every process that reads the configuration: a package should name the
+    ``metrics`` are logged as ``pama/<key>``; ``<stem>/<i>`` is of objective i and logged by its name. A program that
+    trains needs the rule in every process that reads the configuration: a package should name the
     function in the entry-point group ``pama_plugin.rules``. ``pama_plugin.testing`` has the properties that a rule
     should hold.
 
     Raises:
-        ValueError: ``name`` is taken.
+        ValueError: ``name`` is taken, or ``of`` is neither.
     """
+    if of not in ("advantages", "rewards"):
+        raise ValueError(f"of must be advantages or rewards, found {of!r}")
 
     def register(combine: Callable[..., Combination]) -> Callable[..., Combination]:
         if name in _RULES:
@@ -103,7 +106,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the rule ``name``, each converted to its type.
 
     Raises:
-        ValueError: an unknown rule or option (both list the known ones), or a value of the wrong type.
+        ValueError: an unknown rule or option (both list the known ones), a value of the wrong type, or none where the
+            rule has no default.
 
     >>> check_options("pama", {"soft": "4", "rescale": "true"})
     {'soft': 4.0, 'rescale': True}
@@ -113,10 +117,14 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         takes = ", ".join(known) or "none"
         raise ValueError(f"rule {name!r} has no option {', '.join(unknown)}; it takes {takes}")
+    missing = sorted(key for key, own in known.items() if own.default is own.empty and key not in options)
+    if missing:
+        raise ValueError(f"rule {name!r} needs option {', '.join(missing)}")
     checked = {}
     for key, value in options.items():
         try:
-            checked[key] = _adapter(known[key].annotation).validate_python(value)
+            annotation = known[key].annotation
+            checked[key] = _adapter(Any if annotation is inspect.Parameter.empty else annotation).validate_python(value)
         except ValidationError as error:
             first = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ValueError(f"rule {name!r}, option {key}: {first}, found {value!r}") from error

@@ -1,12 +1,14 @@
 """Both registries refuse a taken name and list what they know."""
 
+import argparse
+import math
 import sys
 
 import pytest
 import torch
 
 from pama_plugin import aggregate, available_rules, register_rule
-from pama_plugin.aggregation import get_rule
+from pama_plugin.aggregation import Combination, get_rule
 from pama_plugin.rewards import available_rewards, load_measure, register_reward
 
 
@@ -69,3 +71,78 @@ def test_a_rule_that_cannot_be_loaded_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="rule 'broken' cannot be loaded from nothing_like_it:rule: No module named"):
         aggregate("broken", torch.ones(1, 1, 1), torch.ones(1, 1))
+    from pama_plugin.flags import add_flags
+
+    add_flags(argparse.ArgumentParser())  # the help of all others
+
+
+@pytest.fixture
+def rule():
+    """Registers a function as the rule ``odd`` for the length of a test."""
+    from pama_plugin.aggregation import registry
+
+    def register(combine, **settings):
+        return register_rule("odd", **settings)(combine)
+
+    yield register
+    registry._RULES.pop("odd", None)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda a: (a[0], torch.ones(1)), "must return a Combination, found tuple"),
+        (lambda a: Combination(a[0, 0], torch.ones(1)), r"must return shapes .* found \(\(2,\), \(1,\)\)"),
+        (lambda a: Combination(a[0] * math.nan, torch.ones(1)), "returned NaN or inf at a valid token"),
+    ],
+)
+def test_what_a_rule_returns_is_checked(returned, message, rule) -> None:
+    rule(lambda a, mask, weights, active, present: returned(a))
+    with pytest.raises(ValueError, match=message):
+        aggregate("odd", torch.ones(1, 1, 2), torch.ones(1, 2))
+
+
+def test_options_without_default_or_annotation(rule) -> None:
+    def odd(a, mask, weights, active, present, *, power, base: "float" = 1.0):
+        return Combination(a.sum(0) ** power * base, weights / weights.sum())
+
+    rule(odd)
+    with pytest.raises(ValueError, match="rule 'odd' needs option power"):
+        aggregate("odd", torch.ones(1, 1, 2), torch.ones(1, 2))
+    found = aggregate("odd", torch.full((1, 1, 2), 3.0), torch.ones(1, 2), power=2, base="2")
+    assert found.advantages.tolist() == [[18.0, 18.0]]
+    with pytest.raises(ValueError, match="of must be advantages or rewards, found 'reward'"):
+        rule(odd, of="reward")
+
+
+def test_a_rule_that_writes_to_padding_is_found_out(rule) -> None:
+    from pama_plugin.testing import check_rule
+
+    rule(lambda a, mask, w, active, present: Combination(a.masked_fill_(~mask, 0).sum(0), w / w.sum()))
+    with pytest.raises(AssertionError):
+        check_rule("odd", "inputs_are_not_modified")
+
+
+@pytest.mark.parametrize("loss", available_rules())
+def test_many_blocks_give_what_one_gives(loss, monkeypatch) -> None:
+    from pama_plugin.aggregation import blocks
+
+    generator = torch.Generator().manual_seed(0)
+    size = 1 if get_rule(loss).of == "rewards" else 7
+    advantages_KBA = torch.randn(3, 24, size, generator=generator)
+    mask_BA = torch.rand(24, size, generator=generator) < 0.8
+    given = {"groups_B": torch.arange(24) // 4, "present_KB": torch.rand(3, 24, generator=generator) < 0.9}
+    if get_rule(loss).constrained:
+        given |= {"violations_K": [None, None, 0.3], "multipliers_K": [None, None, None]}
+    found = []
+    for numbers in (2**17, 50):
+        monkeypatch.setitem(blocks.BLOCK, "cpu", numbers)
+        found.append(aggregate(loss, advantages_KBA, mask_BA, weights=[1.0, 2.0, 0.5], **given))
+    torch.testing.assert_close(found[0].advantages, found[1].advantages)
+    assert found[0].metrics == pytest.approx(found[1].metrics)
+
+
+def test_pcgrads_order_does_not_disturb_other_random_numbers() -> None:
+    before = torch.random.get_rng_state()
+    aggregate("gram:pcgrad", torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.ones(2, 2))
+    assert torch.equal(before, torch.random.get_rng_state())

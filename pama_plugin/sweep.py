@@ -135,6 +135,8 @@ def run_sweep(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the runs must not survive it
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs must be at least 1, found {options.jobs}")
     jobs, out = load_sweep(options.file), options.out
     waiting = [job for job in jobs if not (out / job.folder / RESULT).exists()]
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done; logs and results: {out}", flush=True)
@@ -226,7 +228,11 @@ def run_job(job: Job, folder: Path, show: Any) -> str:
                 _running.discard(process.pid)
         if status:
             return "failed"
-        _write_result(folder, spec, time.time() - start)
+        try:
+            _write_result(folder, spec, time.time() - start)
+        except ConfigError as error:
+            (folder / "run.log").open("a").write(f"pama sweep: {error}\n")
+            return "failed"
         return "done"
 
 

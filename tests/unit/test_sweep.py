@@ -95,6 +95,15 @@ def test_a_failed_run_has_no_result_and_starts_anew(sweep, capsys) -> None:
     assert len(list((sweep / "out").glob("*/result.json"))) == 6
 
 
+def test_a_run_without_a_log_has_failed(sweep, capsys) -> None:
+    for file in (sweep / "log").iterdir():
+        file.unlink()
+    (sweep / "log" / "other").touch()
+    assert run(sweep) == 1
+    assert "no TensorBoard events" in next((sweep / "out").glob("*/run.log")).read_text()
+    assert run(sweep, "--jobs", "0") == 2
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_killed_sweep_goes_on(sweep, sent) -> None:
     """Told to stop, it takes its run along. Killed, it leaves one behind, which the next sweep does not start twice."""

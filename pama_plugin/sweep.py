@@ -87,7 +87,9 @@ class Job(NamedTuple):
 
 
 def load_sweep(file: Path) -> list[Job]:
-    """The runs of a file, in its order, without repetitions.
+    """The runs of a file without repetitions: all with their first seed, all with their second, ….
+
+    A sweep that is stopped has then as many seeds of one arm as of another.
 
     Raises:
         ConfigError: the file cannot be read, or does not say what to run.
@@ -102,7 +104,7 @@ def load_sweep(file: Path) -> list[Job]:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ConfigError(f"{file}: {where}: {first['msg']}, found {first['input']!r}") from error
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, tuple[int, Job]] = {}
     for grid in sweep.grids:
         for rule, own in grid.rules.items():
             for weights in grid.weights:
@@ -110,10 +112,10 @@ def load_sweep(file: Path) -> list[Job]:
                     raise ConfigError(
                         f"{file}: weights must be of {', '.join(sweep.objectives)}, found {', '.join(unknown)}"
                     )
-                for seed in grid.seeds or sweep.seeds:
+                for turn, seed in enumerate(grid.seeds or sweep.seeds):
                     job = _make_job(sweep, rule, own, weights, seed)
-                    jobs.setdefault(job.identity, job)
-    return list(jobs.values())
+                    jobs.setdefault(job.identity, (turn, job))
+    return [job for _, job in sorted(jobs.values(), key=lambda found: found[0])]
 
 
 def _make_job(sweep: Sweep, rule: str, own: str, weights: dict[str, float], seed: int) -> Job:

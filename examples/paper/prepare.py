@@ -1,10 +1,11 @@
-"""Train the sentiment model of the replication on human ratings, with a tokenizer of its own, and judge the judge.
+"""Train the two text rewards of the replication on human ratings, with a tokenizer of their own, and judge the judge.
 
     python examples/paper/prepare.py DATA_FOLDER OUTPUT_FOLDER
 
-DATA_FOLDER is the quickstart's, with the rated film reviews. The model is a small BERT that predicts the mean rating of
-a sentence (-4 … 4) from words in lower case; nine tenths of the reviews train it, one tenth says how well it and the
-judge (VADER, a lexicon and rules, which no run trains on) agree with people.
+DATA_FOLDER is the quickstart's, with the rated film reviews: each is the mean of twenty people, -4 … 4. Two small BERTs
+read words in lower case: ``sentiment`` predicts the rating, ``matter_of_fact`` its distance from 0, times -1. What is
+very positive is not matter-of-fact. Nine tenths of the reviews train them, one tenth says how well they agree with
+people, and how well the judge of sentiment does: VADER, a lexicon and rules, which no run trains on.
 """
 
 import json
@@ -20,9 +21,10 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
-from prepare import fetch  # noqa: E402  the quickstart's
+from prepare import Review, fetch  # noqa: E402  the quickstart's
 
 EPOCHS, BATCH, LEARNING_RATE, LENGTH = 4, 64, 1e-3, 64
+TARGETS = {"sentiment": lambda rating: rating, "matter_of_fact": lambda rating: -abs(rating)}
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -32,15 +34,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=LENGTH, **special)
 
 
-def main(data: Path, out: Path) -> None:
+def train_model(name: str, tokenizer: PreTrainedTokenizerFast, pieces: list[Review]) -> BertForSequenceClassification:
     set_seed(0)
-    reviews = fetch(data)
-    random.Random(0).shuffle(reviews)
-    held_out, training = reviews[: len(reviews) // 10], reviews[len(reviews) // 10 :]
-    # Half-sentences too: the policy's responses have no beginning.
-    pieces = [(" ".join(words[start:]), review.rating) for review in training if (words := review.text.split())
-              for start in (0, len(words) // 3)]  # fmt: skip
-    tokenizer = train_tokenizer([text for text, _ in pieces])
+    pieces = [(piece.text, TARGETS[name](piece.rating)) for piece in pieces]
     model = BertForSequenceClassification(
         BertConfig(
             vocab_size=len(tokenizer),
@@ -57,38 +53,53 @@ def main(data: Path, out: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.1)
     steps = EPOCHS * (len(pieces) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-
-    def predict(texts: list[str]) -> torch.Tensor:
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
-        return model(**batch).logits.squeeze(-1)
-
-    with tqdm(total=steps, desc="sentiment model", unit="step") as bar:
+    with tqdm(total=steps, desc=name, unit="step") as bar:
         for _ in range(EPOCHS):
             random.shuffle(pieces)
             for start in range(0, len(pieces) // BATCH * BATCH, BATCH):
-                texts, ratings = zip(*pieces[start : start + BATCH])
-                loss = (predict(list(texts)) - torch.tensor(ratings)).square().mean()
+                texts, targets = zip(*pieces[start : start + BATCH])
+                loss = (predict(model, tokenizer, texts) - torch.tensor(targets)).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    return model.eval()
 
-    model.eval()
-    texts, ratings = [review.text for review in held_out], [review.rating for review in held_out]
-    with torch.no_grad():
-        ours = torch.cat([predict(texts[start : start + 256]) for start in range(0, len(texts), 256)]).tolist()
-    analyzer = SentimentIntensityAnalyzer()
-    vader = [analyzer.polarity_scores(text)["compound"] for text in texts]
+
+def predict(
+    model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, texts: tuple[str, ...]
+) -> torch.Tensor:
+    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+    return model(**batch).logits.squeeze(-1)
+
+
+@torch.no_grad()
+def main(data: Path, out: Path) -> None:
+    reviews = fetch(data)
+    random.Random(0).shuffle(reviews)
+    held_out, training = reviews[: len(reviews) // 10], reviews[len(reviews) // 10 :]
+    # Half-sentences too: the policy's responses have no beginning.
+    pieces = [Review(review.rating, " ".join(words[start:])) for review in training if (words := review.text.split())
+              for start in (0, len(words) // 3)]  # fmt: skip
+    tokenizer = train_tokenizer([piece.text for piece in pieces])
+    texts, ratings = tuple(review.text for review in held_out), [review.rating for review in held_out]
+    judge = SentimentIntensityAnalyzer()
+    vader = [judge.polarity_scores(text)["compound"] for text in texts]
     quality = {
         "held-out reviews": len(texts),
-        "correlation of the sentiment model with people": round(pearsonr(ours, ratings)[0], 3),
         "correlation of VADER with people": round(pearsonr(vader, ratings)[0], 3),
-        "correlation of the two": round(pearsonr(ours, vader)[0], 3),
     }
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    for name, target in TARGETS.items():
+        with torch.enable_grad():
+            model = train_model(name, tokenizer, pieces)
+        ours = torch.cat([predict(model, tokenizer, texts[at : at + 256]) for at in range(0, len(texts), 256)]).tolist()
+        wanted = [target(rating) for rating in ratings]
+        quality[f"correlation of {name} with people"] = round(pearsonr(ours, wanted)[0], 3)
+        quality[f"correlation of {name} with VADER"] = round(pearsonr(ours, vader)[0], 3)
+        model.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
     (out / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
     print(*(f"{key}: {value}" for key, value in quality.items()), sep="\n")
 

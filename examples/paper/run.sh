@@ -8,14 +8,14 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 sweep=$1
-out="runs/paper/$(basename "$sweep" .yaml)"
+out="examples/paper/results/$(basename "$sweep" .yaml)"
 . examples/quickstart/stack.sh
 python -m pip --disable-pip-version-check install --quiet --requirement examples/paper/requirements.txt
 python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation examples/paper/uniform_scalar
 make_policy
-if [ ! -e runs/paper/sentiment/quality.json ]; then
-    echo "== the sentiment model, with a tokenizer of its own (about three minutes)"
-    OMP_NUM_THREADS=$cores python examples/paper/prepare.py "$work/data" runs/paper/sentiment
+if [ ! -e runs/paper/quality.json ]; then
+    echo "== two reward models, with a tokenizer of their own (about five minutes)"
+    OMP_NUM_THREADS=$cores python examples/paper/prepare.py "$work/data" runs/paper
 fi
 start_ray
 pama sweep "$sweep" --out "$out" --jobs "${2:-1}"

@@ -1,5 +1,7 @@
 """The host's trainer, in its Ray actor, with our experience maker and state in place."""
 
+import itertools
+import math
 from typing import Any
 
 import ray
@@ -102,8 +104,15 @@ class MultiObjectiveTrainer:
         while it is frozen.
         """
         stats: dict[str, float] = super()._compute_rollout_stats(experiences)
-        for key in [key for key in experiences[0].info if key.startswith(OUR_COLUMNS)]:
-            column = torch.cat([experience.info.pop(key) for experience in experiences]).float()
+        columns = {
+            key: torch.cat([experience.info.pop(key) for experience in experiences]).float()
+            for key in [key for key in experiences[0].info if key.startswith(OUR_COLUMNS)]
+        }
+        for one, other in itertools.combinations(self.config.names, 2):
+            correlation = _correlate(columns[f"reward/{one}"], columns[f"reward/{other}"])
+            if not math.isnan(correlation):
+                stats[f"pama/correlation/{one}/{other}"] = correlation
+        for key, column in columns.items():
             if key.startswith("pama/failures/"):
                 stats[key] = column.sum().item()
             else:  # of the responses that have a reward
@@ -148,6 +157,15 @@ class MultiObjectiveTrainer:
     def log_eval(self, global_step: int, metrics: dict[str, float]) -> None:
         for logger in filter(None, (self.wandb_logger, self.tensorboard_logger)):
             logger.log_eval(global_step, metrics)
+
+
+def _correlate(one_B: torch.Tensor, other_B: torch.Tensor) -> float:
+    """Pearson's, over the responses that both have a reward for; NaN where one of them does not vary."""
+    pairs_2N = torch.stack([one_B, other_B]).double()
+    pairs_2N = pairs_2N[:, pairs_2N.isfinite().all(0)]
+    if pairs_2N.shape[1] < 2 or (pairs_2N.amin(1) == pairs_2N.amax(1)).any():
+        return math.nan
+    return float(torch.corrcoef(pairs_2N)[0, 1])
 
 
 @ray.remote

@@ -46,7 +46,7 @@ def test_our_columns_become_means_of_the_rollout_batch_and_do_not_ride_to_the_ac
         SimpleNamespace(info={"reward/a": column, "pama/rms": torch.full_like(column, 0.5), "return": column})
         for column in columns
     ]
-    stats = trainer()._compute_rollout_stats(experiences)
+    stats = trainer(objectives=TWO[:1])._compute_rollout_stats(experiences)
     assert stats == {"rollout/num_samples": 5.0, "reward/a": pytest.approx(4.8), "pama/rms": 0.5}
     assert [set(experience.info) for experience in experiences] == [{"return"}] * 2
 
@@ -57,8 +57,21 @@ def test_a_response_without_a_reward_is_no_part_of_the_mean_and_failures_are_cou
         "pama/failures/a": torch.tensor([0.0, 1.0, 0.0]),
         "seconds/a": torch.tensor([0.1, 0.3, 0.2]),
     }
-    stats = trainer()._compute_rollout_stats([SimpleNamespace(info=columns)])
+    stats = trainer(objectives=TWO[:1])._compute_rollout_stats([SimpleNamespace(info=columns)])
     assert (stats["reward/a"], stats["pama/failures/a"], stats["seconds/a"]) == (2, 1, pytest.approx(0.2))
+
+
+def test_correlations_are_over_the_responses_that_have_both_rewards() -> None:
+    nan = float("nan")
+    columns = {"a": [1.0, 2.0, 3.0, nan, 9.0], "b": [2.0, 4.0, 3.0, 0.0, nan], "c": [7.0] * 5}
+    experiences = [
+        SimpleNamespace(info={f"reward/{name}": torch.tensor(column[part]) for name, column in columns.items()})
+        for part in (slice(0, 2), slice(2, 5))
+    ]
+    stats = trainer(objectives=(*TWO, "c=builtin:length,scale=3"))._compute_rollout_stats(experiences)
+    found = {key: value for key, value in stats.items() if "correlation" in key}
+    # (1, 2, 3) against (2, 4, 3): covariance 1/2, both deviations 1. c does not vary.
+    assert found == {"pama/correlation/a/b": pytest.approx(0.5)}
 
 
 def test_latencies_are_logged_beside_the_hosts_and_not_added_to_its_total() -> None:

@@ -64,10 +64,10 @@ def run(folder: Path, *flags: str) -> int:
 def test_the_grid(sweep) -> None:
     jobs = load_sweep(sweep / "sweep.yaml")
     assert [(job.arm, job.seed) for job in jobs] == [
-        *[("pama", 1), ("pama", 2), ("linear", 1), ("linear", 2)],
-        *[("morlhf 1:3", 7), ("morlhf 0.5", 7)],  # "again" is linear by another name
+        *[("pama", 1), ("linear", 1), ("morlhf 1:3", 7), ("morlhf 0.5", 7)],  # every arm's first seed first
+        *[("pama", 2), ("linear", 2)],  # "again" is linear by another name
     ]
-    assert jobs[4].flags == [
+    assert jobs[2].flags == [
         *"--actor.model_name_or_path policy --loss morlhf --train.seed 7".split(),
         *["--pama.objective", "a=builtin:length,weight=1", "--pama.objective", "b=hf:model,label=1,weight=3"],
     ]

@@ -56,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="NAME=VALUE",
         help="what hypervolume is measured above, for every objective (default: the rewards before the first update)",
     )
+    report.add_argument(
+        "--baseline",
+        metavar="ARM",
+        help="an arm that all others are compared with, paired over seeds: a table of its own",
+    )
     sweep = commands.add_parser(
         "sweep",
         help="train every rule, weight and seed of a file; started again, go on where it stopped",
@@ -88,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.command == "report":
             from pama_plugin.report import report_runs
 
-            report_runs(options.folder, options.out, options.reference)
+            report_runs(options.folder, options.out, options.reference, options.baseline)
         else:
             from pama_plugin.host import pth
 

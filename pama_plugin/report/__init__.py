@@ -11,12 +11,21 @@ from pama_plugin.report.figures import draw_curves, draw_front
 from pama_plugin.report.page import write_page
 from pama_plugin.report.pareto import starts
 from pama_plugin.report.runs import find_runs
-from pama_plugin.report.summary import arms_table, draw_table, front_table, objectives_table, shared_objectives
+from pama_plugin.report.summary import (
+    arms_table,
+    differences_table,
+    draw_table,
+    front_table,
+    objectives_table,
+    shared_objectives,
+)
 
 __all__ = ["report_runs"]
 
 
-def report_runs(folders: Sequence[Path], out: Path | None = None, reference: Sequence[str] = ()) -> None:
+def report_runs(
+    folders: Sequence[Path], out: Path | None = None, reference: Sequence[str] = (), baseline: str | None = None
+) -> None:
     """Print tables of the runs; write ``curves.png``, ``front.png`` and ``report.html``.
 
     Args:
@@ -24,9 +33,10 @@ def report_runs(folders: Sequence[Path], out: Path | None = None, reference: Seq
         out: where the files go; the first folder unless told.
         reference: ``NAME=VALUE`` for every objective: what hypervolume is measured above. The rewards before the first
             update unless told.
+        baseline: an arm that all others are compared with, seed by seed.
 
     Raises:
-        ConfigError: there is no run to show, or the reference is not one.
+        ConfigError: there is no run to show, the reference is not one, or no arm is called as the baseline.
     """
     runs, missing = find_runs(folders)
     out = out or folders[0]
@@ -39,6 +49,8 @@ def report_runs(folders: Sequence[Path], out: Path | None = None, reference: Seq
         point = _parse_reference(reference, names) if reference else starts(runs, names).tolist()
         grids.append(front_table(runs, names, point))
         figures["front"] = draw_front(runs, names, point)
+    if baseline is not None:
+        grids.append(differences_table(runs, names, baseline))
     pictures = [out / f"{name}.png" for name in figures]
     for figure, picture in zip(figures.values(), pictures):
         figure.savefig(picture, dpi=120)

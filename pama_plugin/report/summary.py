@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-from pama_plugin.report.pareto import Interval, by_arm, ends, fifth, indicators, interval, nondominated, starts
+from pama_plugin.errors import ConfigError
+from pama_plugin.report.pareto import Interval, by_arm, ends, fifth, indicators, interval, nondominated, paired, starts
 from pama_plugin.report.runs import Run
 
 WHOLE_RUN = ("active_fraction", "conflict_rate", "effective_objectives")
@@ -65,14 +66,12 @@ def front_table(runs: Sequence[Run], names: Sequence[str], reference: Sequence[f
     arms = by_arm(runs)
     means = np.array([ends(own, names).mean(0) for own in arms.values()])
     kept = nondominated(means)
-    at_start = starts(runs, names)
     rules: dict[str, list[Run]] = {}
     for run in runs:
         rules.setdefault(run.rule, []).append(run)
     rows = []
     for (arm, own), on_front in zip(arms.items(), kept):
-        rises = (ends(own, names) - at_start) / spreads(runs, names)
-        row = [arm, "yes" if on_front else "", str(interval(rises.min(1).tolist()))]
+        row = [arm, "yes" if on_front else "", str(interval(worst_rises(own, names, runs)))]
         seeds: dict[int | None, list[Run]] = {}
         for run in rules.pop(own[0].rule, []):  # in the first row of a rule
             seeds.setdefault(run.seed, []).append(run)
@@ -87,6 +86,47 @@ def front_table(runs: Sequence[Run], names: Sequence[str], reference: Sequence[f
         "Worst rise: that of the objective that rose least since the first step, in standard deviations of its rewards "
         f"there. Hypervolume above {point}. The last three are of all arms of a rule.",
     )
+
+
+def differences_table(runs: Sequence[Run], names: Sequence[str], baseline: str) -> Grid:
+    """Arm × how much better than the baseline it ends, in every reward and in its worst rise, paired over seeds.
+
+    Raises:
+        ConfigError: no arm has the name.
+    """
+    arms = by_arm(runs)
+    if baseline not in arms:
+        raise ConfigError(f"--baseline must be one of {', '.join(arms)}, found {baseline!r}")
+    scored = [name for name in runs[0].scored if all(run.scalars.get(f"reward/{name}") for run in runs)]
+    columns = {
+        arm: [*ends(own, scored).T.tolist(), worst_rises(own, names, runs)] for arm, own in arms.items()
+    }  # a value per run each
+    rows = []
+    for arm, own in arms.items():
+        if arm == baseline:
+            continue
+        found = [
+            paired(_by_seed(own, ours), _by_seed(arms[baseline], theirs))
+            for ours, theirs in zip(columns[arm], columns[baseline])
+        ]
+        rows.append([arm, str(found[0].n), *(f"{_text(own)}{' *' * own.excludes_zero}" for own in found)])
+    return Grid(
+        f"against {baseline}",
+        ["arm", "seeds", *scored, "worst rise"],
+        rows,
+        f"Last fifth of the steps, the arm's less that of {baseline} with the same seed, ± half of the 95 % interval "
+        "over seeds; * where it excludes zero. Not corrected for the number of comparisons.",
+    )
+
+
+def _by_seed(runs: Sequence[Run], values: Sequence[float]) -> dict[int, float]:
+    return {run.seed: value for run, value in zip(runs, values) if run.seed is not None}
+
+
+def worst_rises(own: Sequence[Run], names: Sequence[str], runs: Sequence[Run]) -> list[float]:
+    """Of each run, the rise of the objective that rose least since all runs' start, in standard deviations there."""
+    rises: list[float] = ((ends(own, names) - starts(runs, names)) / spreads(runs, names)).min(1).tolist()
+    return rises
 
 
 def spreads(runs: Sequence[Run], names: Sequence[str]) -> np.ndarray:

@@ -12,7 +12,7 @@ from pama_plugin.cli import main
 from pama_plugin.errors import ConfigError
 from pama_plugin.report.pareto import fifth, indicators, interval, nondominated, paired
 from pama_plugin.report.runs import find_runs, read_run, read_scalars
-from pama_plugin.report.summary import front_table, objectives_table
+from pama_plugin.report.summary import differences_table, front_table, objectives_table
 
 NAMES = ("length", "sentiment")
 
@@ -98,6 +98,17 @@ def test_the_front_of_a_sweep_by_hand(sweep) -> None:
     assert rows["b 1:3"][2] == "3.500 ± 0.635" and rows["b 3:1"][2:] == ["", "", ""]
 
 
+def test_differences_by_hand(sweep) -> None:
+    runs, _ = find_runs([sweep])
+    grid = differences_table(runs, NAMES, "a")
+    rows = {row[0]: row[1:] for row in grid.rows}
+    assert grid.columns == ["arm", "seeds", "length", "sentiment", "worst rise"] and list(rows) == ["b 1:3", "b 3:1"]
+    # seeds 1 and 2: length 1 − 2.1 and 1 − 1.9; ± 12.706 · .1414 / √2. Worst rises in units of 2: .5 − 1 and .5 − .95
+    assert rows["b 1:3"] == ["2", "-1.000 ± 1.271", "1.000 ± 0.000 *", "-0.475 ± 0.318 *"]
+    with pytest.raises(ConfigError, match="--baseline must be one of a, b 1:3, b 3:1, found 'c'"):
+        differences_table(runs, NAMES, "c")
+
+
 def test_objectives_by_hand(sweep) -> None:
     rows = {tuple(row[:2]): row[2:] for row in objectives_table(find_runs([sweep])[0]).rows}
     assert rows["b 1:3", "sentiment"] == ["0.000 ± 0.000", "3.000 ± 0.000", "3.000 ± 0.000", "0.500", "–", "–"]
@@ -114,9 +125,22 @@ def test_the_command_on_one_run(folder, capsys) -> None:
 def test_the_page_of_a_sweep_needs_no_other_file(sweep, tmp_path, capsys) -> None:
     (sweep / "gone").mkdir()
     (sweep / "gone" / "run.json").write_text('{"arm": "<b>", "rule": "x", "seed": 1}')
-    main(["report", str(sweep), "--out", str(tmp_path / "out"), "--reference", "length=0", "sentiment=0"])
+    main(
+        [
+            "report",
+            str(sweep),
+            "--out",
+            str(tmp_path / "out"),
+            "--reference",
+            "length=0",
+            "sentiment=0",
+            "--baseline",
+            "a",
+        ]
+    )
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "http" not in page and "3.500 ± 0.635" in page
+    assert "against a" in page
     assert "no TensorBoard events in" in page and "no TensorBoard events in" in capsys.readouterr().out
 
 

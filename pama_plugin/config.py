@@ -118,7 +118,7 @@ def load_config(
         raise ConfigError(f"{file}: noon must be true or false, found {noon!r}")
     for flag, given in (("level", level), ("noon", noon)):
         if given is not None and flag not in rule.parameters:
-            flag = "no_noon" if flag == "noon" else flag
+            flag = "no_noon" if given is False else flag
             raise ConfigError(f"--pama.{flag} has no meaning with --loss {loss}: leave it out")
     whiten = content.get("whiten", False) if whiten is None else whiten
     if not isinstance(whiten, bool):
@@ -204,16 +204,18 @@ def _read_options(listed: Any, flagged: Iterable[str]) -> dict[str, Any]:
     """Of a file's mapping and of ``KEY=VALUE`` flags, whose values are YAML."""
     if not isinstance(listed, dict) or not all(isinstance(key, str) for key in listed):
         raise ConfigError(f"options must map names to values, found {listed!r}")
-    options = dict(listed)
+    given: dict[str, Any] = {}
     for text in flagged:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--pama.option must be KEY=VALUE, found {text!r}")
+        if key in given:
+            raise ConfigError(f"--pama.option {text!r}: options must differ, found {key!r} twice")
         try:
-            options[key] = yaml.safe_load(value)
+            given[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"--pama.option {text!r}: the value is not valid YAML: {error}") from error
-    return options
+    return listed | given
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -63,12 +63,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="LEVEL",
         help=f"what pama projects: {', '.join(LEVELS)} (default: token with gae, sequence with any other estimator)",
     )
-    group.add_argument(
+    noon = group.add_mutually_exclusive_group()
+    noon.add_argument(
+        "--pama.noon",
+        action="store_const",
+        const=True,
+        help="keep positive advantages alone: 'No Negative', Eq. 5 of the paper (the default of pama)",
+    )
+    noon.add_argument(
         "--pama.no_noon",
         dest="pama.noon",
         action="store_const",
         const=False,
-        help="keep negative advantages too (default with pama: Noon, 'No Negative', Eq. 5 of the paper)",
+        help="keep negative advantages too (the default of min_norm)",
     )
     group.add_argument(
         "--pama.whiten",

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pama_plugin.aggregation import Aggregation, aggregate, get_rule
 
@@ -83,6 +84,24 @@ def _padding_enters_nothing(call: Call, case: Case) -> None:
         _assert_same(call(case.but(advantages_KBA=case.advantages_KBA.nan_to_num(nan=rubbish))), result)
 
 
+def _more_padding_changes_nothing(call: Call, case: Case) -> None:
+    """Neither wider responses (of a rule of rewards they have one number each), nor one more that is masked."""
+    result, (_, responses, tokens) = call(case), case.advantages_KBA.shape
+    wide = 0 if tokens == 1 else 3
+    padded = call(
+        Case(
+            pad(case.advantages_KBA, (0, wide, 0, 1), value=math.nan),
+            pad(case.mask_BA, (0, wide, 0, 1)),
+            pad(case.present_KB, (0, 1), value=True),
+            pad(case.groups_B, (0, 1)),
+            case.weights_K,
+        )
+    )
+    kept_BA = padded.advantages[:responses, :tokens]
+    torch.testing.assert_close(kept_BA, result.advantages, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(padded.coefficients, result.coefficients, atol=1e-5, rtol=1e-4)
+
+
 def _what_has_no_reward_enters_nothing(call: Call, case: Case) -> None:
     result = call(case)
     absent_KB1 = ~case.present_KB.unsqueeze(-1)
@@ -127,6 +146,44 @@ def _coefficients_are_shares(call: Call, case: Case) -> None:
     assert (result.coefficients >= 0).all()
     anything = float(bool((result.advantages != 0).any()))
     assert math.isclose(float(result.coefficients.sum()), anything, abs_tol=1e-5)
+
+
+def _one_token_each(rows_KB: Tensor, case: Case) -> Case:
+    """Eight responses of a token, to two prompts, with a reward from every objective; the weights are the case's."""
+    return Case(
+        rows_KB.unsqueeze(-1),
+        torch.ones(8, 1, dtype=torch.bool),
+        torch.ones(len(rows_KB), 8, dtype=torch.bool),
+        torch.arange(8) // 4,
+        case.weights_K,
+    )
+
+
+def _what_all_agree_on_is_followed(call: Call, case: Case) -> None:
+    """Where all objectives are the same, better responses get a larger advantage: ``Cov(A, result) > 0``."""
+    better_B = torch.tensor([-2.0, 1.0, -1.0, 2.0, 1.0, 2.0, -2.0, -1.0])  # mean 0
+    result = call(_one_token_each(better_B.expand(len(case.weights_K), 8), case))
+    assert float((result.advantages.squeeze(-1) * better_B).sum()) > 0
+
+
+def _an_objective_without_signal_has_no_say(call: Call, case: Case) -> None:
+    """One more objective, 0 everywhere, in front of the others changes nothing, up to a positive scale."""
+    rows_KB = torch.randn(len(case.weights_K), 8, generator=torch.Generator().manual_seed(len(case.mask_BA)))
+    more = case.but(weights_K=torch.cat([torch.ones(1), case.weights_K]))
+    result = call(_one_token_each(rows_KB, case)).advantages.double()
+    found = call(_one_token_each(torch.cat([torch.zeros(1, 8), rows_KB]), more)).advantages.double()
+    assert bool(found.any()) == bool(result.any())
+    torch.testing.assert_close(found * result.norm(), result * found.norm(), atol=1e-4, rtol=1e-3)
+
+
+def _weights_have_a_say(call: Call, case: Case) -> None:
+    """Of two objectives that agree on some responses and not on others, it matters which has the larger weight."""
+    rows_2B = torch.tensor([[3.0, -1.0, 2.0, 0.5, -2.0, -3.0, 1.0, 0.2], [1.0, 2.0, -3.0, 2.5, -1.0, -2.5, 2.0, -2.0]])
+    one, other = (
+        call(_one_token_each(rows_2B, case.but(weights_K=torch.tensor(weights)))).advantages
+        for weights in ([1.0, 4.0], [4.0, 1.0])
+    )
+    assert not torch.allclose(one, other, atol=1e-4)
 
 
 def _scale_is_followed(call: Call, case: Case) -> None:
@@ -182,11 +239,15 @@ PROPERTIES: dict[str, Callable[[Call, Case], None]] = {
         _inputs_are_not_modified,
         _calls_are_repeatable,
         _padding_enters_nothing,
+        _more_padding_changes_nothing,
         _what_has_no_reward_enters_nothing,
         _order_of_objectives_does_not_matter,
         _coefficients_follow_the_order,
         _order_of_responses_does_not_matter,
         _coefficients_are_shares,
+        _what_all_agree_on_is_followed,
+        _an_objective_without_signal_has_no_say,
+        _weights_have_a_say,
         _scale_is_followed,
         _float64_agrees,
         _extremes_stay_finite,
@@ -200,12 +261,17 @@ def check_rule(rule: str, name: str, **given_options: Any) -> None:
 
     Args:
         rule: a registered one.
-        name: of the property.
-        given_options: for every call of ``aggregate``. Per-objective lists of a constrained rule may be functions of K.
+        name: of the property. No rule has to hold all: ``linear`` keeps an objective without signal, say.
+        given_options: for every call of ``aggregate``. One that is a list with a number for each objective must be a
+            function of K, for K differs from case to case; the properties on order do not permute what it returns.
 
     Raises:
-        AssertionError: with the smallest such case that was found.
+        AssertionError: with the smallest such case that was found; whatever ``aggregate`` raises for it; or an
+            ``ExceptionGroup`` of several.
+        ValueError: no rule or no property has the name.
     """
+    if name not in PROPERTIES:
+        raise ValueError(f"the property must be one of {', '.join(PROPERTIES)}, found {name!r}")
     rewards = get_rule(rule).of == "rewards"
 
     def call(case: Case) -> Aggregation:

@@ -10,8 +10,12 @@ cd "$(dirname "$0")/../.."
 sweep=$1
 out="examples/paper/results/$(basename "$sweep" .yaml)"
 . examples/quickstart/stack.sh
-python -m pip --disable-pip-version-check install --quiet --requirement examples/paper/requirements.txt
-python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation examples/paper/uniform_scalar
+# Beside .venv, whose rules the tests count.
+export PYTHONPATH="$PWD/runs/paper/packages"
+if [ ! -e "$PYTHONPATH" ]; then
+    python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --target "$PYTHONPATH" \
+        --requirement examples/paper/requirements.txt examples/paper/uniform_scalar
+fi
 make_policy
 if [ ! -e runs/paper/quality.json ]; then
     echo "== two reward models, with a tokenizer of their own (about five minutes)"

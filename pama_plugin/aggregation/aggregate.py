@@ -1,5 +1,6 @@
 """One interface to every rule: K advantages per token in, one out, with the numbers that explain it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,8 @@ class Aggregation:
             - ``rms``: of the advantages, over the valid tokens;
             - ``gain/<i>``: mean of ``A_i · advantage`` over the valid tokens that objective i has a reward for: its
               first-order improvement under the update if token gradients are orthogonal and of equal norm;
-            - ``inactive/<i>``: 1 if objective i carries no signal and was left out, else 0;
-            - ``effective_objectives``: ``1 / Σ_i c_i²`` of the coefficients, from 1 (one has all) to K;
+            - ``inactive/<i>``: 1 if objective i carries no signal, else 0; whether it is left out, each rule says;
+            - ``effective_objectives``: ``1 / Σ_i c_i²`` of the coefficients, from 1 (one has all) to K; 0 without any;
             - what the rule adds: ``multiplier/<i>`` of ``lagrangian``.
     """
 
@@ -41,22 +42,22 @@ class Aggregation:
 
 def aggregate(
     rule: str,
-    advantages_KBA: Tensor,
-    mask_BA: Tensor,
+    advantages_KBA: Tensor | Sequence[Any],
+    mask_BA: Tensor | Sequence[Any],
     *,
     level: str = "token",
     noon: bool | None = None,
     weights: Sequence[float] | Tensor | None = None,
     whiten: bool = False,
     active: Sequence[bool] | Tensor | None = None,
-    present_KB: Tensor | None = None,
-    groups_B: Tensor | None = None,
+    present_KB: Tensor | Sequence[Any] | None = None,
+    groups_B: Tensor | Sequence[int] | None = None,
     **options: Any,
 ) -> Aggregation:
     """Combine the advantages of K objectives into the one that the policy update sees.
 
     Combining advantages is combining losses: for ``A ≥ 0`` the PPO surrogate ``min(uA, clip(u)A) = A·min(u, clip(u))``
-    is linear in A, so ``Σ_i c_i L(A_i) = L(Σ_i c_i A_i)``.
+    is linear in A, so ``Σ_i c_i L(A_i) = L(Σ_i c_i A_i)``. Lists and numpy arrays may stand for tensors.
 
     Args:
         rule: one of ``available_rules()``.
@@ -76,7 +77,7 @@ def aggregate(
         present_KB: (K, B), false where an objective has no reward for a response: it is left out of the combination for
             that response alone. All true if not given.
         groups_B: (B,) integers, the same for the responses to one prompt; ``gdpo``, ``gd2po`` and ``rvpo`` need them.
-        options: what the rule takes besides.
+        options: those of the rule, and for ``lagrangian`` ``violations_K`` and ``multipliers_K``.
 
     Raises:
         ValueError: a shape, weight, level, rule or option that cannot be used, or a valid token that is not finite.
@@ -89,7 +90,7 @@ def aggregate(
     >>> result.metrics["conflict_rate"]
     0.5
     """
-    mask_BA = mask_BA.bool()
+    advantages_KBA, mask_BA = _as_tensor("advantages", advantages_KBA), _as_tensor("the mask", mask_BA).bool()
     if advantages_KBA.ndim != 3 or advantages_KBA.shape[1:] != mask_BA.shape or not advantages_KBA.shape[0]:
         raise ValueError(
             f"advantages must be (K, B, A) with K ≥ 1 and the mask (B, A), "
@@ -97,27 +98,37 @@ def aggregate(
         )
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, found {level!r}")
+    if not isinstance(noon, bool | None) or not isinstance(whiten, bool):
+        raise ValueError(f"noon and whiten must be true or false, found {noon!r} and {whiten!r}")
     chosen = get_rule(rule)
     if chosen.of == "rewards" and mask_BA.shape[1] != 1:
         raise ValueError(f"rule {rule!r} combines rewards, (K, B, 1), found {tuple(advantages_KBA.shape)}")
     advantages_KBA = advantages_KBA.detach().to(torch.promote_types(advantages_KBA.dtype, torch.float32))
-    if present_KB is None:
-        present_KB = mask_BA.new_ones(advantages_KBA.shape[:2])
-    if present_KB.shape != advantages_KBA.shape[:2] or present_KB.dtype != torch.bool:
+    shape_KB = advantages_KBA.shape[:2]
+    present_KB = mask_BA.new_ones(shape_KB) if present_KB is None else _as_tensor("present_KB", present_KB)
+    if present_KB.shape != shape_KB or present_KB.dtype != torch.bool:
         raise ValueError(
-            f"present_KB must be (K, B) = {tuple(advantages_KBA.shape[:2])} flags, found {tuple(present_KB.shape)}"
+            f"present_KB must be (K, B) = {tuple(shape_KB)} booleans, "
+            f"found {tuple(present_KB.shape)} of {present_KB.dtype}"
         )
     given: dict[str, Any] = {"level": level, "noon": noon, "groups_B": groups_B}
     given |= {key: options.pop(key) for key in GIVEN if key in options}
     options = check_options(rule, options)
     for key in ("violations_K", "multipliers_K"):
-        if key in chosen.parameters and len(given.get(key, ())) != len(advantages_KBA):
+        if key in chosen.parameters and not _is_list(given.get(key), len(advantages_KBA)):
             raise ValueError(
-                f"rule {rule!r} needs {key}, {len(advantages_KBA)} numbers or None, found {given.get(key)}"
+                f"rule {rule!r} needs {key}, a list of {len(advantages_KBA)} in which each is a finite number or None, "
+                f"found {given.get(key)!r}"
             )
-    if "groups_B" in chosen.parameters and (groups_B is None or groups_B.shape != mask_BA.shape[:1]):
-        found = None if groups_B is None else tuple(groups_B.shape)
-        raise ValueError(f"rule {rule!r} needs groups_B, (B,) = {tuple(mask_BA.shape[:1])}, found {found}")
+    if "groups_B" in chosen.parameters:
+        if groups_B is None:
+            raise ValueError(f"rule {rule!r} needs groups_B, the prompt of each response, found none")
+        given["groups_B"] = groups_B = _as_tensor("groups_B", groups_B)
+        if groups_B.shape != mask_BA.shape[:1] or groups_B.is_floating_point():
+            raise ValueError(
+                f"groups_B must be (B,) = {tuple(mask_BA.shape[:1])} integers, "
+                f"found {tuple(groups_B.shape)} of {groups_B.dtype}"
+            )
 
     weights_K = _check_weights(weights, advantages_KBA)
     active_K = _find_active(active, advantages_KBA, mask_BA, present_KB)
@@ -126,7 +137,7 @@ def aggregate(
     given = {key: value for key, value in given.items() if key in chosen.parameters and value is not None}
     combination = chosen.combine(advantages_KBA, mask_BA, weights_K, active_K, present_KB, **given, **options)
 
-    _check_combination(rule, combination, weights_K, mask_BA)
+    _check_combination(rule, combination, advantages_KBA, mask_BA)
     combined_BA = combination.advantages_BA.masked_fill_(~mask_BA, 0)
     if not bool(combined_BA.isfinite().all()):
         raise ValueError(f"rule {rule!r} returned NaN or inf at a valid token")
@@ -134,25 +145,47 @@ def aggregate(
     metrics |= {f"inactive/{index}": float(not kept) for index, kept in enumerate(active_K.tolist())}
     coefficients_K = combination.coefficients_K * bool(metrics["active_fraction"])
     metrics["effective_objectives"] = effective_objectives(coefficients_K)
+    if taken := sorted(metrics.keys() & combination.metrics.keys()):
+        raise ValueError(f"rule {rule!r} must call its metrics otherwise than ours, found {', '.join(taken)}")
     return Aggregation(combined_BA, coefficients_K, metrics | dict(combination.metrics))
 
 
-def _check_combination(rule: str, found: object, weights_K: Tensor, mask_BA: Tensor) -> None:
+def _check_combination(rule: str, found: object, advantages_KBA: Tensor, mask_BA: Tensor) -> None:
     """What a rule of somebody else may have returned."""
-    expected = (tuple(mask_BA.shape), tuple(weights_K.shape))
     if not isinstance(found, Combination):
         raise ValueError(f"rule {rule!r} must return a Combination, found {type(found).__name__}")
+    for part in found[:2]:
+        if not isinstance(part, Tensor):
+            raise ValueError(f"rule {rule!r} must return a Combination of tensors, found {part!r}")
     shapes = (tuple(found.advantages_BA.shape), tuple(found.coefficients_K.shape))
+    expected = (tuple(mask_BA.shape), tuple(advantages_KBA.shape[:1]))
     if shapes != expected:
         raise ValueError(f"rule {rule!r} must return shapes (B, A) and (K,), {expected}, found {shapes}")
+    # Masked tokens are set to 0 in place, which must not reach the caller's memory.
+    if found.advantages_BA.untyped_storage().data_ptr() == advantages_KBA.untyped_storage().data_ptr():
+        raise ValueError(f"rule {rule!r} must return a tensor of its own, found a view of the advantages")
+
+
+def _as_tensor(what: str, given: Any) -> Tensor:
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} must be numbers, as a tensor, an array or lists: {error}") from error
+
+
+def _is_list(given: Any, length: int) -> bool:
+    """Of so many finite numbers or None."""
+    if not isinstance(given, Sequence) or len(given) != length:
+        return False
+    return all(value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in given)
 
 
 def _check_weights(weights: Sequence[float] | Tensor | None, advantages_KBA: Tensor) -> Tensor:
     if weights is None:
         return advantages_KBA.new_ones(len(advantages_KBA))
-    weights_K = torch.as_tensor(weights, dtype=advantages_KBA.dtype, device=advantages_KBA.device)
+    weights_K = _as_tensor("weights", weights).to(advantages_KBA)
     if weights_K.shape != advantages_KBA.shape[:1] or not bool((weights_K.isfinite() & (weights_K > 0)).all()):
-        raise ValueError(f"weights must be {len(advantages_KBA)} positive finite numbers, found {weights_K.tolist()}")
+        raise ValueError(f"weights must be {len(advantages_KBA)} positive finite numbers, found {weights}")
     return weights_K
 
 
@@ -162,7 +195,7 @@ def _find_active(
     """(K,) true for the objectives that carry signal; all of them if none does."""
     active_K = inspect(advantages_KBA, mask_BA, present_KB)
     if active is not None:
-        told_K = torch.as_tensor(active, dtype=torch.bool, device=advantages_KBA.device)
+        told_K = _as_tensor("active", active).to(advantages_KBA.device, torch.bool)
         if told_K.shape != active_K.shape:
             raise ValueError(f"active must be {len(advantages_KBA)} flags, found {told_K.tolist()}")
         active_K = active_K & told_K

@@ -25,7 +25,7 @@ def gd2po(
     >>> import torch
     >>> from pama_plugin import aggregate
     >>> advantages_KBA = torch.tensor([[[-3.0], [1.0], [2.0]], [[-1.0], [2.0], [-1.0]]])
-    >>> result = aggregate("gd2po", advantages_KBA, torch.ones(3, 1), groups_B=torch.zeros(3))
+    >>> result = aggregate("gd2po", advantages_KBA, torch.ones(3, 1), groups_B=[0, 0, 0])
     >>> result.advantages.flatten()
     tensor([-1.,  1.,  0.])
     """

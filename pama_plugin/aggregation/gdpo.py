@@ -23,12 +23,13 @@ def gdpo(
     another. The paper has rewards in the place of ``m``, which is the same for estimators that subtract a number per
     group and spread the rest over all tokens (``reinforce_baseline``, ``rloo``, ``group_norm``, ``dr_grpo``, with KL as
     a loss), and adds small numbers to its denominators, where this rule has 0 for what does not vary.
-    Only the proportions of weights matter; coefficients are their shares. Needs groups of at least two responses.
+    Only the proportions of weights matter; coefficients are their shares. An objective without signal is left out.
+    Needs groups of at least two responses.
 
     >>> import torch
     >>> from pama_plugin import aggregate
     >>> advantages_KBA = torch.tensor([[[-1.0], [1.0]], [[-50.0], [50.0]]])
-    >>> result = aggregate("gdpo", advantages_KBA, torch.ones(2, 1), groups_B=torch.tensor([0, 0]))
+    >>> result = aggregate("gdpo", advantages_KBA, torch.ones(2, 1), groups_B=[0, 0])
     >>> result.advantages.flatten()
     tensor([-1.,  1.])
     """

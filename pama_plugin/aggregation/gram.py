@@ -1,4 +1,17 @@
-"""Rules that see of the objectives what a Gram matrix of their advantages says: who agrees with whom, and how much."""
+"""Rules that see of the objectives what a Gram matrix of their advantages says: who agrees with whom, and how much.
+
+``Σ_i c_i w_i A_i`` with c from TorchJD's weighting of the Gram matrix ``M_ij = w_i w_j E_t[A_i A_j]``. The weightings
+were made for gradients of losses; here they see advantages instead, for which no backward pass is needed.
+
+- ``gram:upgrad``: arXiv 2406.16232
+- ``gram:cagrad``: arXiv 2110.14048, with its authors' radius of 0.5
+- ``gram:pcgrad``: arXiv 2001.06782, in an order that is drawn once and for all
+- ``gram:imtl_g``: Liu et al., ICLR 2021; it undoes any scale, so it knows no weights
+- ``gram:aligned_mtl``: arXiv 2305.19000
+
+A weight scales its objective. c need be neither positive nor sum to 1; coefficients are the shares of ``|c_i|``.
+Objectives without signal are left out. They need ``pip install 'pama_plugin[gram]'``.
+"""
 
 import functools
 from typing import Any
@@ -9,7 +22,7 @@ from torch import Tensor
 from pama_plugin.aggregation.blocks import blocks, valid_at
 from pama_plugin.aggregation.registry import Combination, register_rule
 
-# Our names of TorchJD's weightings. CAGrad's radius is its authors' own choice (Liu et al., arXiv 2110.14048).
+# Our names of TorchJD's weightings.
 WEIGHTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "upgrad": ("UPGradWeighting", {}),
     "cagrad": ("CAGradWeighting", {"c": 0.5}),
@@ -55,13 +68,7 @@ def scaled(
 def _torchjd(
     name: str, advantages_KBA: Tensor, mask_BA: Tensor, weights_K: Tensor, active_K: Tensor, present_KB: Tensor
 ) -> Combination:
-    """``Σ_i c_i w_i A_i`` with c from TorchJD's weighting of the Gram matrix ``M_ij = w_i w_j E_t[A_i A_j]``.
-
-    ``gram:upgrad`` (arXiv 2406.16232), ``gram:cagrad`` (arXiv 2110.14048, radius 0.5), ``gram:pcgrad``
-    (arXiv 2001.06782), ``gram:imtl_g`` (Liu et al., ICLR 2021), ``gram:aligned_mtl`` (arXiv 2305.19000). They were
-    made for gradients of losses; here they see advantages instead, for which no backward pass is needed. A weight
-    scales its objective; IMTL-G undoes any scale. c need be neither positive nor sum to 1; coefficients are the shares
-    of ``|c_i|``. Objectives without signal are left out. Needs ``pip install 'pama_plugin[gram]'``.
+    """The rule ``gram:<name>``; the text of this module says what it is.
 
     Raises:
         ValueError: TorchJD, or what it needs for this weighting, is not installed.

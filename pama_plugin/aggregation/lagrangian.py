@@ -27,7 +27,8 @@ def lagrangian(
     """``(A_0 + Σ_k λ_k A_k) / (1 + Σ_k λ_k)``: k are the constraints, ``A_0 = Σ_i w_i A_i / Σ_i w_i`` all others.
 
     A multiplier rises while its constraint is violated: ``log λ_k ← log λ_k + rate · λ_k · (threshold_k − mean r_k)``,
-    gradient ascent in log space as in Safe RLHF, from the rewards of the batch that is combined. Its new value is
+    gradient ascent in log space as in Safe RLHF, from the rewards of the batch that is combined. In one step it changes
+    at most e-fold, which is ours: a single outlier must not throw it away. Its new value is
     ``metrics["multiplier/<k>"]``, to be given back next time. The weight of a constraint scales ``A_k``; an objective
     without signal stays in. Coefficients are the shares of ``w_i / Σ w`` and ``λ_k w_k``.
 
@@ -36,10 +37,10 @@ def lagrangian(
         multipliers_K: λ of each constraint so far, None before the first step.
         rate: of the ascent, per unit of reward and step.
         start: λ before the first step.
-        ceiling: λ is not raised beyond it.
+        ceiling: λ is never larger.
 
     Raises:
-        ValueError: no constraint, or nothing but constraints.
+        ValueError: no constraint, or nothing but constraints; a λ that is not positive; ``start`` above ``ceiling``.
 
     >>> import torch
     >>> from pama_plugin import aggregate
@@ -51,13 +52,14 @@ def lagrangian(
     >>> result.advantages
     tensor([[0.7375, 0.5749]])
     """
+    if start > ceiling:
+        raise ValueError(f"start must be at most the ceiling {ceiling:g}, found {start:g}")
     multipliers = {}
     for index, (violation, last) in enumerate(zip(violations_K, multipliers_K, strict=True)):
         if violation is not None:
-            if not math.isfinite(violation):
-                raise ValueError(f"violations_K must be finite, found {violation} for objective {index}")
             now = start if last is None else last
-            # At most e-fold in one step: a single outlier must not throw the multiplier away.
+            if now <= 0:
+                raise ValueError(f"multipliers_K must be positive, found {now:g} for objective {index}")
             multipliers[index] = min(now * math.exp(min(max(rate * now * violation, -1.0), 1.0)), ceiling)
     if not 0 < len(multipliers) < len(weights_K):
         raise ValueError(

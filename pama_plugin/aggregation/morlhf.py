@@ -16,8 +16,10 @@ def morlhf(
     times as much as another has ten times its say, whatever the weights. ``linear`` sums after the estimator, which
     whitens each objective by itself. Weights are used as given, coefficients are their shares. With a critic the
     baseline is ``Σ_i w_i V_i`` of the value heads, which is the value of this sum unless the KL is part of the rewards:
-    every head has learned it, so that it counts ``Σ w`` times; take it as a loss, or weights that sum to 1. A missing
-    reward counts as the mean of those there are.
+    every head has learned it, so that it counts ``Σ w`` times; take it as a loss, or weights that sum to 1.
+
+    An objective without signal stays in. A missing reward adds nothing here; a training run has filled it in before,
+    with the mean of the objective's rewards for the same prompt where the estimator compares those, else of the batch.
 
     >>> import torch
     >>> from pama_plugin import aggregate

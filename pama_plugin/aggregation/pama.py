@@ -34,9 +34,11 @@ def pama(
 
     - ``token``: every token by itself, ``s*[b,t]``. The paper's bound is exact here, because at one token all
       objectives share the direction ``∇ log π``.
-    - ``sequence``: every response by itself; ``a_i`` is the mean over its tokens, ``s*[b]`` goes to all of them.
-    - ``batch``: the batch means, as Algorithm 1 is worded; tokens get ``Σ_i c_i a_i``. With Noon, c picks one objective
-      a step. Signed batch means vanish under estimators that whiten, and then c is decided by rounding: prefer Noon.
+    - ``sequence``: every response by itself; ``A_i`` is the mean over its tokens, from which Noon and ``leak`` then
+      take what is negative, and ``s*[b]`` goes to all of the tokens.
+    - ``batch``: the batch means of ``a_i``, so after Noon, as Algorithm 1 is worded; tokens get ``Σ_i c_i a_i``. With
+      Noon, c picks one objective a step. Signed batch means vanish under estimators that whiten, and then c is decided
+      by rounding: prefer Noon.
 
     Objectives that are not active leave the projection: a constant would veto every other one. So does one without a
     reward for a response, for that response. Coefficients are the mean of c over the tokens with an advantage.

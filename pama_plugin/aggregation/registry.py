@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Literal, NamedTuple
@@ -53,12 +54,13 @@ def register_rule(
 ) -> Callable[[Callable[..., Combination]], Callable[..., Combination]]:
     """Register ``rule(advantages_KBA, mask_BA, weights_K, active_K, present_KB, *, …)`` under ``name``.
 
-    Its keyword-only parameters are its options, with annotations that pydantic validates; of those, ``level``,
-    ``noon``, ``groups_B``, ``violations_K`` and ``multipliers_K`` are passed if it names them.
+    It returns a ``Combination``. Its keyword-only parameters are its options, with annotations that pydantic validates;
+    of those, ``level``, ``noon``, ``groups_B``, ``violations_K`` and ``multipliers_K`` are passed if it names them.
     A rule gets advantages that are finite wherever ``mask_BA`` is true and may hold anything elsewhere, weights that
     are positive, the objectives that carry signal, and which responses each has a reward for: of the others its
     advantages must not count. It must not write to any of them, and returns tensors of its own. A rule ``of`` rewards
-    gets them as (K, B, 1).
+    gets them as (K, B, 1). A ``constrained`` one needs objectives with ``role=constraint``, and what ``lagrangian``
+    says of ``violations_K`` and ``multipliers_K`` holds for it too.
 
     ``metrics`` are logged as ``pama/<key>``; ``<stem>/<i>`` is of objective i and logged by its name. A program that
     trains needs the rule in every process that reads the configuration: a package should name the
@@ -66,14 +68,20 @@ def register_rule(
     should hold.
 
     Raises:
-        ValueError: ``name`` is taken, or ``of`` is neither.
+        ValueError: ``name`` is taken or no name, ``of`` is neither, or what is registered is no function.
     """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.:+-]+", name):
+        raise ValueError(
+            f'a rule needs a name of letters, digits and _.:+-, as in @register_rule("name"), found {name!r}'
+        )
     if of not in ("advantages", "rewards"):
         raise ValueError(f"of must be advantages or rewards, found {of!r}")
 
     def register(combine: Callable[..., Combination]) -> Callable[..., Combination]:
         if name in _RULES:
             raise ValueError(f"the rule name {name!r} is taken; registered: {', '.join(available_rules())}")
+        if not callable(combine):
+            raise ValueError(f"rule {name!r} must be a function, found {combine!r}")
         _RULES[name] = Rule(combine, of, constrained)
         return combine
 

@@ -26,7 +26,8 @@ def rvpo(
 
     To second order it is the mean of the scores minus ``k/2`` times their variance: a response that is good in one
     objective and bad in another counts less than one that is middling in both. Coefficients are the mean over the valid
-    tokens of ``ŵ_i exp(−k Z_i) / Σ_j ŵ_j exp(−k Z_j)``, the derivatives. Whitening at the end is ours, so that k → 0
+    tokens of ``ŵ_i exp(−k Z_i) / Σ_j ŵ_j exp(−k Z_j)``, the derivatives. An objective
+    without signal is left out. Whitening at the end is ours, so that k → 0
     is ``gdpo`` with weights that sum to 1; without it the mean is below 0 and every response is pushed down.
 
     Args:
@@ -35,7 +36,7 @@ def rvpo(
 
     >>> from pama_plugin import aggregate
     >>> advantages_KBA = torch.tensor([[[-1.0], [0.0], [1.0]], [[1.0], [0.0], [-1.0]]])
-    >>> result = aggregate("rvpo", advantages_KBA, torch.ones(3, 1), groups_B=torch.zeros(3))
+    >>> result = aggregate("rvpo", advantages_KBA, torch.ones(3, 1), groups_B=[0, 0, 0])
     >>> [round(value, 3) for value in result.advantages.flatten().tolist()]
     [-0.707, 1.414, -0.707]
     """

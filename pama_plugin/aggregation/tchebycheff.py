@@ -28,7 +28,8 @@ def tchebycheff(
     estimator makes advantages of it as of any reward; with a critic there is no value head for it, so ``gae`` cannot be
     used. It feels the scale of every reward; ``normalize=`` of the objectives takes that away. An objective with a
     larger weight is kept closer to its ideal. Coefficients are the share of responses in which an objective is the
-    furthest behind, or of its softmax weight with ``smooth``. An objective without signal stays in.
+    furthest behind, or of its softmax weight with ``smooth``. An objective without signal stays
+    in; a missing reward is left out of the maximum, unless a training run has filled it in before, as for ``morlhf``.
 
     Args:
         ideal: z, K numbers; if not given, the largest reward of each objective in the batch.
@@ -59,5 +60,5 @@ def tchebycheff(
         furthest_B1 = smooth * (behind_KB1 / smooth).logsumexp(0)
         shares_KB1 = (behind_KB1 / smooth).softmax(0).nan_to_num_(nan=0.0)
     total_B1 = furthest_B1.neg().nan_to_num(posinf=0.0) + augment * (weights_K[:, None, None] * rewards_KB1).sum(0)
-    shares_K = (shares_KB1 / shares_KB1.sum(0).clamp(min=1)).sum((1, 2))
+    shares_K = (shares_KB1 / shares_KB1.sum(0).clamp(min=1)).sum((1, 2)).to(weights_K.dtype)
     return Combination(total_B1, shares_K / shares_K.sum().clamp(min=1))

@@ -84,7 +84,10 @@ def test_the_yaml_loads(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "python"])
-def test_the_python_runs(text) -> None:
+def test_the_python_runs(text, monkeypatch) -> None:
+    from pama_plugin.aggregation import registry
+
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))  # what is registered here, other tests do not count
     names: dict = {}
     exec(text, names)
     if "polite" in names:

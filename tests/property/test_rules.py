@@ -49,7 +49,10 @@ EXCEPT = {
     ("gram:pcgrad", "order_of_objectives_does_not_matter"): "it projects in an order that is drawn once",
     ("gram:pcgrad", "coefficients_follow_the_order"): "it projects in an order that is drawn once",
     ("tchebycheff, smooth", "scale_is_followed"): "μ is in the unit of the rewards",
+    ("tchebycheff, smooth", "an_objective_without_signal_has_no_say"): "its distance to the ideal is part of the sum",
+    ("gram:imtl_g", "weights_have_a_say"): "it undoes any scale",
     ("lagrangian", "order_of_objectives_does_not_matter"): "the last objective is the constraint",
+    ("lagrangian", "an_objective_without_signal_has_no_say"): "it has its share of A_0",
     ("lagrangian", "coefficients_follow_the_order"): "the last objective is the constraint",
 }
 

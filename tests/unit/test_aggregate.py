@@ -7,6 +7,7 @@ from pama_plugin import aggregate
 
 ONES = torch.ones(2, 3, 4)
 MASK = torch.ones(3, 4, dtype=torch.bool)
+DUAL = dict(rule="lagrangian", violations_K=[None, 0.5], multipliers_K=[None, None])
 
 
 @pytest.mark.parametrize(
@@ -20,8 +21,27 @@ MASK = torch.ones(3, 4, dtype=torch.bool)
         (dict(weights=[1.0, 0.0]), "positive finite"),
         (dict(weights=[1.0, float("nan")]), "positive finite"),
         (dict(weights=[1.0, float("inf")]), "positive finite"),
+        (dict(weights="12"), "weights must be numbers, as a tensor, an array or lists"),
+        (dict(weights=[1.0, 1e-50]), r"positive finite numbers, found \[1.0, 1e-50\]"),
+        (dict(noon="false"), "noon and whiten must be true or false, found 'false'"),
+        (dict(whiten="no"), "noon and whiten must be true or false, found None and 'no'"),
+        (dict(mask_BA=None), "the mask must be numbers, as a tensor"),
         (dict(active=[True]), r"active must be 2 flags, found \[True\]"),
-        (dict(present_KB=torch.ones(3, 2, dtype=torch.bool)), r"\(K, B\) = \(2, 3\) flags, found \(3, 2\)"),
+        (dict(present_KB=torch.ones(3, 2, dtype=torch.bool)), r"\(K, B\) = \(2, 3\) booleans, found \(3, 2\)"),
+        (dict(present_KB=torch.ones(2, 3)), r"booleans, found \(2, 3\) of torch.float32"),
+        (dict(rule="gdpo"), "'gdpo' needs groups_B, the prompt of each response, found none"),
+        (
+            dict(rule="gdpo", groups_B=torch.zeros(3)),
+            r"must be \(B,\) = \(3,\) integers, found \(3,\) of torch.float32",
+        ),
+        (
+            dict(rule="lagrangian"),
+            "needs violations_K, a list of 2 in which each is a finite number or None, found None",
+        ),
+        (DUAL | dict(violations_K=[None, "x"]), "needs violations_K, a list of 2"),
+        (DUAL | dict(multipliers_K=[None, float("nan")]), "needs multipliers_K, a list of 2"),
+        (DUAL | dict(multipliers_K=[None, 0.0]), "multipliers_K must be positive, found 0 for objective 1"),
+        (DUAL | dict(start=3.0, ceiling=2.0), "start must be at most the ceiling 2, found 3"),
         (dict(sharpness=2), "rule 'pama' has no option sharpness; it takes rescale, soft, leak"),
         (dict(rule="linear", sharpness=2), "rule 'linear' has no option sharpness; it takes none"),
     ],
@@ -29,6 +49,22 @@ MASK = torch.ones(3, 4, dtype=torch.bool)
 def test_bad_arguments(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         aggregate(**(dict(rule="pama", advantages_KBA=ONES, mask_BA=MASK) | arguments))
+
+
+def test_lists_and_arrays_stand_for_tensors() -> None:
+    given = dict(present_KB=[[True, True], [True, False]], groups_B=[0, 0], active=[True, True])
+    expected = aggregate("gdpo", **_tensors([[[1.0], [2.0]], [[3.0], [1.0]]], [[1], [1]], given))
+    found = aggregate("gdpo", [[[1.0], [2.0]], [[3.0], [1.0]]], [[1], [1]], **given)
+    arrays = {
+        key: value.numpy() for key, value in _tensors([[[1.0], [2.0]], [[3.0], [1.0]]], [[1], [1]], given).items()
+    }
+    for result in (found, aggregate("gdpo", **arrays)):
+        assert torch.equal(result.advantages, expected.advantages) and result.metrics == expected.metrics
+
+
+def _tensors(advantages, mask, given) -> dict[str, torch.Tensor]:
+    given = {"advantages_KBA": advantages, "mask_BA": mask} | given
+    return {key: torch.tensor(value) for key, value in given.items()}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

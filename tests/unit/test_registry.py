@@ -94,6 +94,12 @@ def rule():
         (lambda a: (a[0], torch.ones(1)), "must return a Combination, found tuple"),
         (lambda a: Combination(a[0, 0], torch.ones(1)), r"must return shapes .* found \(\(2,\), \(1,\)\)"),
         (lambda a: Combination(a[0] * math.nan, torch.ones(1)), "returned NaN or inf at a valid token"),
+        (lambda a: Combination(a[0] * 2, [1.0]), r"must return a Combination of tensors, found \[1.0\]"),
+        (lambda a: Combination(a[0], torch.ones(1)), "must return a tensor of its own, found a view"),
+        (
+            lambda a: Combination(a[0] * 2, torch.ones(1), {"rms": 1.0}),
+            "call its metrics otherwise than ours, found rms",
+        ),
     ],
 )
 def test_what_a_rule_returns_is_checked(returned, message, rule) -> None:
@@ -113,6 +119,44 @@ def test_options_without_default_or_annotation(rule) -> None:
     assert found.advantages.tolist() == [[18.0, 18.0]]
     with pytest.raises(ValueError, match="of must be advantages or rewards, found 'reward'"):
         rule(odd, of="reward")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a=b", lambda: None])
+def test_a_rule_needs_a_name(name) -> None:
+    with pytest.raises(ValueError, match=r'a rule needs a name .* as in @register_rule\("name"\), found'):
+        register_rule(name)
+    with pytest.raises(ValueError, match="rule 'three' must be a function, found 3"):
+        register_rule("three")(3)
+
+
+# What is wrong with a rule, and which property says so.
+WRONG = {
+    "more_padding_changes_nothing": lambda a, mask, w, active, present: Combination(
+        (a * w[:, None, None]).where(mask & present.unsqueeze(-1), 0).mean(-1, keepdim=True).sum(0) * mask, w / w.sum()
+    ),
+    "what_all_agree_on_is_followed": lambda a, mask, w, active, present: Combination(
+        -(a * w[:, None, None]).where(mask & present.unsqueeze(-1), 0).sum(0), w / w.sum()
+    ),
+    "an_objective_without_signal_has_no_say": lambda a, mask, w, active, present: Combination(
+        (a.clamp(min=0) / w[:, None, None]).where(mask & present.unsqueeze(-1), torch.inf).amin(0).nan_to_num(posinf=0),
+        w / w.sum(),
+    ),
+    "weights_have_a_say": lambda a, mask, w, active, present: Combination(
+        a.where(mask & present.unsqueeze(-1), 0).sum(0), w / w.sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_kit_finds_a_wrong_rule(name, rule) -> None:
+    from pama_plugin.testing import check_rule
+
+    rule(WRONG[name])
+    check_rule("odd", "inputs_are_not_modified")
+    with pytest.raises(Exception):  # noqa: B017  (an AssertionError, or hypothesis's group of several)
+        check_rule("odd", name)
+    with pytest.raises(ValueError, match="the property must be one of inputs_are_not_modified, .*, found 'right'"):
+        check_rule("odd", "right")
 
 
 def test_a_rule_that_writes_to_padding_is_found_out(rule) -> None:

@@ -93,6 +93,32 @@ def conflict_table(runs: Sequence[Run]) -> Grid:
     return Grid("conflict", ["arm", "first fifth", "last fifth"], rows, "Conflict rate, share of the response tokens.")
 
 
+def equal_kl_table(runs: Sequence[Run], level: float = 1.0, window: int = 5) -> Grid:
+    """Where a run is once it is so far from the reference policy: its first steps whose mean KL is at least that."""
+    names = [name for name in runs[0].scored if all(f"reward/{name}" in run.scalars for run in runs)]
+    rows = []
+    for arm, own in by_arm(runs).items():
+        found: dict[str, list[float]] = {"step": [], **{name: [] for name in names}}
+        for run in own:
+            kl = [value for _, value in run.scalars["kl"]]
+            reached = (end for end in range(window, len(kl) + 1) if statistics.fmean(kl[end - window : end]) >= level)
+            if (end := next(reached, None)) is None:
+                continue
+            found["step"].append(float(end))
+            for name in names:
+                there = [value for _, value in run.scalars[f"reward/{name}"][end - window : end]]
+                found[name].append(statistics.fmean(there))
+        cells = [str(interval(values)) if values else "–" for values in found.values()]
+        rows.append([arm, f"{len(found['step'])} of {len(own)}", *cells])
+    return Grid(
+        "equal KL",
+        ["arm", "runs", "step", *names],
+        rows,
+        f"Mean over the first {window} steps in which the mean KL from the start is at least {level:g}; a run "
+        "that never went so far is left out.",
+    )
+
+
 def time_table(found: dict[str, list[Run]]) -> Grid:
     """What the runs took, each alone in its process; how many went on side by side is said in the text."""
     rows = []
@@ -112,6 +138,7 @@ def tables(name: str, runs: list[Run]) -> dict[str, str]:
         "runs": arms_table(runs),
         "front": front_table(runs, names, reference),
         "conflict": conflict_table(runs),
+        "equal-kl": equal_kl_table(runs),
         "correlations": correlations_table(runs),
     } | {f"against-{baseline}": differences_table(runs, names, baseline) for baseline in own.baselines}
     for picture, figure in (("curves", draw_curves(runs)), ("front", draw_front(runs, names, reference))):

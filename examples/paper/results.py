@@ -16,7 +16,7 @@ from typing import NamedTuple
 from matplotlib import pyplot
 
 from pama_plugin.report.figures import draw_curves, draw_front
-from pama_plugin.report.pareto import by_arm, fifth, interval
+from pama_plugin.report.pareto import by_arm, fifth, interval, paired
 from pama_plugin.report.runs import Run, find_runs
 from pama_plugin.report.summary import (
     Grid,
@@ -57,9 +57,9 @@ def markdown(grid: Grid) -> str:
     Note.
     <BLANKLINE>
     """
-    lines = [grid.columns, ["---", *["---:"] * (len(grid.columns) - 1)], *grid.rows]
-    table = "\n".join(f"| {' | '.join(line)} |".replace("| --", "|--").replace("- |", "-|") for line in lines)
-    return f"{table}\n\n{grid.caption}\n"
+    head, *rows = (f"| {' | '.join(line)} |" for line in [grid.columns, *grid.rows])
+    rule = f"|---|{'---:|' * (len(grid.columns) - 1)}"
+    return "\n".join([head, rule, *rows, "", grid.caption, ""])
 
 
 def correlations_table(runs: Sequence[Run]) -> Grid:
@@ -91,6 +91,27 @@ def conflict_table(runs: Sequence[Run]) -> Grid:
         for arm, own in by_arm(runs).items()
     ]
     return Grid("conflict", ["arm", "first fifth", "last fifth"], rows, "Conflict rate, share of the response tokens.")
+
+
+def speed_table(runs: Sequence[Run], baseline: str) -> Grid:
+    """How fast an arm gets there: the mean over all steps, and what that is above the baseline's, paired over seeds."""
+    names = [name for name in runs[0].scored if all(f"reward/{name}" in run.scalars for run in runs)]
+    arms = by_arm(runs)
+
+    def means(arm: str, name: str) -> dict[int, float]:
+        return {run.seed: statistics.fmean(value for _, value in run.scalars[f"reward/{name}"]) for run in arms[arm]}
+
+    rows = []
+    for arm in arms:
+        row = [arm]
+        for name in names:
+            above = paired(means(arm, name), means(baseline, name))
+            row += [f"{interval(list(means(arm, name).values())).mean:.3f}", f"{above}{' *' * above.excludes_zero}"]
+        rows.append(row)
+    columns = ["arm", *(column for name in names for column in (name, f"above {baseline}"))]
+    return Grid(
+        "speed", columns, rows, "Mean over all steps; * where the interval of the paired differences excludes 0."
+    )
 
 
 def equal_kl_table(runs: Sequence[Run], level: float = 1.0, window: int = 5) -> Grid:
@@ -139,6 +160,7 @@ def tables(name: str, runs: list[Run]) -> dict[str, str]:
         "front": front_table(runs, names, reference),
         "conflict": conflict_table(runs),
         "equal-kl": equal_kl_table(runs),
+        "speed": speed_table(runs, own.baselines[0]),
         "correlations": correlations_table(runs),
     } | {f"against-{baseline}": differences_table(runs, names, baseline) for baseline in own.baselines}
     for picture, figure in (("curves", draw_curves(runs)), ("front", draw_front(runs, names, reference))):

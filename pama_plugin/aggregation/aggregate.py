@@ -57,7 +57,7 @@ def aggregate(
     """Combine the advantages of K objectives into the one that the policy update sees.
 
     Combining advantages is combining losses: for ``A ≥ 0`` the PPO surrogate ``min(uA, clip(u)A) = A·min(u, clip(u))``
-    is linear in A, so ``Σ_i c_i L(A_i) = L(Σ_i c_i A_i)``. Lists and numpy arrays may stand for tensors.
+    is linear in A, so ``Σ_i c_i L(A_i) = L(Σ_i c_i A_i)``. Lists may stand for tensors.
 
     Args:
         rule: one of ``available_rules()``.
@@ -90,7 +90,9 @@ def aggregate(
     >>> result.metrics["conflict_rate"]
     0.5
     """
-    advantages_KBA, mask_BA = _as_tensor("advantages", advantages_KBA), _as_tensor("the mask", mask_BA).bool()
+    advantages_KBA = _as_tensor("advantages", advantages_KBA)
+    device = advantages_KBA.device
+    mask_BA = _as_tensor("the mask", mask_BA, device).bool()
     if advantages_KBA.ndim != 3 or advantages_KBA.shape[1:] != mask_BA.shape or not advantages_KBA.shape[0]:
         raise ValueError(
             f"advantages must be (K, B, A) with K ≥ 1 and the mask (B, A), "
@@ -105,7 +107,7 @@ def aggregate(
         raise ValueError(f"rule {rule!r} combines rewards, (K, B, 1), found {tuple(advantages_KBA.shape)}")
     advantages_KBA = advantages_KBA.detach().to(torch.promote_types(advantages_KBA.dtype, torch.float32))
     shape_KB = advantages_KBA.shape[:2]
-    present_KB = mask_BA.new_ones(shape_KB) if present_KB is None else _as_tensor("present_KB", present_KB)
+    present_KB = mask_BA.new_ones(shape_KB) if present_KB is None else _as_tensor("present_KB", present_KB, device)
     if present_KB.shape != shape_KB or present_KB.dtype != torch.bool:
         raise ValueError(
             f"present_KB must be (K, B) = {tuple(shape_KB)} booleans, "
@@ -123,7 +125,7 @@ def aggregate(
     if "groups_B" in chosen.parameters:
         if groups_B is None:
             raise ValueError(f"rule {rule!r} needs groups_B, the prompt of each response, found none")
-        given["groups_B"] = groups_B = _as_tensor("groups_B", groups_B)
+        given["groups_B"] = groups_B = _as_tensor("groups_B", groups_B, device)
         if groups_B.shape != mask_BA.shape[:1] or groups_B.is_floating_point():
             raise ValueError(
                 f"groups_B must be (B,) = {tuple(mask_BA.shape[:1])} integers, "
@@ -137,8 +139,8 @@ def aggregate(
     given = {key: value for key, value in given.items() if key in chosen.parameters and value is not None}
     combination = chosen.combine(advantages_KBA, mask_BA, weights_K, active_K, present_KB, **given, **options)
 
-    _check_combination(rule, combination, advantages_KBA, mask_BA)
-    combined_BA = combination.advantages_BA.masked_fill_(~mask_BA, 0)
+    _check_combination(rule, combination, weights_K, mask_BA)
+    combined_BA = combination.advantages_BA.masked_fill(~mask_BA, 0)  # a copy: a rule may return a view
     if not bool(combined_BA.isfinite().all()):
         raise ValueError(f"rule {rule!r} returned NaN or inf at a valid token")
     metrics = describe(advantages_KBA, mask_BA, present_KB, combined_BA)
@@ -150,27 +152,27 @@ def aggregate(
     return Aggregation(combined_BA, coefficients_K, metrics | dict(combination.metrics))
 
 
-def _check_combination(rule: str, found: object, advantages_KBA: Tensor, mask_BA: Tensor) -> None:
+def _check_combination(rule: str, found: object, weights_K: Tensor, mask_BA: Tensor) -> None:
     """What a rule of somebody else may have returned."""
     if not isinstance(found, Combination):
         raise ValueError(f"rule {rule!r} must return a Combination, found {type(found).__name__}")
     for part in found[:2]:
-        if not isinstance(part, Tensor):
-            raise ValueError(f"rule {rule!r} must return a Combination of tensors, found {part!r}")
+        if not isinstance(part, Tensor) or not part.is_floating_point():
+            raise ValueError(f"rule {rule!r} must return a Combination of floating-point tensors, found {part!r}")
+    expected = (tuple(mask_BA.shape), tuple(weights_K.shape))
     shapes = (tuple(found.advantages_BA.shape), tuple(found.coefficients_K.shape))
-    expected = (tuple(mask_BA.shape), tuple(advantages_KBA.shape[:1]))
     if shapes != expected:
         raise ValueError(f"rule {rule!r} must return shapes (B, A) and (K,), {expected}, found {shapes}")
-    # Masked tokens are set to 0 in place, which must not reach the caller's memory.
-    if found.advantages_BA.untyped_storage().data_ptr() == advantages_KBA.untyped_storage().data_ptr():
-        raise ValueError(f"rule {rule!r} must return a tensor of its own, found a view of the advantages")
+    if not bool(found.coefficients_K.isfinite().all()):
+        raise ValueError(f"rule {rule!r} must return finite coefficients, found {found.coefficients_K.tolist()}")
 
 
-def _as_tensor(what: str, given: Any) -> Tensor:
+def _as_tensor(what: str, given: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor stays where it is; a list goes to the device."""
     try:
-        return torch.as_tensor(given)
+        return torch.as_tensor(given, dtype=dtype, device=None if isinstance(given, Tensor) else device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{what} must be numbers, as a tensor, an array or lists: {error}") from error
+        raise ValueError(f"{what} must be numbers, as a tensor or lists: {error}") from error
 
 
 def _is_list(given: Any, length: int) -> bool:
@@ -183,7 +185,7 @@ def _is_list(given: Any, length: int) -> bool:
 def _check_weights(weights: Sequence[float] | Tensor | None, advantages_KBA: Tensor) -> Tensor:
     if weights is None:
         return advantages_KBA.new_ones(len(advantages_KBA))
-    weights_K = _as_tensor("weights", weights).to(advantages_KBA)
+    weights_K = _as_tensor("weights", weights, advantages_KBA.device, advantages_KBA.dtype).to(advantages_KBA.device)
     if weights_K.shape != advantages_KBA.shape[:1] or not bool((weights_K.isfinite() & (weights_K > 0)).all()):
         raise ValueError(f"weights must be {len(advantages_KBA)} positive finite numbers, found {weights}")
     return weights_K
@@ -195,7 +197,7 @@ def _find_active(
     """(K,) true for the objectives that carry signal; all of them if none does."""
     active_K = inspect(advantages_KBA, mask_BA, present_KB)
     if active is not None:
-        told_K = _as_tensor("active", active).to(advantages_KBA.device, torch.bool)
+        told_K = _as_tensor("active", active, dtype=torch.bool).to(advantages_KBA.device)
         if told_K.shape != active_K.shape:
             raise ValueError(f"active must be {len(advantages_KBA)} flags, found {told_K.tolist()}")
         active_K = active_K & told_K

@@ -26,9 +26,9 @@ def rvpo(
 
     To second order it is the mean of the scores minus ``k/2`` times their variance: a response that is good in one
     objective and bad in another counts less than one that is middling in both. Coefficients are the mean over the valid
-    tokens of ``ŵ_i exp(−k Z_i) / Σ_j ŵ_j exp(−k Z_j)``, the derivatives. An objective
-    without signal is left out. Whitening at the end is ours, so that k → 0
-    is ``gdpo`` with weights that sum to 1; without it the mean is below 0 and every response is pushed down.
+    tokens of ``ŵ_i exp(−k Z_i) / Σ_j ŵ_j exp(−k Z_j)``, the derivatives. An objective without signal is left
+    out. Whitening at the end is ours, so that k → 0 is ``gdpo`` with weights that sum to 1; without it the mean is
+    below 0 and every response is pushed down.
 
     Args:
         groups_B: the prompt of each response.

@@ -28,8 +28,8 @@ def tchebycheff(
     estimator makes advantages of it as of any reward; with a critic there is no value head for it, so ``gae`` cannot be
     used. It feels the scale of every reward; ``normalize=`` of the objectives takes that away. An objective with a
     larger weight is kept closer to its ideal. Coefficients are the share of responses in which an objective is the
-    furthest behind, or of its softmax weight with ``smooth``. An objective without signal stays
-    in; a missing reward is left out of the maximum, unless a training run has filled it in before, as for ``morlhf``.
+    furthest behind, or of its softmax weight with ``smooth``. An objective without signal stays in;
+    a missing reward is left out of the maximum, unless a training run has filled it in before, as for ``morlhf``.
 
     Args:
         ideal: z, K numbers; if not given, the largest reward of each objective in the batch.

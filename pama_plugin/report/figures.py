@@ -32,7 +32,13 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     )
     for tag, panel in zip(tags, panels.flat):
         for index, (arm, own) in enumerate(by_arm(runs).items()):
-            _band(panel, [run.scalars[tag] for run in own if run.scalars.get(tag)], f"C{index % 10}", arm)
+            style = {"color": f"C{index % 10}", "ls": ["-", "--", ":", "-."][index // 10 % 4]}
+            _band(panel, [run.scalars[tag] for run in own if run.scalars.get(tag)], arm, style)
+        # The range of the curves: the band of two seeds is often far wider than anything that happened.
+        drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in panel.lines])
+        low, high = np.nanmin(drawn), np.nanmax(drawn)
+        margin = 0.08 * (high - low) or 0.1
+        panel.set_ylim(low - margin, high + margin)
         panel.set_title(OF_THE_HOST.get(tag, tag.removeprefix("pama/")))
         panel.set_xlabel("step")
     for panel in panels.flat[len(tags) :]:
@@ -41,22 +47,24 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def _band(panel: Axes, series: list[list[tuple[int, float]]], color: str, label: str) -> None:
+def _band(panel: Axes, series: list[list[tuple[int, float]]], label: str, style: dict[str, str]) -> None:
     """The mean over seeds where all have a step, with its 95 % interval if there are several."""
     if not series:
         return
     by_step = [dict(own) for own in series]
     steps = sorted(set.intersection(*(set(own) for own in by_step)))
     values = np.array([[own[step] for step in steps] for own in by_step])
-    width = min(SMOOTH, len(steps))
+    width = min(SMOOTH, max(len(steps) // 5, 1))  # what is logged now and then has few
     smooth = np.array([np.convolve(row, np.ones(width) / width, "valid") for row in values])
     middle = steps[(width - 1) // 2 : (width - 1) // 2 + smooth.shape[1]]
-    panel.plot(middle, smooth.mean(0), color=color, label=label)
+    panel.plot(middle, smooth.mean(0), label=label, **style)
     if len(smooth) > 1:
         halves = np.array([interval(column.tolist()).half for column in smooth.T])
-        panel.fill_between(middle, smooth.mean(0) - halves, smooth.mean(0) + halves, color=color, alpha=0.15, lw=0)
-    else:
-        panel.plot(steps, values[0], color=color, alpha=0.25)
+        panel.fill_between(
+            middle, smooth.mean(0) - halves, smooth.mean(0) + halves, color=style["color"], alpha=0.15, lw=0
+        )
+    elif width > 1:
+        panel.plot(steps, values[0], alpha=0.25, **style)
 
 
 def draw_front(runs: Sequence[Run], names: Sequence[str], reference: Sequence[float]) -> Figure:

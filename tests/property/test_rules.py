@@ -52,6 +52,9 @@ EXCEPT = {
     ("tchebycheff, smooth", "an_objective_without_signal_has_no_say"): "its distance to the ideal is part of the sum",
     ("gram:imtl_g", "weights_have_a_say"): "it undoes any scale",
     ("lagrangian", "order_of_objectives_does_not_matter"): "the last objective is the constraint",
+    ("linear", "an_objective_without_signal_has_no_say"): "it adds what the estimator made of it",
+    ("morlhf", "an_objective_without_signal_has_no_say"): "a constant shifts every reward, of which estimators know",
+    ("tchebycheff, augmented", "an_objective_without_signal_has_no_say"): "so does a constant in the augmentation",
     ("lagrangian", "an_objective_without_signal_has_no_say"): "it has its share of A_0",
     ("lagrangian", "coefficients_follow_the_order"): "the last objective is the constraint",
 }

@@ -21,7 +21,7 @@ DUAL = dict(rule="lagrangian", violations_K=[None, 0.5], multipliers_K=[None, No
         (dict(weights=[1.0, 0.0]), "positive finite"),
         (dict(weights=[1.0, float("nan")]), "positive finite"),
         (dict(weights=[1.0, float("inf")]), "positive finite"),
-        (dict(weights="12"), "weights must be numbers, as a tensor, an array or lists"),
+        (dict(weights="12"), "weights must be numbers, as a tensor or lists"),
         (dict(weights=[1.0, 1e-50]), r"positive finite numbers, found \[1.0, 1e-50\]"),
         (dict(noon="false"), "noon and whiten must be true or false, found 'false'"),
         (dict(whiten="no"), "noon and whiten must be true or false, found None and 'no'"),
@@ -51,20 +51,21 @@ def test_bad_arguments(arguments, message) -> None:
         aggregate(**(dict(rule="pama", advantages_KBA=ONES, mask_BA=MASK) | arguments))
 
 
-def test_lists_and_arrays_stand_for_tensors() -> None:
-    given = dict(present_KB=[[True, True], [True, False]], groups_B=[0, 0], active=[True, True])
-    expected = aggregate("gdpo", **_tensors([[[1.0], [2.0]], [[3.0], [1.0]]], [[1], [1]], given))
-    found = aggregate("gdpo", [[[1.0], [2.0]], [[3.0], [1.0]]], [[1], [1]], **given)
-    arrays = {
-        key: value.numpy() for key, value in _tensors([[[1.0], [2.0]], [[3.0], [1.0]]], [[1], [1]], given).items()
-    }
-    for result in (found, aggregate("gdpo", **arrays)):
-        assert torch.equal(result.advantages, expected.advantages) and result.metrics == expected.metrics
+def test_lists_stand_for_tensors() -> None:
+    given = dict(advantages_KBA=[[[1.0], [2.0]], [[3.0], [1.0]]], mask_BA=[[1], [1]], active=[True, True])
+    given |= dict(present_KB=[[True, True], [True, False]], groups_B=[0, 0], weights=[1.0, 2.0])
+    found = aggregate("gdpo", **given)
+    expected = aggregate("gdpo", **{key: torch.tensor(value) for key, value in given.items()})
+    assert torch.equal(found.advantages, expected.advantages) and found.metrics == expected.metrics
 
 
-def _tensors(advantages, mask, given) -> dict[str, torch.Tensor]:
-    given = {"advantages_KBA": advantages, "mask_BA": mask} | given
-    return {key: torch.tensor(value) for key, value in given.items()}
+def test_lists_go_where_the_advantages_are_and_keep_their_precision() -> None:
+    away = torch.zeros(2, 2, 1, device="meta")
+    with pytest.raises(Exception, match="meta") as raised:  # where nothing can be computed
+        aggregate("gdpo", away, [[1], [1]], present_KB=[[True, True], [True, False]], groups_B=[0, 0])
+    assert "not on the expected device" not in str(raised.value)
+    exact = aggregate("linear", torch.ones(2, 1, 1, dtype=torch.float64), [[1]], weights=[0.1, 0.2])
+    assert exact.advantages.item() == pytest.approx(0.3, abs=1e-15)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -94,8 +94,9 @@ def rule():
         (lambda a: (a[0], torch.ones(1)), "must return a Combination, found tuple"),
         (lambda a: Combination(a[0, 0], torch.ones(1)), r"must return shapes .* found \(\(2,\), \(1,\)\)"),
         (lambda a: Combination(a[0] * math.nan, torch.ones(1)), "returned NaN or inf at a valid token"),
-        (lambda a: Combination(a[0] * 2, [1.0]), r"must return a Combination of tensors, found \[1.0\]"),
-        (lambda a: Combination(a[0], torch.ones(1)), "must return a tensor of its own, found a view"),
+        (lambda a: Combination(a[0], [1.0]), r"must return a Combination of floating-point tensors, found \[1.0\]"),
+        (lambda a: Combination(a[0] > 0, torch.ones(1)), "must return a Combination of floating-point tensors"),
+        (lambda a: Combination(a[0], torch.ones(1) * math.nan), r"must return finite coefficients, found \[nan\]"),
         (
             lambda a: Combination(a[0] * 2, torch.ones(1), {"rms": 1.0}),
             "call its metrics otherwise than ours, found rms",
@@ -106,6 +107,14 @@ def test_what_a_rule_returns_is_checked(returned, message, rule) -> None:
     rule(lambda a, mask, weights, active, present: returned(a))
     with pytest.raises(ValueError, match=message):
         aggregate("odd", torch.ones(1, 1, 2), torch.ones(1, 2))
+
+
+def test_a_rule_may_return_a_view(rule) -> None:
+    """Masked tokens become 0 in the result alone, not in what the rule's memory is shared with."""
+    rule(lambda a, mask, w, active, present: Combination(a[0, :, :1].expand(mask.shape), w / w.sum()))
+    advantages_KBA, mask_BA = torch.ones(1, 2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert aggregate("odd", advantages_KBA, mask_BA).advantages.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert (advantages_KBA == 1).all()
 
 
 def test_options_without_default_or_annotation(rule) -> None:
@@ -149,12 +158,14 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_the_kit_finds_a_wrong_rule(name, rule) -> None:
-    from pama_plugin.testing import check_rule
+    from pama_plugin.testing import PROPERTIES, check_rule
 
     rule(WRONG[name])
     check_rule("odd", "inputs_are_not_modified")
-    with pytest.raises(Exception):  # noqa: B017  (an AssertionError, or hypothesis's group of several)
+    assert name in PROPERTIES
+    with pytest.raises(Exception) as raised:  # noqa: B017  (hypothesis may group several)
         check_rule("odd", name)
+    assert all(isinstance(error, AssertionError) for error in getattr(raised.value, "exceptions", [raised.value]))
     with pytest.raises(ValueError, match="the property must be one of inputs_are_not_modified, .*, found 'right'"):
         check_rule("odd", "right")
 

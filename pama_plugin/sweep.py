@@ -89,7 +89,7 @@ class Job(NamedTuple):
 def load_sweep(file: Path) -> list[Job]:
     """The runs of a file without repetitions: all with their first seed, all with their second, ….
 
-    A sweep that is stopped has then as many seeds of one arm as of another.
+    However early a sweep is stopped, its arms have then much the same seeds.
 
     Raises:
         ConfigError: the file cannot be read, or does not say what to run.

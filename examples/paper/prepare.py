@@ -3,9 +3,10 @@
     python examples/paper/prepare.py DATA_FOLDER OUTPUT_FOLDER
 
 DATA_FOLDER is the quickstart's, with the rated film reviews: each is the mean of twenty people, -4 … 4. Two small BERTs
-read words in lower case: ``sentiment`` predicts the rating, ``matter_of_fact`` its distance from 0, times -1. What is
-very positive is not matter-of-fact. Nine tenths of the reviews train them, one tenth says how well they agree with
-people, and how well the judge of sentiment does: VADER, a lexicon and rules, which no run trains on.
+read words in lower case: ``sentiment`` predicts the rating x, ``matter_of_fact`` -x²/2. What is very positive is not
+matter-of-fact, and of the two there is a front: their sum with weights a and b is best at x = a/b. Nine tenths of the
+reviews train them, one tenth says how well they agree with people, and how well the judge of sentiment does: VADER, a
+lexicon and rules, which no run trains on.
 """
 
 import json
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 from prepare import Review, fetch  # noqa: E402  the quickstart's
 
 EPOCHS, BATCH, LEARNING_RATE, LENGTH = 4, 64, 1e-3, 64
-TARGETS = {"sentiment": lambda rating: rating, "matter_of_fact": lambda rating: -abs(rating)}
+TARGETS = {"sentiment": lambda rating: rating, "matter_of_fact": lambda rating: -(rating**2) / 2}
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

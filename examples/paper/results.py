@@ -16,7 +16,7 @@ from typing import NamedTuple
 from matplotlib import pyplot
 
 from pama_plugin.report.figures import draw_curves, draw_front
-from pama_plugin.report.pareto import by_arm, fifth, interval, paired
+from pama_plugin.report.pareto import by_arm, fifth, interval, whole_mean
 from pama_plugin.report.runs import Run, find_runs
 from pama_plugin.report.summary import (
     Grid,
@@ -25,11 +25,12 @@ from pama_plugin.report.summary import (
     front_table,
     objectives_table,
     shared_objectives,
+    shared_rewards,
 )
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+) -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL)
 
 
 class Experiment(NamedTuple):
@@ -63,24 +64,23 @@ def markdown(grid: Grid) -> str:
 
 
 def correlations_table(runs: Sequence[Run]) -> Grid:
-    """How the rewards go together in the first rollout, before any update, and where each arm ends."""
-    names = [name for name in runs[0].scored if all(f"reward/{name}" in run.scalars for run in runs)]
+    """How the rewards go together before any update, and while each arm is learning.
+
+    The first rollout of a seed is the same in all arms, so that it counts once. A correlation is not logged in a step
+    in which one of the rewards is constant, and of the last steps, in which length is nearly so, it says nothing.
+    """
     logged = {tag for run in runs for tag in run.scalars}
-    tags = [tag for pair in combinations(names, 2) for a, b in (pair, pair[::-1])
-            if (tag := f"pama/correlation/{a}/{b}") in logged]  # fmt: skip
-    first = [str(interval([run.scalars[tag][0][1] for run in runs if tag in run.scalars])) for tag in tags]
-    rows = [["all, before the first update", *first]]
+    pairs = combinations(shared_rewards(runs), 2)
+    tags = [tag for pair in pairs for a, b in (pair, pair[::-1]) if (tag := f"pama/correlation/{a}/{b}") in logged]
+    first = {tag: {run.seed: dict(run.scalars.get(tag, [])).get(1) for run in runs} for tag in tags}
+    known = [[value for value in by_seed.values() if value is not None] for by_seed in first.values()]
+    rows = [["before the first update, over seeds", *(str(interval(values)) for values in known)]]
     for arm, own in by_arm(runs).items():
-        rows.append(
-            [arm, *(str(interval([fifth(run.scalars.get(tag, []), last=True) for run in own])) for tag in tags)]
-        )
+        early = [[[v for step, v in run.scalars.get(tag, []) if step <= run.steps / 5] for run in own] for tag in tags]
+        rows.append([arm, *(_cell([statistics.fmean(v) for v in values if v]) for values in early)])
     columns = [tag.removeprefix("pama/correlation/").replace("/", " and ") for tag in tags]
-    return Grid(
-        "correlations",
-        ["arm", *columns],
-        rows,
-        "Pearson's, over the responses of a step; mean of the last fifth of steps.",
-    )
+    caption = "Pearson's, over the 64 responses of a step; of the arms, mean over the first fifth of the steps."
+    return Grid("correlations", ["arm", *columns], rows, caption)
 
 
 def conflict_table(runs: Sequence[Run]) -> Grid:
@@ -93,55 +93,41 @@ def conflict_table(runs: Sequence[Run]) -> Grid:
     return Grid("conflict", ["arm", "first fifth", "last fifth"], rows, "Conflict rate, share of the response tokens.")
 
 
-def speed_table(runs: Sequence[Run], baseline: str) -> Grid:
-    """How fast an arm gets there: the mean over all steps, and what that is above the baseline's, paired over seeds."""
-    names = [name for name in runs[0].scored if all(f"reward/{name}" in run.scalars for run in runs)]
-    arms = by_arm(runs)
+def equal_kl_table(runs: Sequence[Run], level: float = 0.7, window: int = 5) -> Grid:
+    """Where a run is once it is so far from the reference policy.
 
-    def means(arm: str, name: str) -> dict[int, float]:
-        return {run.seed: statistics.fmean(value for _, value in run.scalars[f"reward/{name}"]) for run in arms[arm]}
-
-    rows = []
-    for arm in arms:
-        row = [arm]
-        for name in names:
-            above = paired(means(arm, name), means(baseline, name))
-            row += [f"{interval(list(means(arm, name).values())).mean:.3f}", f"{above}{' *' * above.excludes_zero}"]
-        rows.append(row)
-    columns = ["arm", *(column for name in names for column in (name, f"above {baseline}"))]
-    return Grid(
-        "speed", columns, rows, "Mean over all steps; * where the interval of the paired differences excludes 0."
-    )
-
-
-def equal_kl_table(runs: Sequence[Run], level: float = 1.0, window: int = 5) -> Grid:
-    """Where a run is once it is so far from the reference policy: its first steps whose mean KL is at least that."""
-    names = [name for name in runs[0].scored if all(f"reward/{name}" in run.scalars for run in runs)]
+    The distance is ``logprobs_diff``, the mean of ``log π − log π_ref`` over the sampled tokens: an unbiased estimate
+    of the KL divergence per token.
+    """
+    names = shared_rewards(runs)
     rows = []
     for arm, own in by_arm(runs).items():
-        found: dict[str, list[float]] = {"step": [], **{name: [] for name in names}}
+        found: dict[str, list[float]] = {"step": [], "reached": [], **{name: [] for name in names}}
         for run in own:
-            kl = [value for _, value in run.scalars["kl"]]
-            reached = (end for end in range(window, len(kl) + 1) if statistics.fmean(kl[end - window : end]) >= level)
-            if (end := next(reached, None)) is None:
-                continue
-            found["step"].append(float(end))
-            for name in names:
-                there = [value for _, value in run.scalars[f"reward/{name}"][end - window : end]]
-                found[name].append(statistics.fmean(there))
-        cells = [str(interval(values)) if values else "–" for values in found.values()]
-        rows.append([arm, f"{len(found['step'])} of {len(own)}", *cells])
-    return Grid(
-        "equal KL",
-        ["arm", "runs", "step", *names],
-        rows,
-        f"Mean over the first {window} steps in which the mean KL from the start is at least {level:g}; a run "
-        "that never went so far is left out.",
+            distance = dict(run.scalars["logprobs_diff"])
+            for step in sorted(distance):
+                steps = range(step - window + 1, step + 1)
+                if steps[0] in distance and (mean := statistics.fmean(distance[at] for at in steps)) >= level:
+                    rewards = {name: dict(run.scalars[f"reward/{name}"]) for name in names}
+                    found["step"].append(float(step))
+                    found["reached"].append(mean)
+                    for name in names:
+                        found[name].append(statistics.fmean(rewards[name][at] for at in steps))
+                    break
+        rows.append([arm, f"{len(found['step'])} of {len(own)}", *(_cell(values) for values in found.values())])
+    caption = (
+        f"Mean over the first {window} steps in a row whose mean log ratio to the reference policy is at least "
+        f"{level:g} per token, and what it then is; a run that never went so far is left out."
     )
+    return Grid("equal KL", ["arm", "runs", "step", "reached", *names], rows, caption)
+
+
+def _cell(values: list[float]) -> str:
+    return str(interval(values)) if values else "–"
 
 
 def time_table(found: dict[str, list[Run]]) -> Grid:
-    """What the runs took, each alone in its process; how many went on side by side is said in the text."""
+    """What the runs took; how many went on side by side is said in the text."""
     rows = []
     for name, runs in found.items():
         seconds = [json.loads((run.folder / "result.json").read_text())["seconds"] for run in runs]
@@ -160,27 +146,34 @@ def tables(name: str, runs: list[Run]) -> dict[str, str]:
         "front": front_table(runs, names, reference),
         "conflict": conflict_table(runs),
         "equal-kl": equal_kl_table(runs),
-        "speed": speed_table(runs, own.baselines[0]),
         "correlations": correlations_table(runs),
-    } | {f"against-{baseline}": differences_table(runs, names, baseline) for baseline in own.baselines}
+    }
+    for baseline in own.baselines:
+        grids[f"against-{baseline}"] = differences_table(runs, names, baseline)
+        grids[f"faster-than-{baseline}"] = differences_table(runs, names, baseline, whole_mean, "mean over all steps")
     for picture, figure in (("curves", draw_curves(runs)), ("front", draw_front(runs, names, reference))):
         figure.savefig(RESULTS / f"{name}-{picture}.png", dpi=80)
         pyplot.close(figure)
     return {f"{name}-{key}": markdown(grid) for key, grid in grids.items()}
 
 
-def main() -> None:
-    found = {name: find_runs([RESULTS / name])[0] for name in EXPERIMENTS if (RESULTS / name).exists()}
+def render(page: str) -> str:
+    """The page with its tables written anew; the pictures are drawn beside the results."""
+    found = {}
+    for name in EXPERIMENTS:
+        if (RESULTS / name).exists():
+            # A run that is going on has logs, but no result: it would count with what it has.
+            found[name] = find_runs([file.parent for file in sorted((RESULTS / name).glob("*/result.json"))])[0]
     blocks = {"time": markdown(time_table(found))}
     for name, runs in found.items():
         blocks |= tables(name, runs)
-    page = HERE / "RESULTS.md"
-    text = page.read_text()
-    wanted = {match["name"] for match in BLOCK.finditer(text)}
-    if unknown := sorted(wanted - set(blocks)):
-        raise SystemExit(f"{page}: no such table: {', '.join(unknown)}; there are {', '.join(sorted(blocks))}")
-    page.write_text(BLOCK.sub(lambda match: f"{match[1]}{blocks[match['name']]}{match[3]}", text))
+    wanted = {match["name"] for match in BLOCK.finditer(page)}
+    missing = {name for name in found if not any(block.startswith(name) for block in wanted)}
+    if unknown := sorted(wanted - set(blocks)) + sorted(missing):
+        raise SystemExit(f"RESULTS.md and results/ must go together, found no match for {', '.join(unknown)}")
+    return BLOCK.sub(lambda match: f"{match[1]}{blocks[match['name']]}{match[3]}", page)
 
 
 if __name__ == "__main__":
-    main()
+    results = HERE / "RESULTS.md"
+    results.write_text(render(results.read_text()))

@@ -11,11 +11,12 @@ sweep=$1
 out="examples/paper/results/$(basename "$sweep" .yaml)"
 . examples/quickstart/stack.sh
 # Beside .venv, whose rules the tests count.
-export PYTHONPATH="$PWD/runs/paper/packages"
-if [ ! -e "$PYTHONPATH" ]; then
-    python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --target "$PYTHONPATH" \
+packages="$PWD/runs/paper/packages-$(cat examples/paper/requirements.txt examples/paper/uniform_scalar/*.* | sha256sum | cut -c1-12)"
+if [ ! -e "$packages" ]; then
+    python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --target "$packages" \
         --requirement examples/paper/requirements.txt examples/paper/uniform_scalar
 fi
+export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
 make_policy
 if [ ! -e runs/paper/quality.json ]; then
     echo "== two reward models, with a tokenizer of their own (about five minutes)"

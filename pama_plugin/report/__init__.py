@@ -42,15 +42,17 @@ def report_runs(
     out = out or folders[0]
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    grids = [objectives_table(runs), arms_table(runs)]
-    figures = {"curves": draw_curves(runs)}
-    names = shared_objectives(runs)
+    grids, names = [objectives_table(runs), arms_table(runs)], shared_objectives(runs)
     if len(names) > 1:
         point = _parse_reference(reference, names) if reference else starts(runs, names).tolist()
         grids.append(front_table(runs, names, point))
-        figures["front"] = draw_front(runs, names, point)
     if baseline is not None:
+        if not names:
+            raise ConfigError("--baseline needs an objective that all of the runs train on, found none")
         grids.append(differences_table(runs, names, baseline))
+    figures = {"curves": draw_curves(runs)}
+    if len(names) > 1:
+        figures["front"] = draw_front(runs, names, point)
     pictures = [out / f"{name}.png" for name in figures]
     for figure, picture in zip(figures.values(), pictures):
         figure.savefig(picture, dpi=120)

@@ -1,6 +1,7 @@
 """The pictures of a report: curves with bands over seeds, and where the arms end."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 
@@ -32,13 +33,14 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     )
     for tag, panel in zip(tags, panels.flat):
         for index, (arm, own) in enumerate(by_arm(runs).items()):
-            style = {"color": f"C{index % 10}", "ls": ["-", "--", ":", "-."][index // 10 % 4]}
+            style: dict[str, Any] = {"color": f"C{index % 10}", "ls": ["-", "--", ":", "-."][index // 10 % 4]}
             _band(panel, [run.scalars[tag] for run in own if run.scalars.get(tag)], arm, style)
         # The range of the curves: the band of two seeds is often far wider than anything that happened.
         drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in panel.lines])
-        low, high = np.nanmin(drawn), np.nanmax(drawn)
-        margin = 0.08 * (high - low) or 0.1
-        panel.set_ylim(low - margin, high + margin)
+        drawn = drawn[np.isfinite(drawn)]
+        if len(drawn):
+            margin = 0.08 * (drawn.max() - drawn.min()) or 0.1
+            panel.set_ylim(drawn.min() - margin, drawn.max() + margin)
         panel.set_title(OF_THE_HOST.get(tag, tag.removeprefix("pama/")))
         panel.set_xlabel("step")
     for panel in panels.flat[len(tags) :]:
@@ -47,7 +49,7 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def _band(panel: Axes, series: list[list[tuple[int, float]]], label: str, style: dict[str, str]) -> None:
+def _band(panel: Axes, series: list[list[tuple[int, float]]], label: str, style: dict[str, Any]) -> None:
     """The mean over seeds where all have a step, with its 95 % interval if there are several."""
     if not series:
         return

@@ -5,7 +5,7 @@ All rewards are maximised. A run ends where the mean of its last fifth of steps 
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import moocore
@@ -83,9 +83,19 @@ def nondominated(points: np.ndarray) -> np.ndarray:
     return kept
 
 
-def ends(runs: Iterable[Run], names: Sequence[str]) -> np.ndarray:
-    """(runs, objectives) where each ends."""
-    return np.array([[fifth(run.scalars[f"reward/{name}"], last=True) for name in names] for run in runs])
+def last_fifth(series: Series) -> float:
+    """Where a run ends."""
+    return fifth(series, last=True)
+
+
+def whole_mean(series: Series) -> float:
+    """The mean of all steps that are not NaN: the sooner a reward rises, the larger."""
+    return statistics.fmean([value for _, value in series if not math.isnan(value)] or [math.nan])
+
+
+def ends(runs: Iterable[Run], names: Sequence[str], measure: Callable[[Series], float] = last_fifth) -> np.ndarray:
+    """(runs, objectives) where each ends, or another measure of each reward's series."""
+    return np.array([[measure(run.scalars[f"reward/{name}"]) for name in names] for run in runs])
 
 
 def starts(runs: Iterable[Run], names: Sequence[str]) -> np.ndarray:

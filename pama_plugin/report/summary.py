@@ -1,15 +1,26 @@
 """The tables of a report: what each run did to each objective, and what many runs say of their arms."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
 
 from pama_plugin.errors import ConfigError
-from pama_plugin.report.pareto import Interval, by_arm, ends, fifth, indicators, interval, nondominated, paired, starts
-from pama_plugin.report.runs import Run
+from pama_plugin.report.pareto import (
+    Interval,
+    by_arm,
+    ends,
+    fifth,
+    indicators,
+    interval,
+    last_fifth,
+    nondominated,
+    paired,
+    starts,
+)
+from pama_plugin.report.runs import Run, Series
 
 WHOLE_RUN = ("active_fraction", "conflict_rate", "effective_objectives")
 OF_THE_HOST = {"kl": "KL", "response_length": "response length", "entropy_loss": "entropy"}
@@ -54,7 +65,13 @@ def arms_table(runs: Sequence[Run]) -> Grid:
         row += [_mean(own, f"pama/{key}") for key in WHOLE_RUN]
         rows.append(row + [_over(own, tag, last=True) for tag in OF_THE_HOST])
     columns = ["arm", "runs", "steps", *(key.replace("_", " ") for key in WHOLE_RUN), *OF_THE_HOST.values()]
-    return Grid("runs", columns, rows, "Conflict and activity: mean over the run; the rest: mean over its last fifth.")
+    return Grid(
+        "runs",
+        columns,
+        rows,
+        "Conflict and activity: mean over the run; the rest: mean over its last fifth. KL is what the host logs as kl, "
+        "by its own --algo.kl.estimator.",
+    )
 
 
 def front_table(runs: Sequence[Run], names: Sequence[str], reference: Sequence[float]) -> Grid:
@@ -88,44 +105,66 @@ def front_table(runs: Sequence[Run], names: Sequence[str], reference: Sequence[f
     )
 
 
-def differences_table(runs: Sequence[Run], names: Sequence[str], baseline: str) -> Grid:
-    """Arm × how much better than the baseline it ends, in every reward and in its worst rise, paired over seeds.
+def differences_table(
+    runs: Sequence[Run],
+    names: Sequence[str],
+    baseline: str,
+    measure: Callable[[Series], float] = last_fifth,
+    what: str = "last fifth of the steps",
+) -> Grid:
+    """Arm × how much more than the baseline it has, of every reward and of its worst rise, paired over seeds.
+
+    Args:
+        runs: whose seeds tell the runs of an arm apart.
+        names: the objectives that the worst rise is of.
+        baseline: an arm.
+        measure: of the series of a reward.
+        what: the measure in words.
 
     Raises:
-        ConfigError: no arm has the name.
+        ConfigError: no arm has the name, or the runs of an arm cannot be told apart.
     """
     arms = by_arm(runs)
     if baseline not in arms:
         raise ConfigError(f"--baseline must be one of {', '.join(arms)}, found {baseline!r}")
-    scored = [name for name in runs[0].scored if all(run.scalars.get(f"reward/{name}") for run in runs)]
-    columns = {
-        arm: [*ends(own, scored).T.tolist(), worst_rises(own, names, runs)] for arm, own in arms.items()
-    }  # a value per run each
-    rows = []
     for arm, own in arms.items():
+        seeds = [run.seed for run in own]
+        if None in seeds or len(set(seeds)) < len(seeds):
+            found = ", ".join(map(str, seeds))
+            raise ConfigError(f"--baseline compares runs of a sweep, one per arm and seed, found {arm!r} with {found}")
+    scored = shared_rewards(runs)
+    columns = {
+        arm: [*ends(own, scored, measure).T.tolist(), worst_rises(own, names, runs, measure)]
+        for arm, own in arms.items()
+    }
+    rows = []
+    for arm in arms:
         if arm == baseline:
             continue
-        found = [
-            paired(_by_seed(own, ours), _by_seed(arms[baseline], theirs))
+        differences = [
+            paired(_by_seed(arms[arm], ours), _by_seed(arms[baseline], theirs))
             for ours, theirs in zip(columns[arm], columns[baseline])
         ]
-        rows.append([arm, str(found[0].n), *(f"{_text(own)}{' *' * own.excludes_zero}" for own in found)])
+        cells = [f"{_text(found)}{' *' * found.excludes_zero}" for found in differences]
+        rows.append([arm, str(max(found.n for found in differences)), *cells])
     return Grid(
         f"against {baseline}",
         ["arm", "seeds", *scored, "worst rise"],
         rows,
-        f"Last fifth of the steps, the arm's less that of {baseline} with the same seed, ± half of the 95 % interval "
-        "over seeds; * where it excludes zero. Not corrected for the number of comparisons.",
+        f"{what.capitalize()}, the arm's less that of {baseline} with the same seed, ± half of the 95 % interval over "
+        "seeds; * where it excludes zero. Not corrected for the number of comparisons.",
     )
 
 
 def _by_seed(runs: Sequence[Run], values: Sequence[float]) -> dict[int, float]:
-    return {run.seed: value for run, value in zip(runs, values) if run.seed is not None}
+    return {run.seed: value for run, value in zip(runs, values) if run.seed is not None and not math.isnan(value)}
 
 
-def worst_rises(own: Sequence[Run], names: Sequence[str], runs: Sequence[Run]) -> list[float]:
+def worst_rises(
+    own: Sequence[Run], names: Sequence[str], runs: Sequence[Run], measure: Callable[[Series], float] = last_fifth
+) -> list[float]:
     """Of each run, the rise of the objective that rose least since all runs' start, in standard deviations there."""
-    rises: list[float] = ((ends(own, names) - starts(runs, names)) / spreads(runs, names)).min(1).tolist()
+    rises: list[float] = ((ends(own, names, measure) - starts(runs, names)) / spreads(runs, names)).min(1).tolist()
     return rises
 
 
@@ -136,6 +175,11 @@ def spreads(runs: Sequence[Run], names: Sequence[str]) -> np.ndarray:
         values = [run.scalars[f"reward_std/{name}"][0][1] for run in runs if run.scalars.get(f"reward_std/{name}")]
         found.append(float(np.mean(values)) if values and np.mean(values) > 0 else 1.0)
     return np.array(found)
+
+
+def shared_rewards(runs: Sequence[Run]) -> list[str]:
+    """Every reward that all runs log, the trained ones first."""
+    return [name for name in runs[0].scored if all(run.scalars.get(f"reward/{name}") for run in runs)]
 
 
 def shared_objectives(runs: Sequence[Run]) -> list[str]:

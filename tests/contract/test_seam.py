@@ -88,7 +88,7 @@ def test_the_literal_command_shows_our_flags_and_refuses_before_ray_starts() -> 
     commands = [[*LITERAL, "--help"], [*LITERAL, "--loss", "pareto", "--pama.objective", LENGTH]]
     running = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for words in commands]
     (shown, _), (_, refused) = (process.communicate(timeout=240) for process in running)
-    for flag in ("--loss", "--pama.objective", "--pama.config", "--pama.level", "--pama.no_noon", "--actor.adam.lr"):
+    for flag in ("--loss", "--pama.objective", "--pama.config", "--pama.level", "--pama.noon", "--actor.adam.lr"):
         assert flag in shown
     assert [process.returncode for process in running] == [0, 2]
     assert re.search("error: --loss must be one of .*pama, .* or ppo without objectives, found 'pareto'", refused)
@@ -153,6 +153,13 @@ def test_without_a_reward_model_the_host_builds_no_group() -> None:
     nested = ready(args)
     assert nested.reward.model_name_or_path is None and nested.reward.remote_url
     assert (args.pama.level, args.pama.noon) == ("batch", False)
+
+
+@pytest.mark.parametrize(("flags", "noon"), [([], False), (["--pama.noon"], True), (["--pama.no_noon"], False)])
+def test_noon_can_be_asked_for(flags, noon) -> None:
+    args, _ = install(*GROUPS, "--loss", "min_norm", "--pama.objective", LENGTH, *flags)
+    ready(args)
+    assert args.pama.noon is noon
 
 
 def test_gae_projects_tokens_unless_told() -> None:

@@ -1,8 +1,9 @@
 """Every rule against the kit that others can run on theirs."""
 
 import pytest
+import torch
 
-from pama_plugin import available_rules
+from pama_plugin import aggregate, available_rules
 from pama_plugin.testing import PROPERTIES, check_rule
 
 pytestmark = pytest.mark.property
@@ -62,6 +63,15 @@ EXCEPT = {
 
 def test_all_rules_are_here() -> None:
     assert {rule for rule, _ in SETTINGS.values()} == set(available_rules())
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_comes_back_has_the_precision_that_was_given(setting) -> None:
+    rule, options = SETTINGS[setting]
+    options = {key: own(2) if callable(own) else own for key, own in options.items()}
+    advantages_KBA = torch.randn(2, 4, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = aggregate(rule, advantages_KBA, torch.ones(4, 1), groups_B=[0, 0, 1, 1], **options)
+    assert found.advantages.dtype == found.coefficients.dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", PROPERTIES)

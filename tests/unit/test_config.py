@@ -252,7 +252,8 @@ def test_a_bad_objective_is_named_with_the_rule_and_what_was_found(text, tmp_pat
         (dict(objectives=[LENGTH, LENGTH]), "names must differ, found 'length' twice"),
         (dict(objectives=[LENGTH], level="word"), "--pama.level must be one of token, sequence, batch, found 'word'"),
         (dict(objectives=[LENGTH], loss="linear", level="token"), "no meaning with --loss linear"),
-        (dict(objectives=[LENGTH], loss="linear", noon=False), "no meaning with --loss linear"),
+        (dict(objectives=[LENGTH], loss="linear", noon=False), "--pama.no_noon has no meaning with --loss linear"),
+        (dict(objectives=[LENGTH], loss="linear", noon=True), "--pama.noon has no meaning with --loss linear"),
     ],
 )
 def test_a_bad_run(arguments, message) -> None:
@@ -318,6 +319,7 @@ def test_an_error_does_not_repeat_what_may_be_a_secret(location) -> None:
     ("loss", "flags", "message"),
     [
         ("pama", dict(option=["leak=0.1"], noon=False), "--loss pama: leak has a meaning with Noon alone"),
+        ("pama", dict(option=["soft=2", "soft=3"]), "--pama.option 'soft=3': options must differ, found 'soft' twice"),
         ("pama", dict(option=["soft=2"], level="batch"), "--loss pama: soft has no meaning with level=batch"),
         (
             "tchebycheff",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pama_plugin.cli import main
 from pama_plugin.errors import ConfigError
-from pama_plugin.report.pareto import fifth, indicators, interval, nondominated, paired
+from pama_plugin.report.pareto import fifth, indicators, interval, nondominated, paired, whole_mean
 from pama_plugin.report.runs import find_runs, read_run, read_scalars
 from pama_plugin.report.summary import differences_table, front_table, objectives_table
 
@@ -105,8 +106,20 @@ def test_differences_by_hand(sweep) -> None:
     assert grid.columns == ["arm", "seeds", "length", "sentiment", "worst rise"] and list(rows) == ["b 1:3", "b 3:1"]
     # seeds 1 and 2: length 1 − 2.1 and 1 − 1.9; ± 12.706 · .1414 / √2. Worst rises in units of 2: .5 − 1 and .5 − .95
     assert rows["b 1:3"] == ["2", "-1.000 ± 1.271", "1.000 ± 0.000 *", "-0.475 ± 0.318 *"]
+    # Over all ten steps, of which eight were at the start: a fifth of it.
+    whole = differences_table(runs, NAMES, "a", whole_mean, "mean over all steps")
+    assert whole.rows[0][2:4] == ["-0.200 ± 0.254", "0.200 ± 0.000 *"] and whole.caption.startswith("Mean over all")
     with pytest.raises(ConfigError, match="--baseline must be one of a, b 1:3, b 3:1, found 'c'"):
         differences_table(runs, NAMES, "c")
+    with pytest.raises(ConfigError, match="one per arm and seed, found 'a' with 1, 2, 1"):
+        differences_table([*runs, runs[0]], NAMES, "a")
+
+
+def test_a_reward_that_is_never_a_number_is_no_difference(sweep) -> None:
+    runs, _ = find_runs([sweep])
+    broken = [replace(run, scalars=run.scalars | {"reward/sentiment": [(1, math.nan)]}) for run in runs]
+    rows = differences_table(broken, NAMES, "a").rows
+    assert rows[0][1:] == ["2", "-1.000 ± 1.271", "–", "–"]
 
 
 def test_objectives_by_hand(sweep) -> None:

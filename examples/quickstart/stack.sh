@@ -38,15 +38,25 @@ make_policy() {
     fi
 }
 
+stop_ray() {
+    kill $ray 2>/dev/null
+    wait $ray 2>/dev/null || true
+    # vLLM's engines outlive, with all their memory, an actor that was killed, and ignore SIGTERM.
+    for engine in $(pgrep -f '^VLLM::EngineCore' || true); do
+        if grep -qzx "RAY_ADDRESS=.*:$port" "/proc/$engine/environ" 2>/dev/null; then kill -9 "$engine"; fi
+    done
+    rm -rf "$ray_folder"
+}
+
 start_ray() { # stopped by its process id when the script ends, however it ends
-    local port try
+    local try
     port=$(free_port)
     ray_folder=$(mktemp -d /tmp/pama.XXXXXX) # short: Ray keeps sockets in it, whose paths may have 107 characters
     # Logical GPUs: the host asks for one per model, and Ray only counts them.
     ray start --head --block --port="$port" --num-gpus=16 --num-cpus=16 --include-dashboard=false \
         --temp-dir="$ray_folder" >"$work/ray.log" 2>&1 &
     ray=$!
-    trap 'kill $ray 2>/dev/null; wait $ray 2>/dev/null || true; rm -rf "$ray_folder"' EXIT
+    trap stop_ray EXIT
     export RAY_ADDRESS="127.0.0.1:$port"
     for try in $(seq 60); do
         ray health-check --address "$RAY_ADDRESS" >/dev/null 2>&1 && return

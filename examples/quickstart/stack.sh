@@ -39,7 +39,7 @@ make_policy() {
 }
 
 stop_ray() {
-    kill $ray 2>/dev/null
+    kill $ray 2>/dev/null || true
     wait $ray 2>/dev/null || true
     # vLLM's engines outlive, with all their memory, an actor that was killed, and ignore SIGTERM.
     for engine in $(pgrep -f '^VLLM::EngineCore' || true); do

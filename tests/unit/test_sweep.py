@@ -113,7 +113,11 @@ def test_a_killed_sweep_goes_on(sweep, sent) -> None:
         f"main(['sweep', {str(sweep / 'sweep.yaml')!r}, '--out', {str(sweep / 'out')!r}])"
     )
     process = subprocess.Popen(
-        [f"{sys.prefix}/bin/python", "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [f"{sys.prefix}/bin/python", "-c", code],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # What a shell starts in the background, such as a whole run of the tests, ignores SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 60
     while not (sweep / "calls").exists():

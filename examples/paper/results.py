@@ -64,10 +64,10 @@ def markdown(grid: Grid) -> str:
 
 
 def correlations_table(runs: Sequence[Run]) -> Grid:
-    """How the rewards go together before any update, and while each arm is learning.
+    """How the rewards go together before any update, and as each arm learns.
 
     The first rollout of a seed is the same in all arms, so that it counts once. A correlation is not logged in a step
-    in which one of the rewards is constant, and of the last steps, in which length is nearly so, it says nothing.
+    in which one of the rewards is constant.
     """
     logged = {tag for run in runs for tag in run.scalars}
     pairs = combinations(shared_rewards(runs), 2)
@@ -76,10 +76,17 @@ def correlations_table(runs: Sequence[Run]) -> Grid:
     known = [[value for value in by_seed.values() if value is not None] for by_seed in first.values()]
     rows = [["before the first update, over seeds", *(str(interval(values)) for values in known)]]
     for arm, own in by_arm(runs).items():
-        early = [[[v for step, v in run.scalars.get(tag, []) if step <= run.steps / 5] for run in own] for tag in tags]
-        rows.append([arm, *(_cell([statistics.fmean(v) for v in values if v]) for values in early)])
+        cells = []
+        for tag in tags:
+            early = [[v for step, v in run.scalars.get(tag, []) if step <= run.steps / 5] for run in own]
+            late = [[v for step, v in run.scalars.get(tag, []) if step > run.steps * 4 / 5] for run in own]
+            cells.append(" → ".join(_cell([statistics.fmean(v) for v in part if v]) for part in (early, late)))
+        rows.append([arm, *cells])
     columns = [tag.removeprefix("pama/correlation/").replace("/", " and ") for tag in tags]
-    caption = "Pearson's, over the 64 responses of a step; of the arms, mean over the first fifth of the steps."
+    caption = (
+        "Pearson's, over the 64 responses of a step; of the arms, mean over the first → last fifth of the steps. "
+        "Where a reward is at its ceiling, as length is in the last fifth, it says little."
+    )
     return Grid("correlations", ["arm", *columns], rows, caption)
 
 

@@ -60,12 +60,12 @@ def test_equal_kl_by_hand(results) -> None:
 def test_the_first_rollout_of_a_seed_counts_once(results) -> None:
     rewards = {"reward__a": [1.0] * 10, "reward__b": [1.0] * 10}
     runs = [
-        run(arm, seed, pama__correlation__b__a=[first, 0.4, *[0.9] * 8], **rewards)
+        run(arm, seed, pama__correlation__b__a=[first, 0.4, *[0.9] * 6, first, 0.8], **rewards)
         for arm in "xyz"
         for seed, first in ((1, 0.2), (2, 0.4))
     ]
     grid = results.correlations_table(runs)
     assert grid.columns == ["arm", "b and a"]
-    # .3 ± t(.975, 1) · .1414 / √2; of an arm, steps 1 and 2: .3 and .4
+    # .3 ± t(.975, 1) · .1414 / √2; of an arm, steps 1 and 2: .3 and .4; steps 9 and 10: .5 and .6
     assert grid.rows[0] == ["before the first update, over seeds", "0.300 ± 1.271"]
-    assert grid.rows[1:] == [[arm, "0.350 ± 0.635"] for arm in "xyz"]
+    assert grid.rows[1:] == [[arm, "0.350 ± 0.635 → 0.550 ± 0.635"] for arm in "xyz"]

@@ -181,7 +181,7 @@ def dump_config(config: PamaConfig) -> str:
     """The configuration as YAML that ``--pama.config`` takes, and makes the same configuration of."""
     # The loader refuses what the rule does not take.
     meaningless = {"level", "noon"} - set(get_rule(config.loss).parameters)
-    settings = config.model_dump(exclude={"objectives", *meaningless})
+    settings = config.model_dump(exclude={"objectives", *meaningless}, exclude_none=True)
     settings["objectives"] = {objective.name: objective.dump() for objective in config.objectives}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 

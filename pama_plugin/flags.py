@@ -68,14 +68,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--pama.noon",
         action="store_const",
         const=True,
-        help="keep positive advantages alone: 'No Negative', Eq. 5 of the paper (the default of pama)",
+        help="pama and min_norm: keep positive advantages alone, 'No Negative', Eq. 5 of the paper (the default of "
+        "--pama.level batch)",
     )
     noon.add_argument(
         "--pama.no_noon",
         dest="pama.noon",
         action="store_const",
         const=False,
-        help="keep negative advantages too (the default of min_norm)",
+        help="keep negative advantages too",
     )
     group.add_argument(
         "--pama.whiten",

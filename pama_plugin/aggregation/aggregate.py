@@ -65,8 +65,8 @@ def aggregate(
             rewards (``morlhf``, ``tchebycheff``) the (K, B, 1) rewards, and the result is one reward per response.
         mask_BA: (B, A), true at action tokens. What stands elsewhere enters nothing, not even if it is NaN.
         level: ``token``, ``sequence`` or ``batch``: what ``pama`` projects. No other rule uses it.
-        noon: keep only positive advantages ("No Negative", arXiv 2508.07768, Eq. 5). If not given, ``pama`` does and
-            ``min_norm`` does not. No other rule uses it.
+        noon: keep only positive advantages ("No Negative", arXiv 2508.07768, Eq. 5). If not given, ``pama`` does
+            with ``level="batch"`` alone, and ``min_norm`` does not. No other rule uses it.
         weights: K positive preference weights, 1 each if not given; what they mean, each rule says.
         whiten: first subtract from each objective's advantages their mean over its valid tokens and divide by their
             standard deviation: for estimators that do not, so that no objective wins by its scale. The metrics are then
@@ -84,7 +84,7 @@ def aggregate(
 
     >>> import torch
     >>> advantages = torch.tensor([[[1.0, -0.5, -1.2, 0.7]], [[0.4, 0.8, -0.6, -0.6]]])
-    >>> result = aggregate("pama", advantages, torch.ones(1, 4, dtype=torch.bool), noon=False)
+    >>> result = aggregate("pama", advantages, torch.ones(1, 4, dtype=torch.bool), rescale=False)
     >>> result.advantages
     tensor([[ 0.4000,  0.0000, -0.6000,  0.0000]])
     >>> result.metrics["conflict_rate"]

@@ -20,8 +20,8 @@ def pama(
     present_KB: Tensor,
     *,
     level: str = "token",
-    noon: bool = True,
-    rescale: bool = False,
+    noon: bool | None = None,
+    rescale: bool = True,
     soft: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None,
     leak: Annotated[float, Field(ge=0, le=1)] = 0.0,
 ) -> Combination:
@@ -38,16 +38,16 @@ def pama(
       take what is negative, and ``s*[b]`` goes to all of the tokens.
     - ``batch``: the batch means of ``a_i``, so after Noon, as Algorithm 1 is worded; tokens get ``Σ_i c_i a_i``. With
       Noon, c picks one objective a step. Signed batch means vanish under estimators that whiten, and then c is decided
-      by rounding: prefer Noon.
+      by rounding.
 
     Objectives that are not active leave the projection: a constant would veto every other one. So does one without a
     reward for a response, for that response. Coefficients are the mean of c over the tokens with an advantage.
 
     Args:
         level: see above.
-        noon: see above.
-        rescale: divide the result by its root mean square over the valid tokens: the more objectives, the smaller is
-            what they agree on. The mean is not shifted.
+        noon: see above. If not given, with ``level=batch`` alone.
+        rescale: give the result the root mean square, over the valid tokens, of the objectives' own advantages, which
+            is 1 if they are whitened: the more objectives, the smaller is what they agree on. The mean is not shifted.
         soft: instead of the minimum take ``Σ_i c_i a_i`` with ``c = softmax(−soft · a / σ)``, σ the root mean square of
             the token's (or response's) own ``a_i``, and the mirror image instead of the maximum: one noisy objective no
             longer vetoes all others. The larger, the closer to the minimum; towards 0 it becomes the mean. Not with
@@ -58,11 +58,14 @@ def pama(
     Raises:
         ValueError: an option without a meaning here.
 
-    Differs from the paper in: the importance ratio is gated by the PPO clip alone, so c is computed once per rollout;
-    ``rescale``, ``soft``, ``leak``, ``level=sequence`` and signed advantages are not in it.
+    Differs from the paper in: signed advantages and ``rescale``, which are not in it, are the default
+    (examples/paper/RESULTS.md says why), ``noon=True, rescale=False`` is the paper's; the importance ratio is gated by
+    the PPO clip alone, so c is computed once per rollout; ``soft``, ``leak`` and ``level=sequence`` are not in it.
     """
+    if noon is None:
+        noon = level == "batch"
     if leak and not noon:
-        raise ValueError("leak has a meaning with Noon alone: without it all of the negative advantages stay")
+        raise ValueError("leak needs noon: without it all of the negative advantages stay")
     if soft is not None and level == "batch":
         raise ValueError("soft has no meaning with level=batch, which has one minimum per batch")
     slope = leak if noon else 1.0
@@ -93,12 +96,23 @@ def pama(
         combined_BA[rows] = projected
         shares_K += (c * mask_BA[rows]).sum((1, 2), dtype=torch.float64)
     if rescale:
-        squares = combined_BA.masked_fill_(~mask_BA, 0).square().sum(dtype=torch.float64)
-        rms = (squares / mask_BA.count_nonzero()).sqrt().to(combined_BA.dtype)
-        combined_BA /= torch.where(rms > 0, rms, 1)
+        own = _mean_square(advantages_KBA, active_K, mask_BA, present_KB)
+        left = _mean_square(combined_BA.unsqueeze(0), active_K.new_ones(1), mask_BA, present_KB.any(0, keepdim=True))
+        combined_BA *= torch.where(left > 0, own / left, 1).sqrt().to(combined_BA.dtype)
     coefficients_K = torch.zeros_like(weights_K)
     coefficients_K[active_K] = (shares_K / torch.where(shares_K.sum() > 0, shares_K.sum(), 1)).to(weights_K.dtype)
     return Combination(combined_BA, coefficients_K)
+
+
+def _mean_square(values_KBA: Tensor, kept_K: Tensor, mask_BA: Tensor, present_KB: Tensor) -> Tensor:
+    """Of those kept, over the valid tokens of the responses that each has a reward for."""
+    total = count = torch.zeros((), dtype=torch.float64, device=mask_BA.device)
+    for rows in blocks(values_KBA):
+        valid_KbA = valid_at(rows, mask_BA, present_KB)
+        kept_KbA = values_KBA[kept_K, rows]
+        count = count + valid_KbA.expand_as(kept_KbA).sum()
+        total = total + kept_KbA.masked_fill_(~valid_KbA, 0).square_().sum(dtype=torch.float64)
+    return total / count.clamp(min=1)
 
 
 def _leaky(a: Tensor, slope: float) -> Tensor:

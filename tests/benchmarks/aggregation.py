@@ -108,7 +108,7 @@ def main() -> None:
         advantages_KBA, mask_BA = make(objectives, device)
         target = torch.empty_like(advantages_KBA)
         pair = {
-            "pama": lambda a=advantages_KBA, m=mask_BA: aggregate("pama", a, m),
+            "pama": lambda a=advantages_KBA, m=mask_BA: aggregate("pama", a, m, noon=True),
             "copy": lambda a=advantages_KBA, t=target: t.copy_(a),
         }
         took = seconds(pair, device)

@@ -20,7 +20,7 @@ def test_a_duplicated_objective_changes_nothing(case, variant) -> None:
     torch.testing.assert_close(double.coefficients, single.coefficients / 2 * torch.ones(2))
 
 
-@pytest.mark.parametrize("variant", [dict(rule="linear"), dict(rule="pama", noon=False)])
+@pytest.mark.parametrize("variant", [dict(rule="linear"), dict(rule="pama", rescale=False)])
 @given(case=advantages(max_objectives=1))
 def test_one_objective_is_itself_bit_for_bit(variant, case) -> None:
     advantages_KBA, mask_BA = case
@@ -69,7 +69,7 @@ def test_an_objective_known_to_be_inactive_leaves() -> None:
 
 def test_if_no_objective_is_active_none_is_dropped() -> None:
     constants = torch.tensor([2.0, 3.0]).reshape(2, 1, 1).expand(2, 3, 4)
-    result = aggregate("pama", constants, torch.ones(3, 4))
+    result = aggregate("pama", constants, torch.ones(3, 4), rescale=False)
     assert (result.advantages == 2).all() and result.metrics["inactive/0"] == result.metrics["inactive/1"] == 0
 
 

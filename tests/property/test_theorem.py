@@ -25,7 +25,7 @@ def search(values_K: list[float], steps: int = 40) -> float:
 @given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=3))
 def test_token_value_is_the_minimum_over_the_simplex(values_K: list[float]) -> None:
     column = torch.tensor(values_K).reshape(-1, 1, 1)
-    found = aggregate("pama", column, ONE_TOKEN, noon=False).advantages.item()
+    found = aggregate("pama", column, ONE_TOKEN, rescale=False).advantages.item()
     spread = max(values_K) - min(values_K)
     assert abs(found) <= abs(search(values_K)) + 1e-6  # the closed form is at least as good as any grid point
     assert abs(abs(search(values_K)) - abs(found)) <= spread / 40 + 1e-6  # and the grid comes that near it
@@ -36,7 +36,7 @@ def test_every_objective_gains_in_proportion_to_its_weight_at_least(case, weight
     """``s*·A_i ≥ w_i·s*²`` for every i, token by token: the variational inequality of the projection."""
     advantages_KBA, mask_BA = case
     weights_K = torch.linspace(0.5, 2, len(advantages_KBA)) if weighted else torch.ones(len(advantages_KBA))
-    result = aggregate("pama", advantages_KBA, mask_BA, noon=noon, weights=weights_K)
+    result = aggregate("pama", advantages_KBA, mask_BA, noon=noon, rescale=False, weights=weights_K)
     kept = [index for index in range(len(advantages_KBA)) if not result.metrics[f"inactive/{index}"]]
     for index in kept:
         bound = weights_K[index] / weights_K[kept].mean() * result.advantages**2
@@ -47,7 +47,7 @@ def test_every_objective_gains_in_proportion_to_its_weight_at_least(case, weight
 @given(advantages(min_objectives=2))
 def test_noon_is_the_minimum_of_the_positive_parts(case) -> None:
     advantages_KBA, mask_BA = case
-    result = aggregate("pama", advantages_KBA, mask_BA)
+    result = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale=False)
     kept_K = [not result.metrics[f"inactive/{index}"] for index in range(len(advantages_KBA))]
     expected = advantages_KBA[kept_K].clamp(min=0).amin(0)
     assert torch.equal(result.advantages, torch.where(mask_BA, expected, 0))
@@ -56,7 +56,7 @@ def test_noon_is_the_minimum_of_the_positive_parts(case) -> None:
 @given(advantages())
 def test_sequence_level_is_token_level_of_the_means(case) -> None:
     advantages_KBA, mask_BA = case
-    result = aggregate("pama", advantages_KBA, mask_BA, level="sequence", noon=False)
+    result = aggregate("pama", advantages_KBA, mask_BA, level="sequence", rescale=False)
     for row in range(len(mask_BA)):
         valid = mask_BA[row]
         if not valid.any():
@@ -69,10 +69,17 @@ def test_sequence_level_is_token_level_of_the_means(case) -> None:
         torch.testing.assert_close(result.advantages[row][valid], expected.expand(int(valid.sum())), atol=1e-5, rtol=0)
 
 
+@given(advantages())
+def test_noon_is_off_but_for_the_batch_level(case) -> None:
+    for level, default in (("token", False), ("sequence", False), ("batch", True)):
+        given = aggregate("pama", *case, level=level, noon=default)
+        assert torch.equal(aggregate("pama", *case, level=level).advantages, given.advantages)
+
+
 @given(advantages(min_objectives=2))
 def test_batch_level_takes_the_objective_with_the_smallest_positive_mean(case) -> None:
     advantages_KBA, mask_BA = case
-    result = aggregate("pama", advantages_KBA, mask_BA, level="batch")
+    result = aggregate("pama", advantages_KBA, mask_BA, level="batch", rescale=False)
     means = [
         float("inf") if result.metrics[f"inactive/{k}"] else row.clamp(min=0)[mask_BA].mean().item()
         for k, row in enumerate(advantages_KBA)
@@ -89,8 +96,7 @@ def test_batch_level_takes_the_objective_with_the_smallest_positive_mean(case) -
 )
 def test_signed_batch_means_of_one_sign_or_two(means, expected) -> None:
     wave = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
-    result = aggregate(
-        "pama", torch.stack([mean + wave for mean in means]), torch.ones(1, 4), level="batch", noon=False
-    )
+    advantages_KBA, mask_BA = torch.stack([mean + wave for mean in means]), torch.ones(1, 4)
+    result = aggregate("pama", advantages_KBA, mask_BA, level="batch", noon=False, rescale=False)
     torch.testing.assert_close(result.coefficients, torch.tensor(expected, dtype=torch.float32))
     torch.testing.assert_close(result.advantages, sum(c * (mean + wave) for c, mean in zip(expected, means)))

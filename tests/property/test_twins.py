@@ -198,7 +198,7 @@ def test_soft_pama(case: Case, soft: float) -> None:
     """Token by token: between the minimum and the mean of what Noon leaves, and nearer to the minimum the sharper."""
     advantages_KBA, mask_BA, _, _, _ = case
     arguments = dict(active=[True] * len(advantages_KBA))
-    values = aggregate("pama", advantages_KBA, mask_BA, soft=soft, **arguments)
+    values = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale=False, soft=soft, **arguments)
     kept = [not values.metrics[f"inactive/{k}"] for k in range(len(advantages_KBA))]
     for b, t in mask_BA.nonzero().tolist():
         a = [max(x, 0.0) for x in advantages_KBA[kept, b, t].tolist()]
@@ -212,21 +212,35 @@ def test_soft_pama(case: Case, soft: float) -> None:
 @given(cases())
 def test_leak_is_between_noon_and_signed(case: Case) -> None:
     arguments = (case.advantages_KBA, case.mask_BA)
-    same = dict(present_KB=case.present_KB, weights=case.weights_K)
-    found = {leak: aggregate("pama", *arguments, leak=leak, **same).advantages for leak in (0.0, 0.5, 1.0)}
-    assert torch.equal(found[0.0], aggregate("pama", *arguments, **same).advantages)
+    same = dict(present_KB=case.present_KB, weights=case.weights_K, rescale=False)
+    found = {leak: aggregate("pama", *arguments, noon=True, leak=leak, **same).advantages for leak in (0.0, 0.5, 1.0)}
+    assert torch.equal(found[0.0], aggregate("pama", *arguments, noon=True, **same).advantages)
     assert torch.equal(found[1.0], aggregate("pama", *arguments, noon=False, **same).advantages)
     torch.testing.assert_close(found[0.5], torch.where(found[1.0] < 0, 0.5 * found[1.0], found[1.0]))
 
 
 @given(cases())
-def test_rescale_makes_unit_rms_of_whatever_is_left(case: Case) -> None:
-    arguments = (case.advantages_KBA, case.mask_BA)
-    plain = aggregate("pama", *arguments, present_KB=case.present_KB)
-    found = aggregate("pama", *arguments, present_KB=case.present_KB, rescale=True)
-    assert found.metrics["rms"] == pytest.approx(1.0 if plain.metrics["rms"] else 0.0, abs=1e-4)
-    if plain.metrics["rms"]:
-        torch.testing.assert_close(found.advantages * plain.metrics["rms"], plain.advantages, atol=1e-5, rtol=1e-3)
+def test_rescale_gives_what_is_left_the_scale_of_the_objectives(case: Case) -> None:
+    same = dict(present_KB=case.present_KB, weights=case.weights_K)
+    plain = aggregate("pama", case.advantages_KBA, case.mask_BA, rescale=False, **same)
+    found = aggregate("pama", case.advantages_KBA, case.mask_BA, **same)
+    if not plain.metrics["rms"]:
+        assert torch.equal(found.advantages, plain.advantages)
+        return
+    valid_KBA = case.mask_BA.bool() & case.present_KB.unsqueeze(-1)
+    kept_K = torch.tensor([not plain.metrics[f"inactive/{k}"] for k in range(len(valid_KBA))])
+    own = case.advantages_KBA[kept_K][valid_KBA[kept_K]].double().square().mean()
+    left = found.advantages[valid_KBA[kept_K].any(0)].double().square().mean()
+    assert left.item() == pytest.approx(own.item(), rel=1e-3)
+    ratio = found.metrics["rms"] / plain.metrics["rms"]
+    torch.testing.assert_close(found.advantages, plain.advantages * ratio, atol=1e-5, rtol=1e-3)
+
+
+def test_rescale_makes_no_signal_of_rounding() -> None:
+    """Whitened advantages of rewards that no longer differ: all objectives are inactive, so all stay."""
+    noise = 1e-6 * torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+    found = aggregate("pama", noise, torch.ones(8, 4), active=[False, False])
+    assert 0 < found.metrics["rms"] < 2e-6
 
 
 @given(cases(min_objectives=2))

@@ -66,7 +66,7 @@ def test_defaults() -> None:
     assert (config.loss, config.level, config.noon, config.names, config.weights_at(0)) == (
         "pama",
         "sequence",
-        True,
+        None,  # as the rule has it
         ("length",),
         (1.0,),
     )
@@ -318,7 +318,7 @@ def test_an_error_does_not_repeat_what_may_be_a_secret(location) -> None:
 @pytest.mark.parametrize(
     ("loss", "flags", "message"),
     [
-        ("pama", dict(option=["leak=0.1"], noon=False), "--loss pama: leak has a meaning with Noon alone"),
+        ("pama", dict(option=["leak=0.1"]), "--loss pama: leak needs noon: without it all"),
         ("pama", dict(option=["soft=2", "soft=3"]), "--pama.option 'soft=3': options must differ, found 'soft' twice"),
         ("pama", dict(option=["soft=2"], level="batch"), "--loss pama: soft has no meaning with level=batch"),
         (

@@ -69,3 +69,15 @@ def test_the_first_rollout_of_a_seed_counts_once(results) -> None:
     # .3 ± t(.975, 1) · .1414 / √2; of an arm, steps 1 and 2: .3 and .4; steps 9 and 10: .5 and .6
     assert grid.rows[0] == ["before the first update, over seeds", "0.300 ± 1.271"]
     assert grid.rows[1:] == [[arm, "0.350 ± 0.635 → 0.550 ± 0.635"] for arm in "xyz"]
+
+
+def test_every_change_is_compared_with_the_arm_that_it_changes(results) -> None:
+    """Over two seeds: .5 ± t(.975, 1) · 0 of ``a``, and nothing of ``b``."""
+    runs = [
+        run(arm, seed, reward__a=[seed] * 9 + [seed + more], reward__b=[1.0] * 10)
+        for arm, more in (("pama-signed", 1.0), ("pama-token", 0.0), ("linear", 0.0))
+        for seed in (1, 2)
+    ]
+    grid = results.changes_table(runs, ["a", "b"])
+    assert grid.columns == ["change", "seeds", "a", "b", "worst rise"]
+    assert [row[:4] for row in grid.rows] == [["pama-token → pama-signed", "2", "0.500 ± 0.000 *", "0.000 ± 0.000"]]

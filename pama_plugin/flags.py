@@ -69,14 +69,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const=True,
         help="pama and min_norm: keep positive advantages alone, 'No Negative', Eq. 5 of the paper (the default of "
-        "--pama.level batch)",
+        "pama with --pama.level batch)",
     )
     noon.add_argument(
         "--pama.no_noon",
         dest="pama.noon",
         action="store_const",
         const=False,
-        help="keep negative advantages too",
+        help="keep negative advantages too (the default of min_norm, and of pama by token or sequence)",
     )
     group.add_argument(
         "--pama.whiten",

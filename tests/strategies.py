@@ -22,7 +22,12 @@ def advantages(draw: st.DrawFn, min_objectives: int = 1, max_objectives: int = 8
 
 VARIANTS = [
     dict(rule="linear"),
-    *(dict(rule="pama", level=level, noon=noon) for level in ("token", "sequence", "batch") for noon in (True, False)),
+    *(
+        dict(rule="pama", level=level, noon=noon, rescale=rescale)
+        for level in ("token", "sequence", "batch")
+        for noon in (True, False)
+        for rescale in (True, False)
+    ),
 ]
 variants = st.sampled_from(VARIANTS)
 

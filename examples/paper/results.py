@@ -49,7 +49,7 @@ class Experiment(NamedTuple):
     """A sweep: the point that hypervolume is measured above, whatever was run, and the arms to compare with."""
 
     reference: dict[str, float]
-    baselines: tuple[str, ...] = ("linear", "pama-token")
+    baselines: tuple[str, ...] = ("linear", "min_norm")
 
 
 EXPERIMENTS = {
@@ -163,6 +163,27 @@ def _cell(values: list[float]) -> str:
     return str(interval(values)) if values else "–"
 
 
+def starving_table(found: dict[str, list[Run]]) -> Grid:
+    """What is left to learn from as objectives are added, of the arms that every one of these experiments has."""
+    experiments = {name: by_arm(found[name]) for name in ("conflict", "three", "four")}
+    tags = ("pama/active_fraction", "pama/rms")
+    shared = [arm for arm in experiments["conflict"] if all(arm in arms for arms in experiments.values())]
+    rows = []
+    for arm in shared:
+        series = [[run.scalars[tag] for run in arms[arm]] for tag in tags for arms in experiments.values()]
+        rows.append([arm, *(f"{statistics.fmean(map(whole_mean, own)):.2f}" for own in series)])
+    columns = [f"{what}, {count}" for what in ("active fraction", "rms") for count in ("two", "three", "four")]
+    caption = "Mean over the run: the share of tokens with an advantage, and the root mean square of all advantages."
+    return Grid("starving", ["arm", *columns], rows, caption)
+
+
+def quality_table(found: dict[str, list[Run]]) -> Grid:
+    """The reward models and the judge on reviews that neither was trained on, as prepare.py measured them."""
+    measured = {name: json.loads((RESULTS / name / "quality.json").read_text()) for name in found}
+    rows = [[key, *(f"{own[key]:g}" for own in measured.values())] for key in next(iter(measured.values()))]
+    return Grid("quality", ["", *measured], rows)
+
+
 def time_table(found: dict[str, list[Run]]) -> Grid:
     """What the runs took; how many went on side by side is said in the text."""
     rows = []
@@ -202,7 +223,7 @@ def render(page: str) -> str:
         if (RESULTS / name).exists():
             # A run that is going on has logs, but no result: it would count with what it has.
             found[name] = find_runs([file.parent for file in sorted((RESULTS / name).glob("*/result.json"))])[0]
-    blocks = {"time": markdown(time_table(found))}
+    blocks = {grid.title: markdown(grid) for grid in (time_table(found), quality_table(found), starving_table(found))}
     for name, runs in found.items():
         blocks |= tables(name, runs)
     wanted = {match["name"] for match in BLOCK.finditer(page)}

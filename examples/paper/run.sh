@@ -24,4 +24,5 @@ if [ ! -e runs/paper/quality.json ]; then
 fi
 start_ray
 pama sweep "$sweep" --out "$out" --jobs "${2:-1}"
+cp runs/paper/quality.json "$out"
 pama report "$out"

@@ -21,7 +21,7 @@ def pama(
     *,
     level: str = "token",
     noon: bool | None = None,
-    rescale: bool = True,
+    rescale: bool | None = None,
     soft: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None,
     leak: Annotated[float, Field(ge=0, le=1)] = 0.0,
 ) -> Combination:
@@ -46,8 +46,10 @@ def pama(
     Args:
         level: see above.
         noon: see above. If not given, with ``level=batch`` alone.
-        rescale: give the result the root mean square, over the valid tokens, of the objectives' own advantages, which
-            is 1 if they are whitened: the more objectives, the smaller is what they agree on. The mean is not shifted.
+        rescale: multiply the result by the ``scale`` in ``metrics`` that gives it, over the valid tokens, the smallest
+            root mean square that an objective's own advantages have, 1 if they are whitened; because the more
+            objectives, the smaller is what they agree on. The mean is not shifted. If not given, at token and sequence
+            level.
         soft: instead of the minimum take ``Σ_i c_i a_i`` with ``c = softmax(−soft · a / σ)``, σ the root mean square of
             the token's (or response's) own ``a_i``, and the mirror image instead of the maximum: one noisy objective no
             longer vetoes all others. The larger, the closer to the minimum; towards 0 it becomes the mean. Not with
@@ -58,12 +60,13 @@ def pama(
     Raises:
         ValueError: an option without a meaning here.
 
-    Differs from the paper in: signed advantages and ``rescale``, which are not in it, are the default
-    (examples/paper/RESULTS.md says why), ``noon=True, rescale=False`` is the paper's; the importance ratio is gated by
-    the PPO clip alone, so c is computed once per rollout; ``soft``, ``leak`` and ``level=sequence`` are not in it.
+    Differs from the paper in: by token and by sequence signed advantages and ``rescale``, which are not in it, are the
+    default, because that is what examples/paper/RESULTS.md found better; ``noon=True, rescale=False`` is the paper's.
+    The importance ratio is gated by the PPO clip alone, so c is computed once per rollout. ``soft``, ``leak`` and
+    ``level=sequence`` are not in it.
     """
-    if noon is None:
-        noon = level == "batch"
+    noon = level == "batch" if noon is None else noon
+    rescale = level != "batch" if rescale is None else rescale
     if leak and not noon:
         raise ValueError("leak needs noon: without it all of the negative advantages stay")
     if soft is not None and level == "batch":
@@ -95,24 +98,27 @@ def pama(
         projected, c = _project(_leaky(a_KbA, slope), valid_KbA, soft)
         combined_BA[rows] = projected
         shares_K += (c * mask_BA[rows]).sum((1, 2), dtype=torch.float64)
+    metrics = {}
     if rescale:
-        own = _mean_square(advantages_KBA, active_K, mask_BA, present_KB)
-        left = _mean_square(combined_BA.unsqueeze(0), active_K.new_ones(1), mask_BA, present_KB.any(0, keepdim=True))
-        combined_BA *= torch.where(left > 0, own / left, 1).sqrt().to(combined_BA.dtype)
+        own_K = _rms(advantages_KBA, active_K, mask_BA, present_KB)
+        left = _rms(combined_BA.unsqueeze(0), active_K.new_ones(1), mask_BA, present_KB.any(0, keepdim=True)).squeeze(0)
+        scale = torch.where(left > 0, torch.where(own_K > 0, own_K, torch.inf).min() / left, 0)
+        combined_BA *= scale.to(combined_BA.dtype)
+        metrics["scale"] = float(scale)
     coefficients_K = torch.zeros_like(weights_K)
     coefficients_K[active_K] = (shares_K / torch.where(shares_K.sum() > 0, shares_K.sum(), 1)).to(weights_K.dtype)
-    return Combination(combined_BA, coefficients_K)
+    return Combination(combined_BA, coefficients_K, metrics)
 
 
-def _mean_square(values_KBA: Tensor, kept_K: Tensor, mask_BA: Tensor, present_KB: Tensor) -> Tensor:
-    """Of those kept, over the valid tokens of the responses that each has a reward for."""
-    total = count = torch.zeros((), dtype=torch.float64, device=mask_BA.device)
+def _rms(values_KBA: Tensor, kept_K: Tensor, mask_BA: Tensor, present_KB: Tensor) -> Tensor:
+    """(K',) of those kept, each over the valid tokens of the responses that it has a reward for."""
+    squares_K = tokens_K = torch.zeros((), dtype=torch.float64, device=mask_BA.device)
     for rows in blocks(values_KBA):
         valid_KbA = valid_at(rows, mask_BA, present_KB)
-        kept_KbA = values_KBA[kept_K, rows]
-        count = count + valid_KbA.expand_as(kept_KbA).sum()
-        total = total + kept_KbA.masked_fill_(~valid_KbA, 0).square_().sum(dtype=torch.float64)
-    return total / count.clamp(min=1)
+        kept_KbA = values_KBA[kept_K, rows].masked_fill_(~valid_KbA, 0)
+        squares_K = squares_K + torch.linalg.vector_norm(kept_KbA, dim=(1, 2), dtype=torch.float64).square()
+        tokens_K = tokens_K + valid_KbA.sum((1, 2))
+    return (squares_K / tokens_K.clamp(min=1)).sqrt()
 
 
 def _leaky(a: Tensor, slope: float) -> Tensor:

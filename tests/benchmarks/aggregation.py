@@ -71,8 +71,8 @@ def calls_of_every_rule(objectives: int, device: str) -> dict[str, Callable[[], 
     for rule in available_rules():
         given: list[dict[str, Any]] = [{}]
         if rule == "pama":
-            given = [dict(level=level, noon=noon) for level in ("token", "sequence", "batch") for noon in (True, False)]
-            given += [dict(soft=4.0), dict(rescale=True)]
+            given = [dict(level=level) for level in ("token", "sequence", "batch")]
+            given += [dict(soft=4.0), dict(rescale=False), dict(noon=True, rescale=False)]
         elif get_rule(rule).constrained:
             given = [dict(violations_K=[*constraint, 0.1], multipliers_K=[*constraint, 1.0])]
         advantages_KBA, mask_BA = narrow if get_rule(rule).of == "rewards" else whole
@@ -101,14 +101,14 @@ def main() -> None:
     for rule, took in seconds(functions, device).items():
         print(f"{rule:30} {took * 1000:8.2f} {peak_bytes(functions[rule], device) / size:6.2f}x", flush=True)
 
-    print("\npama, token level, Noon")
+    print("\npama, token level")
     print(f"{'K':>4} {'MiB':>6} {'ms':>8} {'copy ms':>8} {'/ read':>7} {'peak':>7}")
     points = []
     for objectives in options.objectives:
         advantages_KBA, mask_BA = make(objectives, device)
         target = torch.empty_like(advantages_KBA)
         pair = {
-            "pama": lambda a=advantages_KBA, m=mask_BA: aggregate("pama", a, m, noon=True),
+            "pama": lambda a=advantages_KBA, m=mask_BA: aggregate("pama", a, m),
             "copy": lambda a=advantages_KBA, t=target: t.copy_(a),
         }
         took = seconds(pair, device)

@@ -50,7 +50,7 @@ def test_the_others_are_projected_as_if_it_were_not_there(case, noon, level) -> 
 def test_batch_means_are_over_the_responses_that_have_a_reward() -> None:
     advantages_KBA = torch.tensor([[[2.0], [4.0], [99.0]], [[3.0], [5.0], [1.0]]])
     present_KB = torch.tensor([[True, True, False], [True, True, True]])
-    result = aggregate("pama", advantages_KBA, torch.ones(3, 1), level="batch", rescale=False, present_KB=present_KB)
+    result = aggregate("pama", advantages_KBA, torch.ones(3, 1), level="batch", present_KB=present_KB)
     # Means 3 and 3: a tie, half of each; the third response has the second objective alone.
     assert result.advantages.flatten().tolist() == [2.5, 4.5, 0.5]
 

@@ -20,7 +20,7 @@ def test_a_duplicated_objective_changes_nothing(case, variant) -> None:
     torch.testing.assert_close(double.coefficients, single.coefficients / 2 * torch.ones(2))
 
 
-@pytest.mark.parametrize("variant", [dict(rule="linear"), dict(rule="pama", rescale=False)])
+@pytest.mark.parametrize("variant", [dict(rule="linear"), dict(rule="pama")])
 @given(case=advantages(max_objectives=1))
 def test_one_objective_is_itself_bit_for_bit(variant, case) -> None:
     advantages_KBA, mask_BA = case

@@ -70,16 +70,16 @@ def test_sequence_level_is_token_level_of_the_means(case) -> None:
 
 
 @given(advantages())
-def test_noon_is_off_but_for_the_batch_level(case) -> None:
-    for level, default in (("token", False), ("sequence", False), ("batch", True)):
-        given = aggregate("pama", *case, level=level, noon=default)
+def test_the_batch_level_alone_is_the_papers_by_default(case) -> None:
+    for level, paper in (("token", False), ("sequence", False), ("batch", True)):
+        given = aggregate("pama", *case, level=level, noon=paper, rescale=not paper)
         assert torch.equal(aggregate("pama", *case, level=level).advantages, given.advantages)
 
 
 @given(advantages(min_objectives=2))
 def test_batch_level_takes_the_objective_with_the_smallest_positive_mean(case) -> None:
     advantages_KBA, mask_BA = case
-    result = aggregate("pama", advantages_KBA, mask_BA, level="batch", rescale=False)
+    result = aggregate("pama", advantages_KBA, mask_BA, level="batch")
     means = [
         float("inf") if result.metrics[f"inactive/{k}"] else row.clamp(min=0)[mask_BA].mean().item()
         for k, row in enumerate(advantages_KBA)
@@ -97,6 +97,6 @@ def test_batch_level_takes_the_objective_with_the_smallest_positive_mean(case) -
 def test_signed_batch_means_of_one_sign_or_two(means, expected) -> None:
     wave = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
     advantages_KBA, mask_BA = torch.stack([mean + wave for mean in means]), torch.ones(1, 4)
-    result = aggregate("pama", advantages_KBA, mask_BA, level="batch", noon=False, rescale=False)
+    result = aggregate("pama", advantages_KBA, mask_BA, level="batch", noon=False)
     torch.testing.assert_close(result.coefficients, torch.tensor(expected, dtype=torch.float32))
     torch.testing.assert_close(result.advantages, sum(c * (mean + wave) for c, mean in zip(expected, means)))

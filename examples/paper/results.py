@@ -42,6 +42,8 @@ CHANGES = (
     ("pama-sequence-signed", "pama-sequence-signed-rescaled"),
     ("pama-token", "pama-soft"),
 )
+# The experiments with two, three and four objectives that are compared.
+STARVING = ("conflict", "three", "four")
 BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+) -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL)
 
 
@@ -90,7 +92,7 @@ def changes_table(runs: Sequence[Run], names: list[str]) -> Grid:
         "Last fifth of the steps, the second arm's less that of the first with the same seed, ± half of the 95 % "
         "interval over seeds; * where it excludes zero. Not corrected for the number of comparisons."
     )
-    return Grid("changes", ["change", *against["pama-token"].columns[1:]], rows, caption)
+    return Grid("changes", ["change", "seeds", *shared_rewards(runs), "worst rise"], rows, caption)
 
 
 def correlations_table(runs: Sequence[Run]) -> Grid:
@@ -165,7 +167,7 @@ def _cell(values: list[float]) -> str:
 
 def starving_table(found: dict[str, list[Run]]) -> Grid:
     """What is left to learn from as objectives are added, of the arms that every one of these experiments has."""
-    experiments = {name: by_arm(found[name]) for name in ("conflict", "three", "four")}
+    experiments = {name: by_arm(found[name]) for name in STARVING}
     tags = ("pama/active_fraction", "pama/rms")
     shared = [arm for arm in experiments["conflict"] if all(arm in arms for arms in experiments.values())]
     rows = []
@@ -173,14 +175,18 @@ def starving_table(found: dict[str, list[Run]]) -> Grid:
         series = [[run.scalars[tag] for run in arms[arm]] for tag in tags for arms in experiments.values()]
         rows.append([arm, *(f"{statistics.fmean(map(whole_mean, own)):.2f}" for own in series)])
     columns = [f"{what}, {count}" for what in ("active fraction", "rms") for count in ("two", "three", "four")]
-    caption = "Mean over the run: the share of tokens with an advantage, and the root mean square of all advantages."
+    caption = (
+        "Two: the pair that conflicts. Mean over the run: the share of tokens with an advantage, and the root mean "
+        "square of the advantage that is trained on, over all tokens."
+    )
     return Grid("starving", ["arm", *columns], rows, caption)
 
 
 def quality_table(found: dict[str, list[Run]]) -> Grid:
     """The reward models and the judge on reviews that neither was trained on, as prepare.py measured them."""
     measured = {name: json.loads((RESULTS / name / "quality.json").read_text()) for name in found}
-    rows = [[key, *(f"{own[key]:g}" for own in measured.values())] for key in next(iter(measured.values()))]
+    keys = dict.fromkeys(key for own in measured.values() for key in own)
+    rows = [[key, *(f"{own[key]:g}" for own in measured.values())] for key in keys]
     return Grid("quality", ["", *measured], rows)
 
 
@@ -220,10 +226,15 @@ def render(page: str) -> str:
     """The page with its tables written anew; the pictures are drawn beside the results."""
     found = {}
     for name in EXPERIMENTS:
-        if (RESULTS / name).exists():
-            # A run that is going on has logs, but no result: it would count with what it has.
-            found[name] = find_runs([file.parent for file in sorted((RESULTS / name).glob("*/result.json"))])[0]
-    blocks = {grid.title: markdown(grid) for grid in (time_table(found), quality_table(found), starving_table(found))}
+        # A run that is going on has logs, but no result: it would count with what it has.
+        if folders := [file.parent for file in sorted((RESULTS / name).glob("*/result.json"))]:
+            found[name] = find_runs(folders)[0]
+    across = [
+        time_table(found),
+        quality_table(found),
+        *([starving_table(found)] if found.keys() >= {*STARVING} else []),
+    ]
+    blocks = {grid.title: markdown(grid) for grid in across}
     for name, runs in found.items():
         blocks |= tables(name, runs)
     wanted = {match["name"] for match in BLOCK.finditer(page)}

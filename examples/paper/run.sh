@@ -23,6 +23,7 @@ if [ ! -e runs/paper/quality.json ]; then
     OMP_NUM_THREADS=$cores python examples/paper/prepare.py "$work/data" runs/paper
 fi
 start_ray
-pama sweep "$sweep" --out "$out" --jobs "${2:-1}"
+mkdir -p "$out"
 cp runs/paper/quality.json "$out"
+pama sweep "$sweep" --out "$out" --jobs "${2:-1}"
 pama report "$out"

@@ -32,7 +32,7 @@ class Aggregation:
               first-order improvement under the update if token gradients are orthogonal and of equal norm;
             - ``inactive/<i>``: 1 if objective i carries no signal, else 0; whether it is left out, each rule says;
             - ``effective_objectives``: ``1 / Σ_i c_i²`` of the coefficients, from 1 (one has all) to K; 0 without any;
-            - what the rule adds: ``multiplier/<i>`` of ``lagrangian``.
+            - what the rule adds: ``scale`` of ``pama``, ``multiplier/<i>`` of ``lagrangian``.
     """
 
     advantages: Tensor

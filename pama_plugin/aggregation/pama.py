@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pama_plugin.aggregation.blocks import blocks, valid_at
+from pama_plugin.aggregation.diagnostics import INACTIVE_SPREAD
 from pama_plugin.aggregation.registry import Combination, register_rule
 
 
@@ -46,10 +47,10 @@ def pama(
     Args:
         level: see above.
         noon: see above. If not given, with ``level=batch`` alone.
-        rescale: multiply the result by the ``scale`` in ``metrics`` that gives it, over the valid tokens, the smallest
-            root mean square that an objective's own advantages have, 1 if they are whitened; because the more
-            objectives, the smaller is what they agree on. The mean is not shifted. If not given, at token and sequence
-            level.
+        rescale: multiply the result so that its root mean square over the valid tokens equals the smallest of the
+            objectives' own, which is 1 if they are whitened: the more objectives, the smaller is what they agree on.
+            The factor is ``metrics["scale"]``, 0 if what is left is rounding. The mean is not shifted. If not given, at
+            token and sequence level.
         soft: instead of the minimum take ``Σ_i c_i a_i`` with ``c = softmax(−soft · a / σ)``, σ the root mean square of
             the token's (or response's) own ``a_i``, and the mirror image instead of the maximum: one noisy objective no
             longer vetoes all others. The larger, the closer to the minimum; towards 0 it becomes the mean. Not with
@@ -61,7 +62,7 @@ def pama(
         ValueError: an option without a meaning here.
 
     Differs from the paper in: by token and by sequence signed advantages and ``rescale``, which are not in it, are the
-    default, because that is what examples/paper/RESULTS.md found better; ``noon=True, rescale=False`` is the paper's.
+    default, for what examples/paper/RESULTS.md shows; ``noon=True, rescale=False`` is the paper's.
     The importance ratio is gated by the PPO clip alone, so c is computed once per rollout. ``soft``, ``leak`` and
     ``level=sequence`` are not in it.
     """
@@ -102,7 +103,8 @@ def pama(
     if rescale:
         own_K = _rms(advantages_KBA, active_K, mask_BA, present_KB)
         left = _rms(combined_BA.unsqueeze(0), active_K.new_ones(1), mask_BA, present_KB.any(0, keepdim=True)).squeeze(0)
-        scale = torch.where(left > 0, torch.where(own_K > 0, own_K, torch.inf).min() / left, 0)
+        own = torch.where(own_K > 0, own_K, torch.inf).min()
+        scale = torch.where(left > INACTIVE_SPREAD * own, own / left, 0)
         combined_BA *= scale.to(combined_BA.dtype)
         metrics["scale"] = float(scale)
     coefficients_K = torch.zeros_like(weights_K)

@@ -225,16 +225,14 @@ def tables(name: str, runs: list[Run]) -> dict[str, str]:
 def render(page: str) -> str:
     """The page with its tables written anew; the pictures are drawn beside the results."""
     found = {}
-    for name in EXPERIMENTS:
+    for name in ("pilot", *EXPERIMENTS):
         # A run that is going on has logs, but no result: it would count with what it has.
         if folders := [file.parent for file in sorted((RESULTS / name).glob("*/result.json"))]:
             found[name] = find_runs(folders)[0]
-    across = [
-        time_table(found),
-        quality_table(found),
-        *([starving_table(found)] if found.keys() >= {*STARVING} else []),
-    ]
-    blocks = {grid.title: markdown(grid) for grid in across}
+    blocks = {"pilot": markdown(objectives_table(found.pop("pilot", [])))}
+    blocks |= {"time": markdown(time_table(found)), "quality": markdown(quality_table(found))}
+    if found.keys() >= {*STARVING}:
+        blocks["starving"] = markdown(starving_table(found))
     for name, runs in found.items():
         blocks |= tables(name, runs)
     wanted = {match["name"] for match in BLOCK.finditer(page)}

@@ -86,7 +86,7 @@ def test_the_metric_keys_are_frozen(groups) -> None:
     }
     of_models = {f"seconds/{name}" for name in MODELS}  # the rollout sends those of the others
     assert ours == per_objective | of_models | {
-        *("pama/active_fraction", "pama/conflict_rate", "pama/rms", "pama/effective_objectives")
+        *("pama/active_fraction", "pama/conflict_rate", "pama/rms", "pama/effective_objectives", "pama/scale")
     }
     assert all(len(experience.info[key]) == 8 for key in ours)
 

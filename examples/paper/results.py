@@ -99,7 +99,7 @@ def correlations_table(runs: Sequence[Run]) -> Grid:
     """How the rewards go together before any update, and as each arm learns.
 
     The first rollout of a seed is the same in all arms, so that it counts once. A correlation is not logged in a step
-    in which one of the rewards is constant.
+    in which one of the rewards is constant, so that ``fifth``, which counts what is logged, would take other steps.
     """
     logged = {tag for run in runs for tag in run.scalars}
     pairs = combinations(shared_rewards(runs), 2)

@@ -54,6 +54,8 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
 
             self.conversations = Conversations(self.strategy, self.tokenizer)
 
+    # -- Rewards in: a column for each objective, of rollouts, and of samples that are not trained on. -----------------
+
     @torch.no_grad()
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
         """Score every response with every objective: all reward groups at once, beside the host's forwards."""
@@ -170,6 +172,8 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         own.rewards.update(rewards_B[rewards_B.isfinite()])
         own.steps += 1
 
+    # -- What the host's estimator is given of each objective. ---------------------------------------------------------
+
     def _rewards(self, objective: Objective, experiences: list[Experience]) -> Tensor:
         """(B,): what was measured or is imputed; NaN where the objective is left out of the aggregation."""
         rewards_B = self._column(objective.name, experiences)
@@ -212,6 +216,8 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
                 f"{what}: {clipped} of {rewards_GN.numel()} rewards, less the estimator's baseline, lie outside "
                 f"--reward.clip_range {low} {high} and are clipped by OpenRLHF; the logs have the raw ones"
             )
+
+    # -- Advantages out: an estimate for each objective, their aggregate, and what is logged of it. --------------------
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:

@@ -7,6 +7,9 @@ POST ``{"query": [q], "prompts": [p], "labels": [l]}`` is answered by ``{"reward
     status 429                                               yes           no
     any other status, reward is not one finite number        no            no
 
+From top to bottom: what others call, what goes wrong, a replica with its breaker, and the scorer, in the order in which
+a request meets its methods (``__call__``, ``_attempt``, ``_next``, ``_post``, ``_reward``); then what these need.
+
 This module needs the extra ``rewards``, so nothing imports it unless an objective is of this kind.
 """
 

@@ -57,7 +57,7 @@ def _run(done: "Future[Any]", function: Callable[..., Any], arguments: tuple[Any
     except BaseException as error:  # SystemExit would end the event loop, and StopIteration cannot cross into it
         try:
             problem = PamaError(f"{type(error).__name__}: {error}{_where(error)}")
-        except Exception:  # an error whose own text cannot be made
+        except Exception:  # from somebody else's __str__: whoever waits must still be told, or waits for the time-out
             problem = PamaError(type(error).__name__)
         problem.__cause__ = error
         done.set_exception(problem)

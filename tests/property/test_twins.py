@@ -242,6 +242,16 @@ def test_rescale_makes_no_signal_of_rounding() -> None:
     assert 0 < found.metrics["rms"] < 2e-6
 
 
+def test_what_is_left_below_a_millionth_is_not_rescaled() -> None:
+    """One token on which two opposed objectives agree by 1e-7 would else get all of the scale, 8."""
+    opposed = torch.tensor([1.0, -1.0]).reshape(2, 1, 1) * torch.ones(1, 8, 8)
+    opposed[:, 0, 0] = 1e-7
+    found = aggregate("pama", opposed, torch.ones(8, 8))
+    assert found.metrics["scale"] == 0 and (found.advantages == 0).all()
+    opposed[:, 0, 0] = 1e-4
+    assert aggregate("pama", opposed, torch.ones(8, 8)).advantages.max().item() == pytest.approx(8, rel=0.02)
+
+
 @given(cases(min_objectives=2))
 def test_lagrangian(case: Case) -> None:
     K = len(case.weights_K)

@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pama_plugin.aggregation import LEVELS, aggregate, available_rules, check_options, get_rule
+from pama_plugin.aggregation import LEVELS, Aggregation, aggregate, available_rules, check_options, get_rule
 from pama_plugin.errors import ConfigError
 from pama_plugin.kinds import Kind
 from pama_plugin.objective import Objective, make_objective, parse_objective
@@ -28,6 +28,30 @@ BestRule = Literal["min", "weighted", "hypervolume"]
 BEST_RULES = get_args(BestRule)
 ProbeMode = Literal["off", "warn", "strict"]
 PROBE_MODES = get_args(ProbeMode)
+
+# From so many objectives on, pama warns: independent ones agree on a share of 2^(1−K), 3 % of six.
+MANY_OBJECTIVES = 6
+
+
+class StopAtFront(BaseModel):
+    """End the run once fewer than ``share`` of the tokens had an advantage in each of so many steps.
+
+    >>> StopAtFront.model_validate("0.1:3")
+    StopAtFront(share=0.1, steps=3)
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    share: float = Field(gt=0, le=1)
+    steps: int = Field(default=5, ge=1)  # of a batch the share is a noisy number
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, given: Any) -> Any:
+        if isinstance(given, str | int | float) and not isinstance(given, bool):
+            share, colon, steps = str(given).partition(":")
+            return {"share": share, "steps": steps} if colon else {"share": share}
+        return given
 
 
 class PamaConfig(BaseModel):
@@ -44,6 +68,7 @@ class PamaConfig(BaseModel):
     best: BestRule | None = None
     probe: ProbeMode = "warn"
     probe_gradients: int | None = None
+    stop_at_front: StopAtFront | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,6 +102,7 @@ def load_config(
     whiten: bool | None = None,
     option: Iterable[str] = (),
     probe_gradients: str | None = None,
+    stop_at_front: str | None = None,
     *,
     default_level: str,
 ) -> PamaConfig:
@@ -133,6 +159,14 @@ def load_config(
     every = content.get("probe_gradients") if probe_gradients is None else probe_gradients
     if every is not None and not (str(every).isdecimal() and int(every) > 0):
         raise ConfigError(f"--pama.probe_gradients must be a whole number of steps, at least 1, found {every!r}")
+    stop = content.get("stop_at_front") if stop_at_front is None else stop_at_front
+    try:
+        stop = stop if stop is None else StopAtFront.model_validate(stop)
+    except ValidationError as error:
+        raise ConfigError(
+            "--pama.stop_at_front must be SHARE[:STEPS], a share above 0 and up to 1 and a whole number of steps, "
+            f"found {stop!r}"
+        ) from error
     config = PamaConfig.model_validate(
         {
             "loss": loss,
@@ -144,32 +178,79 @@ def load_config(
             "best": best,
             "probe": probe,
             "probe_gradients": every and int(every),
+            "stop_at_front": stop,
         }
     )
     _rehearse(config)
+    if config.stop_at_front is not None:
+        _check_stop_at_front(config, config.stop_at_front)
     return config
 
 
 def _rehearse(config: PamaConfig) -> None:
     """Call the rule once, on zeros: options that do not fit each other, or the objectives, are refused here."""
+    try:
+        _combine(config, torch.zeros(len(config.trained), 2, 1))
+    except ValueError as error:
+        raise ConfigError(f"--loss {config.loss}: {error}") from error
+
+
+def _check_stop_at_front(config: PamaConfig, stop: StopAtFront) -> None:
+    """Refuse a rule that trains on responses over which objectives disagree, and a share that chance falls below."""
+    count = len(config.trained)
+    if count < 2:
+        raise ConfigError("--pama.stop_at_front needs at least two objectives that train, found one")
+    disagreeing_KB1 = torch.tensor([[2.0, -1.0, 1.0, -1e-3]] + [[-1.0, 3.0, -1e-3, 1.0]] * (count - 1)).unsqueeze(-1)
+    if _combine(config, disagreeing_KB1).metrics["active_fraction"] > 0:
+        how = f" --pama.level {config.level}" if "level" in get_rule(config.loss).parameters else ""
+        raise ConfigError(
+            "--pama.stop_at_front needs a rule that gives no advantage where objectives disagree, such as pama by "
+            f"token or by sequence without soft, found --loss {config.loss}{how}"
+        )
+    if stop.share > _share_by_chance(config) / 2:
+        raise ConfigError(
+            f"--pama.stop_at_front: {count} independent objectives already leave {_share_by_chance(config):.3g} of the "
+            f"tokens an advantage, so SHARE must be at most half of that, found {stop.share:g}"
+        )
+
+
+def _share_by_chance(config: PamaConfig) -> float:
+    """On how much all objectives agree if they are independent: 2^(1−K), or 2^(−K) where only rises are kept."""
+    only_rises = config.noon is True and not config.options.get("leak")
+    return 2.0 ** (-len(config.trained) if only_rises else 1 - len(config.trained))
+
+
+def warn_of_many_objectives(config: PamaConfig) -> list[str]:
+    """What to say at start of a projection over so many objectives that hardly anything is agreed on."""
+    count = len(config.trained)
+    if config.loss != "pama" or config.level == "batch" or count < MANY_OBJECTIVES:
+        return []
+    scale = _combine(config, torch.zeros(count, 2, 1)).metrics.get("scale")
+    scaled = "" if scale is None else f", on which their advantages are multiplied by {scale:.4g}"
+    return [
+        f"--loss pama has {count} objectives: independent ones agree on {_share_by_chance(config):.1%} of the "
+        f"{'tokens' if config.level == 'token' else 'responses'}{scaled}; see pama/active_fraction, and compare with "
+        "--loss min_norm"
+    ]
+
+
+def _combine(config: PamaConfig, advantages_KBA: torch.Tensor) -> Aggregation:
+    """What the rule makes of responses to one prompt, of a token each."""
     duals: dict[str, Any] = {}
     if get_rule(config.loss).constrained:
         violations = [0.0 if objective.role == "constraint" else None for objective in config.trained]
         duals = {"violations_K": violations, "multipliers_K": [None] * len(violations)}
-    try:
-        aggregate(
-            config.loss,
-            torch.zeros(len(config.trained), 2, 1),
-            torch.ones(2, 1),
-            level=config.level,
-            noon=config.noon,
-            weights=config.weights_at(0),
-            groups_B=torch.zeros(2, dtype=torch.long),
-            **config.options,
-            **duals,
-        )
-    except ValueError as error:
-        raise ConfigError(f"--loss {config.loss}: {error}") from error
+    return aggregate(
+        config.loss,
+        advantages_KBA,
+        torch.ones(advantages_KBA.shape[1:]),
+        level=config.level,
+        noon=config.noon,
+        weights=config.weights_at(0),
+        groups_B=torch.zeros(advantages_KBA.shape[1], dtype=torch.long),
+        **config.options,
+        **duals,
+    )
 
 
 def load_objectives(objectives: Iterable[str], file: str | None) -> tuple[Objective, ...]:

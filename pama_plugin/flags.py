@@ -111,6 +111,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "over a few responses: where they disagree, advantages mislead. It costs a backward pass per objective and one",
     )
     group.add_argument(
+        "--pama.stop_at_front",
+        metavar="SHARE[:STEPS]",
+        help="end the run, saved, once fewer than SHARE of the tokens had an advantage in each of the last STEPS steps "
+        "(default: 5) and most were in conflict: what is left to agree on is then noise. Off by default; try 0.1",
+    )
+    group.add_argument(
         "--pama.allow_other_objectives",
         action="store_true",
         help="resume from a checkpoint of other objectives: the new ones start anew (not with gae, whose critic has a "

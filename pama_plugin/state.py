@@ -68,6 +68,8 @@ class RunState(BaseModel):
 
     objectives: dict[str, ObjectiveState]
     heads: tuple[str, ...]  # the trained ones, in the order of the critic's heads
+    front: str = ""  # what steps_at_front was counted for
+    steps_at_front: int = 0  # in a row so far, for --pama.stop_at_front
     rating: str  # how evaluations were rated: ratings of another kind are no match for these
 
     @classmethod
@@ -75,7 +77,13 @@ class RunState(BaseModel):
         """The state before the first step; ``agent`` is the file of the user's own agent, if there is one."""
         fresh = {objective.name: ObjectiveState(scorer=identify(objective, agent)) for objective in config.objectives}
         weights = ", ".join(f"{objective.name} {objective.weight}" for objective in config.trained)
-        return cls(objectives=fresh, heads=config.trained_names, rating=f"{config.best or 'min'} of {weights}")
+        how = (config.loss, config.level, config.noon, config.whiten, config.options, config.stop_at_front)
+        return cls(
+            objectives=fresh,
+            heads=config.trained_names,
+            rating=f"{config.best or 'min'} of {weights}",
+            front=f"{' '.join(map(str, how))} of {weights}",
+        )
 
     def swapped(self, saved: "RunState") -> list[str]:
         """The names of ``saved`` whose scorer is another one now, or that are gone."""
@@ -91,6 +99,8 @@ class RunState(BaseModel):
         self.objectives |= {
             name: state for name, state in saved.objectives.items() if name in self.objectives and name not in swapped
         }
+        if self.front == saved.front and not swapped:
+            self.steps_at_front = saved.steps_at_front
 
 
 def identify(objective: Objective, agent: str | None = None) -> str:

@@ -22,6 +22,9 @@ def gd2po(
     what is left, and centres it: of responses that all objectives like, the least liked is trained down. Weights and
     coefficients as in ``gdpo``.
 
+    On a Pareto front fewer and fewer responses are left, but whitening, as published, divides them by what is left: two
+    that barely agree get 1 and −1 (a single one 0).
+
     >>> import torch
     >>> from pama_plugin import aggregate
     >>> advantages_KBA = torch.tensor([[[-3.0], [1.0], [2.0]], [[-1.0], [2.0], [-1.0]]])

@@ -26,6 +26,10 @@ def gdpo(
     Only the proportions of weights matter; coefficients are their shares. An objective without signal is left out.
     Needs groups of at least two responses.
 
+    Whitening the sum, as published, divides by what is left of it: on a Pareto front, where the scores cancel, noise is
+    blown up to full steps, and the policy walks. Two responses
+    that are barely liked among 62 whose scores cancel get 5.6 and −5.6.
+
     >>> import torch
     >>> from pama_plugin import aggregate
     >>> advantages_KBA = torch.tensor([[[-1.0], [1.0]], [[-50.0], [50.0]]])

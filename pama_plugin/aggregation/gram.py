@@ -10,7 +10,13 @@ were made for gradients of losses; here they see advantages instead, for which n
 - ``gram:aligned_mtl``: arXiv 2305.19000
 
 A weight scales its objective. c need be neither positive nor sum to 1; coefficients are the shares of ``|c_i|``.
-Objectives without signal are left out. They need ``pip install 'pama_plugin[gram]'``.
+Objectives without signal are left out.
+
+None is divided by the size of its own result. On a Pareto front that goes to 0 with ``upgrad``, ``imtl_g`` and
+``aligned_mtl``, and with all of them for two objectives; of three and more ``cagrad`` keeps what it takes from the mean
+of the objectives, and ``pcgrad`` what its order leaves, and the policy walks.
+
+They need ``pip install 'pama_plugin[gram]'``.
 """
 
 import functools

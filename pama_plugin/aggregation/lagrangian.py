@@ -32,6 +32,8 @@ def lagrangian(
     ``metrics["multiplier/<k>"]``, to be given back next time. The weight of a constraint scales ``A_k``; an objective
     without signal stays in. Coefficients are the shares of ``w_i / Σ w`` and ``λ_k w_k``.
 
+    On a Pareto front it is ``linear`` with weights that move: it goes on until the constraints hold.
+
     Args:
         violations_K: ``threshold_k − mean r_k`` of each constraint; None for any other objective.
         multipliers_K: λ of each constraint so far, None before the first step.

@@ -17,6 +17,9 @@ def linear(
     objective of weight 1 the result is ``A_1`` bit for bit. Of a response it sums the objectives that have a
     reward for it. Coefficients are the weights' shares.
 
+    On a Pareto front it goes on towards the point that the weights ask for: what it leaves goes to 0 only where the
+    weighted advantages cancel, as those of two opposed objectives of equal weight do once they are whitened.
+
     >>> from pama_plugin import aggregate
     >>> aggregate("linear", torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]]), torch.ones(1, 2), weights=[2, 1]).advantages
     tensor([[5., 3.]])

@@ -26,6 +26,9 @@ def min_norm(
     Cost: O(K² · tokens), no backward pass. Objectives without signal leave; where an objective has no reward for a
     response, its ``a_i`` counts as 0 there. Coefficients are c.
 
+    On a Pareto front what is left goes to 0 with the Gram matrix's smallest value over the simplex, and is not divided
+    by itself. With ``noon`` it does not: positive parts cannot cancel.
+
     >>> from pama_plugin import aggregate
     >>> advantages_KBA = torch.tensor([[[1.0, -0.5, -1.2, 0.7]], [[0.4, 0.8, -0.6, -0.6]]])
     >>> result = aggregate("min_norm", advantages_KBA, torch.ones(1, 4))

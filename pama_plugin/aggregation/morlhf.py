@@ -18,6 +18,9 @@ def morlhf(
     baseline is ``Σ_i w_i V_i`` of the value heads, which is the value of this sum unless the KL is part of the rewards:
     every head has learned it, so that it counts ``Σ w`` times; take it as a loss, or weights that sum to 1.
 
+    On a Pareto front it goes on as ``linear`` does, and an estimator that whitens (all but ``rloo``, ``dr_grpo`` and
+    ``flash_reinforce``) divides by what is left: the less the sum varies, the more its noise grows.
+
     An objective without signal stays in. A missing reward adds nothing here; a training run has filled it in before,
     with the mean of the objective's rewards for the same prompt where the estimator compares those, else of the batch.
 

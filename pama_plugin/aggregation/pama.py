@@ -1,5 +1,6 @@
 """PAMA: He & Maghsudi, "Pareto Multi-Objective Alignment for Language Models", arXiv 2508.07768, Theorem 1."""
 
+import functools
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -7,9 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pama_plugin.aggregation.blocks import blocks, valid_at
-from pama_plugin.aggregation.diagnostics import INACTIVE_SPREAD
+from pama_plugin.aggregation.blocks import blocks, tokens_per_response, valid_at
 from pama_plugin.aggregation.registry import Combination, register_rule
+from pama_plugin.aggregation.scale import sampled_scale, unit_scale
+
+# The constant of a soft minimum is sampled, and of more objectives agreement is too rare for that.
+LARGEST_SOFT = 8
 
 
 @register_rule("pama")
@@ -47,10 +51,14 @@ def pama(
     Args:
         level: see above.
         noon: see above. If not given, with ``level=batch`` alone.
-        rescale: multiply the result so that its root mean square over the valid tokens equals the smallest of the
-            objectives' own, which is 1 if they are whitened: the more objectives, the smaller is what they agree on.
-            The factor is ``metrics["scale"]``, 0 if what is left is rounding. The mean is not shifted. If not given, at
-            token and sequence level.
+        rescale: multiply the result by the constant that gives K independent standard normal advantages unit root mean
+            square, ``unit_scale``: 2.346 for two signed objectives, 4.555 for three, 8.141 for four, √2 times that with
+            Noon. K counts what is combined: the active objectives with a reward for the response. The constant is a
+            pure number, so advantages that are not whitened keep their unit. Except with ``soft`` and ``level=batch``,
+            which have constants of their own and do not take the smallest, no response or token gets more than it times
+            its smallest ``|a_i|``, and where objectives only disagree the result still goes to 0. Rewards that are not
+            normal come out at another size: ±1 at 1.66 for two objectives, 2.88 for four. The constant's mean over the
+            tokens is ``metrics["scale"]``. If not given, at token and sequence level.
         soft: instead of the minimum take ``Σ_i c_i a_i`` with ``c = softmax(−soft · a / σ)``, σ the root mean square of
             the token's (or response's) own ``a_i``, and the mirror image instead of the maximum: one noisy objective no
             longer vetoes all others. The larger, the closer to the minimum; towards 0 it becomes the mean. Not with
@@ -61,8 +69,8 @@ def pama(
     Raises:
         ValueError: an option without a meaning here.
 
-    Differs from the paper in: by token and by sequence signed advantages and ``rescale``, which are not in it, are the
-    default, for what examples/paper/RESULTS.md shows; ``noon=True, rescale=False`` is the paper's.
+    Differs from the paper in: by token and by sequence signed advantages (what examples/paper/RESULTS.md found better)
+    and ``rescale`` are the default, neither of which is in it; ``noon=True, rescale=False`` is the paper's.
     The importance ratio is gated by the PPO clip alone, so c is computed once per rollout. ``soft``, ``leak`` and
     ``level=sequence`` are not in it.
     """
@@ -101,26 +109,44 @@ def pama(
         shares_K += (c * mask_BA[rows]).sum((1, 2), dtype=torch.float64)
     metrics = {}
     if rescale:
-        own_K = _rms(advantages_KBA, active_K, mask_BA, present_KB)
-        left = _rms(combined_BA.unsqueeze(0), active_K.new_ones(1), mask_BA, present_KB.any(0, keepdim=True)).squeeze(0)
-        own = torch.where(own_K > 0, own_K, torch.inf).min()
-        scale = torch.where(left > INACTIVE_SPREAD * own, own / left, 0)
-        combined_BA *= scale.to(combined_BA.dtype)
-        metrics["scale"] = float(scale)
+        scale_B = _scale_per_response(level, slope, soft, counted_KB.sum(0))
+        combined_BA *= scale_B.to(combined_BA.dtype).unsqueeze(-1)
+        tokens_B = tokens_per_response(mask_BA) * present_KB.any(0)
+        metrics["scale"] = float((scale_B * tokens_B).sum() / tokens_B.sum().clamp(min=1))
     coefficients_K = torch.zeros_like(weights_K)
     coefficients_K[active_K] = (shares_K / torch.where(shares_K.sum() > 0, shares_K.sum(), 1)).to(weights_K.dtype)
     return Combination(combined_BA, coefficients_K, metrics)
 
 
-def _rms(values_KBA: Tensor, kept_K: Tensor, mask_BA: Tensor, present_KB: Tensor) -> Tensor:
-    """(K',) of those kept, each over the valid tokens of the responses that it has a reward for."""
-    squares_K = tokens_K = torch.zeros((), dtype=torch.float64, device=mask_BA.device)
-    for rows in blocks(values_KBA):
-        valid_KbA = valid_at(rows, mask_BA, present_KB)
-        kept_KbA = values_KBA[kept_K, rows].masked_fill_(~valid_KbA, 0)
-        squares_K = squares_K + torch.linalg.vector_norm(kept_KbA, dim=(1, 2), dtype=torch.float64).square()
-        tokens_K = tokens_K + valid_KbA.sum((1, 2))
-    return (squares_K / tokens_K.clamp(min=1)).sqrt()
+def _scale_per_response(level: str, slope: float, soft: float | None, counts_B: Tensor) -> Tensor:
+    """(B,) float64 the constant of as many objectives as each response is combined of."""
+    counts, which_B = torch.unique(counts_B, return_inverse=True)
+    constants = [_constant(level, slope, soft, max(objectives, 1)) for objectives in counts.tolist()]
+    return torch.tensor(constants, dtype=torch.float64, device=counts_B.device)[which_B]
+
+
+@functools.cache
+def _constant(level: str, slope: float, soft: float | None, objectives: int) -> float:
+    if level == "batch":  # one objective's own size, less where its mean is mixed with another's
+        return unit_scale(1, slope) * (sampled_scale(objectives, _length_of_c) if slope == 1 else 1.0)
+    if soft is None or objectives == 1:
+        return unit_scale(objectives, slope)
+    if objectives > LARGEST_SOFT:
+        raise ValueError(
+            f"soft has a constant for up to {LARGEST_SOFT} objectives, found {objectives}: give rescale=false as well"
+        )
+
+    def project(normal_KN: Tensor) -> Tensor:
+        return _project(_leaky(normal_KN, slope), torch.ones_like(normal_KN, dtype=torch.bool), soft)[0]
+
+    return sampled_scale(objectives, project)
+
+
+def _length_of_c(means_KN: Tensor) -> Tensor:
+    """``√Σ c_i²`` of ``_project_means`` for N batches at once: the size of a mix of independent objectives."""
+    low_N, high_N = means_KN.amin(0), means_KN.amax(0)
+    mixed_N = low_N.hypot(high_N) / (high_N - low_N).clamp(min=1e-300)
+    return torch.where((low_N < 0) & (high_N > 0), mixed_N, 1)
 
 
 def _leaky(a: Tensor, slope: float) -> Tensor:

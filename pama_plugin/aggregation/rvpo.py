@@ -30,6 +30,9 @@ def rvpo(
     out. Whitening at the end is ours, so that k → 0 is ``gdpo`` with weights that sum to 1; without it the mean is
     below 0 and every response is pushed down.
 
+    On a Pareto front it goes on: it likes responses on which opposed scores are both small, so that the policy narrows
+    to those. What is divided by its own standard deviation there is not small, the scores being whitened.
+
     Args:
         groups_B: the prompt of each response.
         risk: k; towards 0 the weighted mean, towards infinity the minimum.

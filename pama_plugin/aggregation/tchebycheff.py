@@ -31,6 +31,9 @@ def tchebycheff(
     furthest behind, or of its softmax weight with ``smooth``. An objective without signal stays in;
     a missing reward is left out of the maximum, unless a training run has filled it in before, as for ``morlhf``.
 
+    On a Pareto front it goes on, towards responses that are equally far behind in all objectives; an estimator that
+    whitens makes full steps of what the combined reward still varies by.
+
     Args:
         ideal: z, K numbers; if not given, the largest reward of each objective in the batch.
         augment: ρ; 0 is the plain form, a little keeps it from being weakly Pareto optimal alone.

@@ -25,9 +25,12 @@ class ScoredSamplesGenerator(SamplesGenerator):
         self.experience_maker = experience_maker
         self.metrics: dict[str, float] = {}
         self.batches = 0
+        self.ended = False
 
     def generate_samples(self, **generate_kwargs: Any) -> Any:
-        """As the host's, counting the rollout batches."""
+        """As the host's, counting the rollout batches; once the run is to end, as if there were no prompts left."""
+        if self.ended:
+            return [], None, 0, True
         samples, *rest = super().generate_samples(**generate_kwargs)
         self.batches += bool(samples)
         if self.args.train.full_determinism_enable:  # the host has them in the order in which vLLM was done with them

@@ -80,7 +80,8 @@ def _check_own_flags(arguments: Sequence[str]) -> None:
     loss, file = flags["pama.loss"], flags["pama.config"]
     if loss == STOCK or not (loss or file):
         return
-    given = {name: flags[f"pama.{name}"] for name in ("level", "noon", "best", "probe", "whiten", "option")}
+    names = ("level", "noon", "best", "probe", "whiten", "option", "probe_gradients", "stop_at_front")
+    given = {name: flags[f"pama.{name}"] for name in names}
     try:
         load_config(loss, flags["pama.objective"], file, **given, default_level="token")
     except ConfigError as error:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pama_plugin.aggregation import get_rule
-from pama_plugin.config import STOCK, PamaConfig, dump_config, load_config
+from pama_plugin.config import STOCK, PamaConfig, dump_config, load_config, warn_of_many_objectives
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.checkpoint import Resume, prepare_resume
 from pama_plugin.host.fingerprints import check_host
@@ -79,7 +79,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         print(f"{format_plan(plan, cluster)}\n\n{dump_config(config)}", end="")
         check_cluster(plan, cluster)
         sys.exit()
-    for warning in warnings + _check_models(args, config):
+    for warning in warnings + warn_of_many_objectives(config) + _check_models(args, config):
         logger.warning("PAMA: %s", warning)
     config, resume = prepare_resume(args, config, allow_other_objectives=allowed["other_objectives"])
 

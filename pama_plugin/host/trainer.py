@@ -94,8 +94,29 @@ class MultiObjectiveTrainer:
         status, steps_done = super().train_step(*args, **kwargs)
         for name, own in self.state.objectives.items():
             status |= {f"reward_mean/{name}": own.rewards.mean, f"reward_std/{name}": own.rewards.std}
+        if self.config.stop_at_front is not None and self._has_stayed_at_the_front(status, steps_done):
+            self.end_run()
         self._begin_step(steps_done)
         return status, steps_done
+
+    def _has_stayed_at_the_front(self, status: dict[str, Any], steps_done: int) -> bool:
+        """Count the steps in a row in which hardly a token has an advantage, and say when to end.
+
+        Most tokens must be in conflict: else they have none because nothing differs.
+        """
+        stop, active = self.config.stop_at_front, status["pama/active_fraction"]
+        there = active < stop.share and status["pama/conflict_rate"] > 0.5
+        self.state.steps_at_front = self.state.steps_at_front + 1 if there else 0
+        status["pama/steps_at_front"] = self.state.steps_at_front
+        if self.state.steps_at_front < stop.steps:
+            return False
+        print(
+            f"PAMA: the run ends after step {steps_done}, at the front: fewer than {stop.share:g} of the tokens had an "
+            f"advantage in each of the last {self.state.steps_at_front} steps ({active:.3f} in this one), as "
+            f"--pama.stop_at_front {stop.share:g}:{stop.steps} asks",
+            flush=True,
+        )
+        return True
 
     def _compute_rollout_stats(self, experiences: list[Any]) -> dict[str, float]:
         """The host's and ours, whose columns leave the experiences here, where the whole rollout batch is.
@@ -177,6 +198,10 @@ class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.
             set_seed(strategy.args.train.seed)  # the prompts are shuffled here, with a seed that the host leaves open
         super().__init__(pretrain, strategy, *args, **kwargs)
         self.samples_generator = ScoredSamplesGenerator(self.samples_generator, self.experience_maker)
+
+    def end_run(self) -> None:
+        """After this step's logs, checkpoint and evaluation; then the host saves the model, as at any end."""
+        self.samples_generator.ended = True
 
     def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:
         logs: dict[str, float] = super().evaluate(global_step, **generate_kwargs)

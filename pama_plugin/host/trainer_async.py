@@ -10,10 +10,60 @@ from pama_plugin.host.evaluation import ScoredSamplesGenerator
 from pama_plugin.host.experience import MultiObjectiveExperienceMaker
 from pama_plugin.host.trainer import MultiObjectiveTrainer
 
+# What stands in a slot instead of the trainer's step once the run is to end.
+END = "end"
+
+
+class EndingSlots:
+    """The queue of slots, as the trainer sees it once the run is to end: what it gives back tells the generator so."""
+
+    def __init__(self, queue: Any) -> None:
+        self.queue = queue
+
+    def put(self, _: int, block: bool = True) -> None:
+        self.queue.put(END, block=block)
+
+
+class EndingRollouts:
+    """The queue of rollouts, then: they are dropped and their slots given back, all else is received.
+
+    Slots go round as they do for the host, so neither half ever waits for one that does not come.
+    """
+
+    def __init__(self, queue: Any, slots: EndingSlots) -> None:
+        self.queue, self.slots = queue, slots
+
+    def get(self, block: bool = True) -> Any:
+        while (payload := self.queue.get(block=block)) != "done" and payload[0] != "eval":
+            self.slots.put(0)
+        return payload
+
+
+class WatchedSlots:
+    """The queue of slots, as the generator sees it: after END in one of them it finds no more prompts."""
+
+    def __init__(self, queue: Any, samples_generator: ScoredSamplesGenerator) -> None:
+        self.queue, self.samples_generator = queue, samples_generator
+
+    def get(self, block: bool = True) -> int:
+        slot = self.queue.get(block=block)
+        if slot == END:
+            self.samples_generator.ended = True
+            return 0  # no step that asks for an evaluation
+        return int(slot)
+
+    def put(self, slot: int, block: bool = True) -> None:
+        self.queue.put(slot, block=block)
+
 
 @ray.remote
 class TrainingActor(MultiObjectiveTrainer, ppo_trainer_async.TrainingActor.__ray_metadata__.modified_class):
     """The half that trains."""
+
+    def end_run(self) -> None:
+        """Let the generator come to its end, which ends this half too; nothing that it still sends is trained on."""
+        self.rollout_slots = EndingSlots(self.rollout_slots)
+        self.rollout_queue = EndingRollouts(self.rollout_queue, self.rollout_slots)
 
 
 @ray.remote
@@ -24,6 +74,7 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
         tokenizer = self.samples_generator.tokenizer
         maker = MultiObjectiveExperienceMaker(None, None, reward_model_group, None, None, strategy, tokenizer)
         self.samples_generator = ScoredSamplesGenerator(self.samples_generator, maker)
+        self.rollout_slots = WatchedSlots(self.rollout_slots, self.samples_generator)
         self.steps_done = steps_done
 
     def fit(self, *args: Any, **kwargs: Any) -> None:

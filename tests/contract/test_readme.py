@@ -26,7 +26,7 @@ HOST_RUNS = [words for words in COMMANDS if words[:2] == ["pama", "train"] or HO
 
 
 def test_the_readme_has_what_is_tested_below() -> None:
-    assert len(HOST_RUNS) == 2 and {"examples/quickstart.sh", "tests/run.sh"} <= {command[0] for command in COMMANDS}
+    assert len(HOST_RUNS) == 3 and {"examples/quickstart.sh", "tests/run.sh"} <= {command[0] for command in COMMANDS}
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command[0].endswith(".sh")])

@@ -239,6 +239,7 @@ def test_stock_flags_come_through_untouched(flags) -> None:
         ),
         ((*TWO, *GROUPS, "--pama.probe", "maybe"), "--pama.probe must be one of off, warn, strict, found 'maybe'"),
         ((*TWO, *GROUPS, "--pama.probe_gradients", "0"), "--pama.probe_gradients must be a whole number .*found '0'"),
+        ((*TWO, *GROUPS, "--pama.stop_at_front", "2"), "--pama.stop_at_front must be SHARE.*found '2'"),
         (
             (*TWO, *GROUPS, "--pama.probe_gradients", "9", "--ds.tensor_parallel_size", "2"),
             "--pama.probe_gradients runs .*--ds.tensor_parallel_size must be 1, found 2",

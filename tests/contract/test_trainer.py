@@ -15,7 +15,9 @@ pytestmark = pytest.mark.contract
 TWO = ("a=builtin:length", "b=builtin:length,scale=2")
 
 
-def trainer(states: dict[str, Any] | None = None, objectives=TWO, best=None, critic=None, key="") -> Any:
+def trainer(
+    states: dict[str, Any] | None = None, objectives=TWO, best=None, critic=None, key="", stop=None, noon=None
+) -> Any:
     """Ours over a stand-in for the host's, whose checkpoint holds ``states``."""
     from pama_plugin.host.evaluation import BEST
     from pama_plugin.host.trainer import MultiObjectiveTrainer
@@ -29,7 +31,7 @@ def trainer(states: dict[str, Any] | None = None, objectives=TWO, best=None, cri
 
     kind = type("Trainer", (MultiObjectiveTrainer, Host), {})
     made = kind.__new__(kind)
-    made.config = load_config("pama", objectives, None, None, None, best, default_level="token")
+    made.config = load_config("pama", objectives, None, None, noon, best, stop_at_front=stop, default_level="token")
     made.state = RunState.start(made.config)
     made.critic_model_group = critic
     made.best_eval_metric_key = key or BEST
@@ -82,6 +84,61 @@ def test_latencies_are_logged_beside_the_hosts_and_not_added_to_its_total() -> N
     ours.best_eval_metric_value = 0.0
     ours.save_logs_and_checkpoints(1, {"seconds/a": 0.5, "timing/step_total": 3.0})
     assert logged == {"timing/reward/a": 0.5, "timing/step_total": 3.0}
+
+
+AT_THE_FRONT = dict(active=0.05, conflict=0.9)
+
+
+def steps_until_the_end(stop, steps: list[dict[str, float]], ours=None) -> tuple[Any, int]:
+    """How many steps the trainer makes, each with the given shares, before it ends the run; all of them if it never."""
+    ours, ended = ours or trainer(stop=stop), []
+    host = type(ours).__mro__[-2]
+    host.train_step = lambda self, shares, step: (
+        {"pama/active_fraction": shares["active"], "pama/conflict_rate": shares["conflict"]},
+        step + 1,
+    )
+    type(ours).end_run = lambda self: ended.append(True)
+    for done, shares in enumerate(steps):
+        status, _ = ours.train_step(shares, done)
+        assert ("pama/steps_at_front" in status) == bool(stop)
+        if ended:
+            return ours, done + 1
+    return ours, len(steps) + 1
+
+
+def test_a_run_ends_when_it_has_stayed_at_the_front(capfd) -> None:
+    away = dict(active=0.4, conflict=0.6)
+    steps = [away, AT_THE_FRONT, AT_THE_FRONT, away, AT_THE_FRONT, AT_THE_FRONT, AT_THE_FRONT, away]
+    assert steps_until_the_end("0.1:3", steps)[1] == 7
+    said = capfd.readouterr().out
+    assert "the run ends after step 7, at the front" in said and "--pama.stop_at_front 0.1:3" in said
+    assert steps_until_the_end(None, steps)[1] == 9
+    assert steps_until_the_end("0.05:1", steps)[1] == 9  # below, not at, the share
+
+
+def test_where_nothing_differs_is_no_front() -> None:
+    """A reward that hardly any response earns leaves few tokens active, and none of the others in conflict."""
+    assert steps_until_the_end("0.1:2", [dict(active=0.02, conflict=0.03)] * 9)[1] == 10
+
+
+def test_the_steps_at_the_front_go_on_after_a_resume() -> None:
+    ours, _ = steps_until_the_end("0.1:3", [AT_THE_FRONT] * 2)
+    states = {"pama": ours.state.model_dump_json()}
+
+    def resumed(**settings) -> Any:
+        found = trainer(states, **dict(stop="0.1:3") | settings)
+        found.init_checkpoint_states()
+        return found
+
+    assert steps_until_the_end("0.1:3", [AT_THE_FRONT], resumed())[1] == 1
+    for elsewhere in (
+        dict(objectives=(TWO[0], "b=builtin:length,scale=7")),
+        dict(objectives=(*TWO, "c=builtin:length,scale=7")),
+        dict(objectives=(TWO[0], f"{TWO[1]},weight=2")),
+        dict(stop="0.2:3"),
+        dict(noon=True),
+    ):
+        assert steps_until_the_end("0.1:3", [AT_THE_FRONT] * 2, resumed(**elsewhere))[1] == 3, elsewhere
 
 
 def checkpoint(objectives=TWO, best=None, **others: Any) -> dict[str, Any]:

@@ -60,5 +60,84 @@ def test_a_trainer_that_dies_ends_the_run(trainer) -> None:
         trainer("waits", "dies").fit()
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("last", [1, 3, 4, 5])
+@pytest.mark.parametrize("empty", [False, True], ids=["", "with empty rollouts"])
+def test_a_run_that_ends_at_the_front_lets_both_halves_end(size, last, empty, monkeypatch) -> None:
+    """The host's own two loops in two threads, with five batches in two episodes and evaluations in between."""
+    import queue
+    import threading
+    import time
+    from types import SimpleNamespace
+    from unittest import mock
+
+    from openrlhf.trainer import ppo_trainer_async as host
+
+    from pama_plugin.host import trainer_async
+    from pama_plugin.host.trainer import MultiObjectiveTrainer
+
+    monkeypatch.setattr(host, "ray", mock.Mock(get=lambda value: value))
+    slots, rollouts, steps = queue.Queue(size), queue.Queue(size), []
+    for _ in range(size):
+        slots.put(0)
+
+    def half(kind, **attributes):
+        made = kind.__new__(kind)
+        vars(made).update(rollout_slots=slots, rollout_queue=rollouts, vllm_lock=mock.Mock(), _partial_rollout=False)
+        vars(made).update(attributes)
+        return made
+
+    batches = [[1], [], [2], [3], [4], [], [5]] if empty else [[1], [2], [3], [4], [5]]
+
+    class Generator:
+        ended = False
+
+        def generate_samples(self):
+            if self.ended:
+                return [], None, 0, True
+            time.sleep(0.002)
+            batch = batches.pop(0)
+            return batch, None, len(batch), batch == [3] or not batches
+
+    samples = Generator()
+    generator = half(
+        trainer_async.GenerateSamplesActor.__ray_metadata__.modified_class,
+        samples_generator=samples,
+        prompts_dataloader=mock.MagicMock(),
+        eval_dataloader=[],
+        generate_kwargs={},
+        args=SimpleNamespace(train=SimpleNamespace(num_episodes=2), eval=SimpleNamespace(steps=2)),
+        _last_eval_step=-1,
+        _eval_just_done=False,
+        _run_eval=dict,
+    )
+    generator.rollout_slots = trainer_async.WatchedSlots(slots, samples)
+
+    class Training(trainer_async.TrainingActor.__ray_metadata__.modified_class):
+        def train_step(self, samples, step):
+            time.sleep(0.002)
+            steps.append(samples)
+            if len(steps) == last:
+                self.end_run()
+            return {}, step + 1
+
+        def save_logs_and_checkpoints(self, *_): ...
+
+        def save_best_checkpoint(self, *_): ...
+
+    args = SimpleNamespace(algo=SimpleNamespace(dynamic_filtering_enable=False))
+    training = half(Training, args=args, wandb_logger=None, tensorboard_logger=None)
+    threads = [
+        threading.Thread(target=generator.fit, kwargs=dict(episode=0, total_consumed_prompts=0), daemon=True),
+        threading.Thread(target=super(MultiObjectiveTrainer, training).fit, daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert steps == [[number] for number in range(1, last + 1)]
+
+
 def test_a_run_that_ends_well(trainer) -> None:
     trainer("ends", "ends").fit()

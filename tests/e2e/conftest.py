@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tiny import WORDS, make_config, make_prompts, make_tokenizer
 
 from pama_plugin.host.hook import HOST_COMMAND
 
 ROOT = Path(__file__).parents[2]
 LITERAL = [sys.executable, "-m", HOST_COMMAND]
 BIN = Path(sys.executable).parent
-WORDS = "the a film plot actor scene was is never always dull bright slow warm and but of with".split()
 
 
 class Run(NamedTuple):
@@ -88,40 +88,19 @@ def kill_orphaned_engines(address: str) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``policy``, reward models ``helpful`` and ``harmless``, classifier ``polite``, all untrained; prompts."""
     import torch
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-    from tokenizers.models import BPE
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        special_tokens=["<pad>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,  # head size 32, the smallest that vLLM's CPU attention takes
-        max_position_embeddings=128,
-        tie_word_embeddings=True,  # a tied head is what the weight sync must not leave behind
-        num_labels=1,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-        bos_token_id=None,
-    )
+    fast = make_tokenizer()
+    config = make_config(fast)
     LlamaForCausalLM(config).save_pretrained(folder / "policy")
     for name in ("helpful", "harmless"):
         LlamaForSequenceClassification(config).save_pretrained(folder / name)  # saves model.* and score.weight
     for name in ("policy", "helpful", "harmless"):
         fast.save_pretrained(folder / name)
     save_classifier(folder / "polite")
-    prompts = [" ".join(WORDS[(index + shift * 3) % len(WORDS)] for shift in range(4)) for index in range(64)]
+    prompts = make_prompts(64)
     for name, chosen in {"prompts": prompts, "held_out": prompts[:3]}.items():
         lines = [json.dumps({"prompt": prompt, "datasource": "default"}) + "\n" for prompt in chosen]
         (folder / f"{name}.jsonl").write_text("".join(lines))

@@ -81,3 +81,24 @@ def test_dynamic_filtering_muon_ema_and_gspo(run_host, tmp_path) -> None:
     assert run.status == 0, run.output[-5000:]
     assert run.steps and all(0 < step["dynamic_filtering_pass_rate"] < 400 for step in run.steps)
     assert all(step["reward/length"] < 1 and step["actor_grad_norm"] > 0 for step in run.steps)
+
+
+@pytest.mark.parametrize("mode", [[], ["--train.async_enable"]], ids=["synchronous", "asynchronous"])
+def test_a_run_at_the_front_ends_and_is_saved(mode, run_host, tmp_path) -> None:
+    """A reward and its opposite disagree on every response, so that the first two steps are at the front."""
+    (tmp_path / "rewards.py").write_text(
+        "def shorter(queries, prompts, labels):\n    return [-len(query) for query in queries]\n"
+        "def longer(queries, prompts, labels):\n    return [len(query) for query in queries]\n"
+    )
+    run = run_host(
+        *GROUPS,
+        *mode,
+        *("--loss", "pama", "--pama.stop_at_front", "0.1:2"),
+        *("--pama.objective", f"shorter=py:{tmp_path}/rewards.py:shorter"),
+        *("--pama.objective", f"longer=py:{tmp_path}/rewards.py:longer"),
+        steps=8,
+    )
+    assert run.status == 0, run.output[-5000:]
+    assert "the run ends after step 2, at the front: fewer than 0.1 of the tokens had an advantage" in run.output
+    assert [step["pama/steps_at_front"] for step in run.steps] == [1, 2]
+    assert (tmp_path / "model" / "config.json").exists()

@@ -15,8 +15,8 @@ ROWS = {
     "linear": (dict(rule="linear", weights=[0.5, 0.5]), [0.70, 0.15, -0.90, 0.05], [0.5, 0.5], [0.435, 0.2275]),
     "token, Noon": (dict(rule="pama", noon=True, rescale=False), [0.40, 0, 0, 0], [0, 1], [0.100, 0.040]),
     "token, signed": (dict(rule="pama", rescale=False), [0.40, 0, -0.60, 0], [0, 1], [0.280, 0.130]),
-    # the same by √(.38 / .13), the mean squares of the smaller objective and of what is left
-    "pama": (dict(rule="pama"), [0.683880, 0, -1.025820, 0], [0, 1], [0.478716, 0.222261]),
+    # the same times c_2 = 1 / √(½ (1 − 2/π)) = 2.346034
+    "pama": (dict(rule="pama"), [0.938414, 0, -1.407621, 0], [0, 1], [0.656890, 0.304984]),
     # c_1 = .4 / 1.49 and 1.22 / 4.1
     "min-norm, Noon": (
         dict(rule="min_norm", noon=True),

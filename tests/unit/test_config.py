@@ -1,10 +1,11 @@
 """The objective grammar, YAML, who wins, and a clear error for everything that cannot be run."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from pama_plugin.config import PamaConfig, dump_config, load_config
+from pama_plugin.config import PamaConfig, dump_config, load_config, warn_of_many_objectives
 from pama_plugin.errors import ConfigError
 from pama_plugin.kinds import RmOptions
 from pama_plugin.objective import parse_objective
@@ -267,8 +268,8 @@ def test_a_bad_run(arguments, message) -> None:
         ("objectives: [a, b]", "objectives must map names to specifications, found list"),
         (
             "- a",
-            "must be a mapping of best, level, loss, noon, objectives, options, probe, probe_gradients, whiten, "
-            "found list",
+            "must be a mapping of best, level, loss, noon, objectives, options, probe, probe_gradients, stop_at_front, "
+            "whiten, found list",
         ),
         ("objective: {}", "must be a mapping of .*, found objective"),
         ("objectives: {a: 'builtin:length', a: 'builtin:length'}", "keys must differ, found a twice"),
@@ -340,12 +341,88 @@ def test_an_error_does_not_repeat_what_may_be_a_secret(location) -> None:
         ("pama", dict(option=["leak=["]), "--pama.option 'leak=\\[': the value is not valid YAML"),
         ("morlhf", dict(whiten=True), "--pama.whiten is of advantages, and --loss morlhf combines rewards"),
         ("lagrangian", {}, "--loss lagrangian needs an objective with role=constraint,threshold=NUMBER, found none"),
+        (
+            "pama",
+            dict(objectives=[f"a{i}=builtin:length,scale={i + 1}" for i in range(9)], option=["soft=4"]),
+            "--loss pama: soft has a constant for up to 8 objectives, found 9: give rescale=false as well",
+        ),
+        *(
+            ("pama", dict(stop_at_front=text), rf"--pama.stop_at_front must be SHARE\[:STEPS\], .*found '{text}'")
+            for text in ("", "0", "-1", "1.5", "nan", "a", ":5", "0.1:", "0.1:0", "0.1:2.5", "0.1:5:6")
+        ),
+        ("pama", dict(stop_at_front="0.1"), "--pama.stop_at_front needs at least two objectives .*found one"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_starts(loss, flags, message) -> None:
-    settings = dict(level=None, noon=None) | flags
+    settings = dict(level=None, noon=None, objectives=[LENGTH]) | flags
     with pytest.raises(ConfigError, match=message):
-        load_config(loss, [LENGTH], None, **settings, default_level="token")
+        load_config(loss, file=None, **settings, default_level="token")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("0.1", (0.1, 5)), ("0.1:3", (0.1, 3)), (0.25, (0.25, 5)), ({"share": 0.2, "steps": 2}, (0.2, 2))],
+)
+def test_stopping_at_the_front(given, expected, tmp_path) -> None:
+    """From a flag or a file, and again from what --pama.plan prints."""
+    two = [LENGTH, "short=builtin:length,scale=3"]
+    config = load_config("pama", two, None, None, None, stop_at_front=given, default_level="token")
+    assert (config.stop_at_front.share, config.stop_at_front.steps) == expected
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    assert load(file=tmp_path / "run.yaml", loss=None) == config
+
+
+@pytest.mark.parametrize(
+    ("loss", "level", "stops"),
+    [("pama", "token", True), ("pama", "sequence", True), ("gd2po", None, True)]
+    + [("pama", "batch", False), *((loss, None, False) for loss in ("linear", "min_norm", "gdpo", "rvpo", "morlhf"))],
+)
+def test_only_rules_that_leave_nothing_where_objectives_disagree_can_be_seen_at_the_front(loss, level, stops) -> None:
+    two = [LENGTH, "short=builtin:length,scale=3"]
+    settings = dict(level=level, noon=None, stop_at_front="0.1", default_level="sequence")
+    if stops:
+        assert load_config(loss, two, None, **settings).stop_at_front
+    else:
+        with pytest.raises(ConfigError, match=f"needs a rule that gives no advantage where .*found --loss {loss}"):
+            load_config(loss, two, None, **settings)
+
+
+@pytest.mark.parametrize("sharpness", ["0.5", "1", "4"])
+def test_a_soft_minimum_leaves_something_where_objectives_disagree(sharpness) -> None:
+    two = [LENGTH, "short=builtin:length,scale=3"]
+    settings = dict(level=None, noon=None, option=[f"soft={sharpness}"], stop_at_front="0.1", default_level="token")
+    with pytest.raises(ConfigError, match="needs a rule that gives no advantage where objectives disagree"):
+        load_config("pama", two, None, **settings)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "flags", "largest"),
+    [(2, {}, 0.25), (3, {}, 0.125), (5, {}, 0.03125), (3, dict(noon=True), 0.0625)]
+    + [(3, dict(noon=True, option=["leak=0.1"]), 0.125)],
+)
+def test_a_share_that_independent_objectives_fall_below_is_refused(objectives, flags, largest) -> None:
+    many = [f"a{index}=builtin:length,scale={index + 1}" for index in range(objectives)]
+    settings = dict(level=None, noon=None, default_level="token") | flags
+    assert load_config("pama", many, None, **settings, stop_at_front=f"{largest}").stop_at_front
+    with pytest.raises(ConfigError, match=f"{objectives} independent objectives already leave {2 * largest:.3g} of"):
+        load_config("pama", many, None, **settings, stop_at_front=f"{largest * 1.01}")
+
+
+@pytest.mark.parametrize(
+    ("objectives", "flags", "said"),
+    [
+        (5, {}, None),
+        (6, {}, "pama has 6 objectives: .* agree on 3.1% of the responses, on which .* multiplied by 22.94"),
+        (8, dict(level="token", noon=True), "agree on 0.4% of the tokens, on which .* multiplied by 83.41"),
+        (8, dict(option=["rescale=false"]), "agree on 0.8% of the responses; see"),
+        (8, dict(level="batch"), None),
+    ],
+)
+def test_many_objectives_are_warned_of(objectives, flags, said) -> None:
+    many = [f"length{index}=builtin:length,scale={index + 1}" for index in range(objectives)]
+    settings = dict(level=None, noon=None) | flags
+    found = warn_of_many_objectives(load_config("pama", many, None, **settings, default_level="sequence"))
+    assert bool(found) == bool(said) and (not said or re.search(said, found[0]))
 
 
 def test_a_constraint_needs_a_rule_that_knows_it() -> None:

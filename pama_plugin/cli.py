@@ -22,8 +22,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         sys.exit(doctor(arguments[1:]))
 
-    from pama_plugin.score import add_arguments
-
     parser = argparse.ArgumentParser(prog="pama", description="Pareto multi-objective alignment for OpenRLHF.")
     parser.add_argument("--version", action="version", version=f"pama_plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -76,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Score prompts and responses in a JSONL file with the objectives of a run, without training: a way "
         "to try another reward model in a minute.",
     )
-    add_arguments(score)
+    if arguments[:1] == ["score"]:  # its flags are those of the kinds, which import what checks them
+        from pama_plugin.score import add_arguments
+
+        add_arguments(score)
     options = parser.parse_args(arguments)
 
     from pama_plugin.errors import ConfigError
@@ -87,11 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             sys.exit(score_file(options))
         if options.command == "sweep":
-            from pama_plugin.sweep import run_sweep
+            from pama_plugin.runs.sweep import run_sweep
 
             sys.exit(run_sweep(options))
         if options.command == "report":
-            from pama_plugin.report import report_runs
+            from pama_plugin.runs.report import report_runs
 
             report_runs(options.folder, options.out, options.reference, options.baseline)
         else:

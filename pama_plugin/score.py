@@ -11,13 +11,13 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from pama_plugin.config import load_objectives
+from pama_plugin.batch.outcome import Outcome, attempt, check_reward, load_scorer
 from pama_plugin.errors import ConfigError, PamaError
-from pama_plugin.flags import add_objective_flags
-from pama_plugin.objective import Objective
 from pama_plugin.rewards import Response
 from pama_plugin.rewards.options import HfOptions
-from pama_plugin.scoring import Outcome, attempt, check_reward, load_scorer
+from pama_plugin.settings.flags import add_objective_flags
+from pama_plugin.settings.objective import Objective
+from pama_plugin.settings.run import load_objectives
 
 AT_ONCE = 64  # responses that py, http and builtin objectives are asked for together
 

@@ -272,7 +272,7 @@ def check_rule(rule: str, name: str, **given_options: Any) -> None:
     """
     if name not in PROPERTIES:
         raise ValueError(f"the property must be one of {', '.join(PROPERTIES)}, found {name!r}")
-    rewards = get_rule(rule).of == "rewards"
+    rewards = get_rule(rule).combines == "rewards"
 
     def call(case: Case) -> Aggregation:
         options = {key: own(len(case.weights_K)) if callable(own) else own for key, own in given_options.items()}

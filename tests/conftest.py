@@ -16,6 +16,13 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Some rules and kinds need libraries, wherever a test takes all of them."""
+    for item in items:
+        if any(name in item.nodeid for name in ("gram:", "=http:", "=hf:", "builtin:regex")):
+            item.add_marker(pytest.mark.needs_extras)
+
+
 @pytest.fixture
 def immutable_call() -> Callable[..., Any]:
     """``immutable_call(f, *args, **kwargs)``: like ``f(*args, **kwargs)``, but no tensor argument may change."""

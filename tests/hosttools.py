@@ -63,6 +63,7 @@ def make_rollout(samples: int, seed: int = 0, names: tuple[str, ...] = ()) -> li
         action_mask = torch.zeros(1, length - 1, dtype=torch.long)
         action_mask[:, prompt - 1 :] = 1
         columns = {f"reward/{name}": torch.randn(1, generator=generator) for name in names}
+        columns |= {f"pama/problem/{name}": torch.zeros(1) for name in names}
         rollout.append(
             Experience(
                 sequences=torch.randint(3, 50, (1, length), generator=generator),

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from matplotlib import pyplot
 
-from pama_plugin.report.figures import draw_curves, draw_front
-from pama_plugin.report.pareto import by_arm, fifth, interval, whole_mean
-from pama_plugin.report.runs import Run, find_runs
-from pama_plugin.report.summary import (
+from pama_plugin.runs.logs import Run, find_runs
+from pama_plugin.runs.report.figures import draw_curves, draw_front
+from pama_plugin.runs.report.pareto import by_arm, fifth, interval, whole_mean
+from pama_plugin.runs.report.tables import (
     Grid,
     arms_table,
     differences_table,

@@ -3,18 +3,7 @@
 Shape suffixes: K objectives, B responses, A action (response) tokens, U units (tokens or responses).
 """
 
-from pama_plugin.aggregation import (  # noqa: F401  (importing a rule registers it)
-    gd2po,
-    gdpo,
-    gram,
-    lagrangian,
-    linear,
-    min_norm,
-    morlhf,
-    pama,
-    rvpo,
-    tchebycheff,
-)
+from pama_plugin.aggregation import rules  # noqa: F401  (importing them registers them)
 from pama_plugin.aggregation.aggregate import LEVELS, Aggregation, aggregate
 from pama_plugin.aggregation.diagnostics import describe
 from pama_plugin.aggregation.registry import Combination, available_rules, check_options, get_rule, register_rule

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pama_plugin.aggregation.blocks import blocks, tokens_per_response, valid_at
 from pama_plugin.aggregation.diagnostics import describe, effective_objectives, inspect
-from pama_plugin.aggregation.registry import GIVEN, Combination, check_options, get_rule
+from pama_plugin.aggregation.registry import CONTEXT_PARAMETERS, Combination, check_options, get_rule
 
 LEVELS = ("token", "sequence", "batch")
 
@@ -103,7 +103,7 @@ def aggregate(
     if not isinstance(noon, bool | None) or not isinstance(whiten, bool):
         raise ValueError(f"noon and whiten must be true or false, found {noon!r} and {whiten!r}")
     chosen = get_rule(rule)
-    if chosen.of == "rewards" and mask_BA.shape[1] != 1:
+    if chosen.combines == "rewards" and mask_BA.shape[1] != 1:
         raise ValueError(f"rule {rule!r} combines rewards, (K, B, 1), found {tuple(advantages_KBA.shape)}")
     advantages_KBA = advantages_KBA.detach().to(torch.promote_types(advantages_KBA.dtype, torch.float32))
     shape_KB = advantages_KBA.shape[:2]
@@ -114,7 +114,7 @@ def aggregate(
             f"found {tuple(present_KB.shape)} of {present_KB.dtype}"
         )
     given: dict[str, Any] = {"level": level, "noon": noon, "groups_B": groups_B}
-    given |= {key: options.pop(key) for key in GIVEN if key in options}
+    given |= {key: options.pop(key) for key in CONTEXT_PARAMETERS if key in options}
     options = check_options(rule, options)
     for key in ("violations_K", "multipliers_K"):
         if key in chosen.parameters and not _is_list(given.get(key), len(advantages_KBA)):
@@ -168,9 +168,9 @@ def _check_combination(rule: str, found: object, weights_K: Tensor, mask_BA: Ten
 
 
 def _as_tensor(what: str, given: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor stays where it is; a list goes to the device."""
+    """On the device; None leaves a tensor where it is."""
     try:
-        return torch.as_tensor(given, dtype=dtype, device=None if isinstance(given, Tensor) else device)
+        return torch.as_tensor(given, dtype=dtype, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{what} must be numbers, as a tensor or lists: {error}") from error
 
@@ -185,7 +185,7 @@ def _is_list(given: Any, length: int) -> bool:
 def _check_weights(weights: Sequence[float] | Tensor | None, advantages_KBA: Tensor) -> Tensor:
     if weights is None:
         return advantages_KBA.new_ones(len(advantages_KBA))
-    weights_K = _as_tensor("weights", weights, advantages_KBA.device, advantages_KBA.dtype).to(advantages_KBA.device)
+    weights_K = _as_tensor("weights", weights, advantages_KBA.device, advantages_KBA.dtype)
     if weights_K.shape != advantages_KBA.shape[:1] or not bool((weights_K.isfinite() & (weights_K > 0)).all()):
         raise ValueError(f"weights must be {len(advantages_KBA)} positive finite numbers, found {weights}")
     return weights_K
@@ -197,7 +197,7 @@ def _find_active(
     """(K,) true for the objectives that carry signal; all of them if none does."""
     active_K = inspect(advantages_KBA, mask_BA, present_KB)
     if active is not None:
-        told_K = _as_tensor("active", active, dtype=torch.bool).to(advantages_KBA.device)
+        told_K = _as_tensor("active", active, advantages_KBA.device, torch.bool)
         if told_K.shape != active_K.shape:
             raise ValueError(f"active must be {len(advantages_KBA)} flags, found {told_K.tolist()}")
         active_K = active_K & told_K

@@ -4,17 +4,15 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-# Packages that are not ours name theirs in it: [project.entry-points."pama_plugin.rules"] NAME = "MODULE:RULE".
-ENTRY_POINTS = "pama_plugin.rules"
+from pama_plugin.registry import Registry
 
 # Keyword-only parameters of a rule that are no options: whoever calls ``aggregate`` knows them.
-GIVEN = ("level", "noon", "groups_B", "violations_K", "multipliers_K")
+CONTEXT_PARAMETERS = ("level", "noon", "groups_B", "violations_K", "multipliers_K")
 
 
 class Combination(NamedTuple):
@@ -30,14 +28,16 @@ class Rule(NamedTuple):
 
     Attributes:
         combine: the function.
-        of: what it combines: the ``advantages`` that the estimator made of each objective, or the ``rewards``, one per
-            response, of which the estimator then makes advantages.
+        combines: the ``advantages`` that the estimator made of each objective, or the ``rewards``, one per response, of
+            which the estimator then makes advantages.
         constrained: whether some of its objectives are constraints.
+        linear: of a rule of rewards, whether its result is ``Σ w_i r_i``, whose value with a critic is ``Σ w_i V_i``.
     """
 
     combine: Callable[..., Combination]
-    of: Literal["advantages", "rewards"] = "advantages"
+    combines: Literal["advantages", "rewards"] = "advantages"
     constrained: bool = False
+    linear: bool = False
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -46,11 +46,15 @@ class Rule(NamedTuple):
         return {name: own for name, own in parameters.items() if own.kind is own.KEYWORD_ONLY}
 
 
-_RULES: dict[str, Rule] = {}
+RULES = Registry[Rule]("rule", "pama_plugin.rules", adopt=Rule)
 
 
 def register_rule(
-    name: str, *, of: Literal["advantages", "rewards"] = "advantages", constrained: bool = False
+    name: str,
+    *,
+    of: Literal["advantages", "rewards"] = "advantages",
+    constrained: bool = False,
+    linear: bool = False,
 ) -> Callable[[Callable[..., Combination]], Callable[..., Combination]]:
     """Register ``rule(advantages_KBA, mask_BA, weights_K, active_K, present_KB, *, …)`` under ``name``.
 
@@ -59,8 +63,10 @@ def register_rule(
     A rule gets advantages that are finite wherever ``mask_BA`` is true and may hold anything elsewhere, weights that
     are positive, the objectives that carry signal, and which responses each has a reward for: of the others its
     advantages must not count. It must not write to any of them, and returns tensors of its own. A rule ``of`` rewards
-    gets them as (K, B, 1). A ``constrained`` one needs objectives with ``role=constraint``, and what ``lagrangian``
-    says of ``violations_K`` and ``multipliers_K`` holds for it too.
+    gets them as (K, B, 1), with missing ones filled in, so that ``present_KB`` is all true; it can be used with a
+    critic only if it is ``linear``, a weighted sum, whose value is that of the value heads. A ``constrained`` one needs
+    objectives with ``role=constraint``, and what ``lagrangian`` says of ``violations_K`` and ``multipliers_K`` holds
+    for it too.
 
     ``metrics`` are logged as ``pama/<key>``; ``<stem>/<i>`` is of objective i and logged by its name. A program that
     trains needs the rule in every process that reads the configuration: a package should name the
@@ -76,13 +82,13 @@ def register_rule(
         )
     if of not in ("advantages", "rewards"):
         raise ValueError(f"of must be advantages or rewards, found {of!r}")
+    if linear and of != "rewards":
+        raise ValueError(f"linear is said of a rule of rewards, found of={of!r}")
 
     def register(combine: Callable[..., Combination]) -> Callable[..., Combination]:
-        if name in _RULES:
-            raise ValueError(f"the rule name {name!r} is taken; registered: {', '.join(available_rules())}")
         if not callable(combine):
             raise ValueError(f"rule {name!r} must be a function, found {combine!r}")
-        _RULES[name] = Rule(combine, of, constrained)
+        RULES.add(name, Rule(combine, of, constrained, linear))
         return combine
 
     return register
@@ -94,20 +100,12 @@ def available_rules() -> tuple[str, ...]:
     >>> "pama" in available_rules()
     True
     """
-    return tuple(sorted({*_RULES, *entry_points(group=ENTRY_POINTS).names}))
+    return RULES.names()
 
 
 def get_rule(name: str) -> Rule:
     """The rule registered under ``name``; an unknown name raises ``ValueError`` and lists the known ones."""
-    if name not in _RULES:
-        for entry_point in entry_points(group=ENTRY_POINTS, name=name):
-            try:
-                combine = entry_point.load()  # whose module may well use ``register_rule``
-            except Exception as error:  # somebody else's code
-                raise ValueError(f"rule {name!r} cannot be loaded from {entry_point.value}: {error}") from error
-            return _RULES.setdefault(name, Rule(combine))
-        raise ValueError(f"unknown rule {name!r}; known: {', '.join(available_rules())}")
-    return _RULES[name]
+    return RULES[name]
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +118,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     >>> check_options("pama", {"soft": "4", "rescale": "true"})
     {'soft': 4.0, 'rescale': True}
     """
-    known = {key: own for key, own in get_rule(name).parameters.items() if key not in GIVEN}
+    known = {key: own for key, own in get_rule(name).parameters.items() if key not in CONTEXT_PARAMETERS}
     unknown = sorted(set(options) - set(known))
     if unknown:
         takes = ", ".join(known) or "none"

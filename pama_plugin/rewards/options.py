@@ -16,7 +16,7 @@ def refuse_bool(number: Any) -> Any:
     return number
 
 
-IsNumber = BeforeValidator(refuse_bool)
+RejectBool = BeforeValidator(refuse_bool)
 
 
 def check_model(location: str) -> None:
@@ -42,8 +42,8 @@ class PyOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    timeout: Annotated[float, IsNumber, Field(gt=0, allow_inf_nan=False)] = 180.0
-    concurrency: Annotated[int, IsNumber, Field(ge=1)] = 16
+    timeout: Annotated[float, RejectBool, Field(gt=0, allow_inf_nan=False)] = 180.0
+    concurrency: Annotated[int, RejectBool, Field(ge=1)] = 16
 
 
 class HttpOptions(BaseModel):
@@ -61,9 +61,9 @@ class HttpOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    timeout: Annotated[float, IsNumber, Field(gt=0, allow_inf_nan=False)] = 180.0
-    retries: Annotated[int, IsNumber, Field(ge=0)] = 4
-    concurrency: Annotated[int, IsNumber, Field(ge=1)] = 32
+    timeout: Annotated[float, RejectBool, Field(gt=0, allow_inf_nan=False)] = 180.0
+    retries: Annotated[int, RejectBool, Field(ge=0)] = 4
+    concurrency: Annotated[int, RejectBool, Field(ge=1)] = 32
     token_env: str | None = Field(None, min_length=1)
 
 
@@ -90,15 +90,15 @@ class HfOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    label: Annotated[Annotated[int | str | None, Field(union_mode="left_to_right")], IsNumber] = None
+    label: Annotated[Annotated[int | str | None, Field(union_mode="left_to_right")], RejectBool] = None
     output: Literal["logit", "probability", "log_odds"] = "logit"
     text: Literal["chat", "full", "pair", "response"] | None = None
-    max_length: Annotated[Annotated[int, Field(ge=1)] | None, IsNumber] = None
-    batch_size: Annotated[int, IsNumber, Field(ge=1)] = 16
+    max_length: Annotated[Annotated[int, Field(ge=1)] | None, RejectBool] = None
+    batch_size: Annotated[int, RejectBool, Field(ge=1)] = 16
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
-    replicas: Annotated[int, IsNumber, Field(ge=1)] = 1
-    gpus: Annotated[float, IsNumber] = 1.0
+    replicas: Annotated[int, RejectBool, Field(ge=1)] = 1
+    gpus: Annotated[float, RejectBool] = 1.0
 
     @field_validator("gpus")
     @classmethod

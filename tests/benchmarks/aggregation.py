@@ -75,7 +75,7 @@ def calls_of_every_rule(objectives: int, device: str) -> dict[str, Callable[[], 
             given += [dict(soft=4.0), dict(rescale=False), dict(noon=True, rescale=False)]
         elif get_rule(rule).constrained:
             given = [dict(violations_K=[*constraint, 0.1], multipliers_K=[*constraint, 1.0])]
-        advantages_KBA, mask_BA = narrow if get_rule(rule).of == "rewards" else whole
+        advantages_KBA, mask_BA = narrow if get_rule(rule).combines == "rewards" else whole
         for own in given:
             words = [f"{key}={value}" for key, value in own.items() if not key.endswith("_K")]
             found[" ".join([rule, *words])] = lambda rule=rule, own=own, a=advantages_KBA, m=mask_BA: aggregate(

@@ -38,7 +38,7 @@ QUICKSTART = ROOT / "runs" / "quickstart"
 BIN = Path(sys.executable).parent
 STEPS, WARM_UP = 12, 2
 PHASES = ("make_experience", "ppo_train", "broadcast")
-COMMON = f"""
+COMMON_OPTIONS = f"""
     --actor.model_name_or_path {QUICKSTART}/models/policy --data.prompt_dataset {QUICKSTART}/data/prompts.jsonl
     --data.input_key prompt --data.max_len 64 --data.max_samples {STEPS * 16} --rollout.batch_size 16
     --rollout.n_samples_per_prompt 4 --rollout.micro_batch_size 32 --rollout.max_new_tokens 40 --train.batch_size 32
@@ -53,7 +53,7 @@ def times_of(*flags: str) -> list[dict[str, float]]:
     """Run the host's command and return the phases of each step after the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         own = ["--ckpt.path", f"{folder}/checkpoints", "--ckpt.output_dir", f"{folder}/model"]
-        command = [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", *COMMON, *own, *flags]
+        command = [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", *COMMON_OPTIONS, *own, *flags]
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     if run.returncode:
         sys.exit(run.stdout[-3000:])
@@ -131,8 +131,8 @@ def on_the_driver(samples: int = 64, tokens: int = 1024, rounds: int = 15) -> No
     from openrlhf.trainer.ppo_utils.experience import Experience
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
-    from pama_plugin.config import load_config
-    from pama_plugin.host.experience import MultiObjectiveExperienceMaker
+    from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
+    from pama_plugin.settings.run import load_config
 
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)

@@ -30,11 +30,11 @@ from faultserver import FaultServer  # noqa: E402  (needs the path above)
 from hosttools import fixed_group, host_args, make_rollout  # noqa: E402
 from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup  # noqa: E402
 
-from pama_plugin.config import load_config  # noqa: E402
-from pama_plugin.host import hf  # noqa: E402
-from pama_plugin.host.experience import MultiObjectiveExperienceMaker  # noqa: E402
-from pama_plugin.host.placement import Role  # noqa: E402
-from pama_plugin.host.rollout import ObjectiveExecutor  # noqa: E402
+from pama_plugin.host.actors import replicas  # noqa: E402
+from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker  # noqa: E402
+from pama_plugin.host.actors.rollout import ObjectiveExecutor  # noqa: E402
+from pama_plugin.host.preflight.placement import Role  # noqa: E402
+from pama_plugin.settings.run import load_config  # noqa: E402
 
 SECONDS = {"slow": 0.25, "fast": 0.15}  # per micro-batch
 HF_SECONDS = 0.1  # per response
@@ -53,7 +53,7 @@ def waiting_group(seconds: float) -> RayActorGroup:
     return RayActorGroup(1, 1, ray.remote(Waiting), num_gpus_per_actor=0.2)
 
 
-class WaitingReplica(hf.Replica):
+class WaitingReplica(replicas.Replica):
     def __init__(self, *_: Any) -> None: ...
 
     def score(self, conversations: list[Any], free_memory: bool) -> list[float]:
@@ -78,8 +78,8 @@ def models(rounds: int) -> None:
     actor = fixed_group("actor")
     groups: dict[str, Any] = {name: waiting_group(seconds) for name, seconds in SECONDS.items()}
     config = load_config("linear", ["hf=hf:org/hf,gpus=0"], None, None, None, default_level="token")
-    hf.Replica = WaitingReplica
-    groups["hf"] = hf.HfGroup(config.objectives[0], Role("reward/hf", 1, 1, 0.0), None)
+    replicas.Replica = WaitingReplica
+    groups["hf"] = replicas.HfGroup(config.objectives[0], Role("reward/hf", 1, 1, 0.0), None)
 
     def run(*names: str) -> float:
         args = host_args("--algo.kl.init_coef", "0", "--rollout.micro_batch_size", str(MICRO_BATCH))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hosttools import ROOT, fixed_group
 
-from pama_plugin.host.fingerprints import known_releases
+from pama_plugin.host.preflight.fingerprints import known_releases
 
 
 @pytest.fixture(scope="session")

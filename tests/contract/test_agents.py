@@ -8,8 +8,8 @@ import pytest
 import torch
 from faultserver import FaultServer, reward_of
 
-from pama_plugin.config import load_config
 from pama_plugin.errors import RewardError
+from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
 
@@ -65,7 +65,7 @@ def play(tmp_path, *objectives: str, style: str = "torch.tensor([0.1 * self.turn
     """What the agent returns by itself, and with our objectives around it."""
     from openrlhf.trainer.ray.vllm_engine import _load_agent_executor
 
-    from pama_plugin.host.rollout import ObjectiveExecutor
+    from pama_plugin.host.actors.rollout import ObjectiveExecutor
 
     path = tmp_path / "agent.py"
     path.write_text(AGENT.replace("{STYLE}", style))
@@ -86,7 +86,9 @@ def test_a_multi_turn_agent_keeps_all_it_returns_and_its_keys_become_objectives(
     rewards = {key: ours["extra_logs"].pop(f"reward/{key}") for key in ("style", "total", "score", "words")}
     assert rewards == pytest.approx({"style": 0.3, "total": 3.0, "score": 0.5, "words": 6})  # 3 turns of 2 words
     assert {key for key in ours["extra_logs"] if key.startswith("seconds/")} == {f"seconds/{key}" for key in rewards}
-    own = {key: value for key, value in ours["extra_logs"].items() if not key.startswith("seconds/")}
+    problems = {f"pama/problem/{key}" for key in rewards}
+    assert {key for key in ours["extra_logs"] if key.startswith("pama/problem/")} == problems
+    own = {key: value for key, value in ours["extra_logs"].items() if not key.startswith(("seconds/", "pama/problem/"))}
     assert own == alone["extra_logs"] and ours | {"extra_logs": None} == alone | {"extra_logs": None}
 
 
@@ -128,7 +130,7 @@ def test_what_the_agent_does_not_return_is_a_failure_of_that_objective(tmp_path,
 def test_the_hosts_single_turn_executor_is_used_without_an_agent() -> None:
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 
-    from pama_plugin.host.rollout import ObjectiveExecutor
+    from pama_plugin.host.actors.rollout import ObjectiveExecutor
 
     config = load_config("pama", ["n=builtin:length"], None, None, None, default_level="sequence")
     executor = ObjectiveExecutor(config, SingleTurnAgentExecutor(None), scalar_reward=True)

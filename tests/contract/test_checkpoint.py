@@ -8,10 +8,10 @@ import zipfile
 import pytest
 import torch
 
-from pama_plugin.config import load_config
+from pama_plugin.batch.state import RunState
 from pama_plugin.errors import ConfigError
-from pama_plugin.host.checkpoint import STATE, prepare_resume
-from pama_plugin.state import RunState
+from pama_plugin.host.preflight.resume import STATE, prepare_resume
+from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pama_plugin.errors import ConfigError
-from pama_plugin.objective import parse_objective
+from pama_plugin.settings.objective import parse_objective
 
 pytestmark = pytest.mark.contract
 
@@ -59,7 +59,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def test_each_head_gives_what_a_critic_with_that_head_gives(model, objectives) -> None:
-    from pama_plugin.host.critic import add_value_heads
+    from pama_plugin.host.actors.critic import add_value_heads
 
     inputs = batch()
     sequences = inputs.pop("input_ids")
@@ -75,7 +75,7 @@ def test_each_head_gives_what_a_critic_with_that_head_gives(model, objectives) -
 
 
 def test_the_objective_whose_model_the_critic_starts_from_keeps_its_head(model, objectives) -> None:
-    from pama_plugin.host.critic import add_value_heads
+    from pama_plugin.host.actors.critic import add_value_heads
 
     one, two = (add_value_heads(load(model), objectives, model) for _ in range(2))
     assert torch.equal(one.value_heads.weight, two.value_heads.weight), "every rank must draw the same heads"
@@ -89,7 +89,7 @@ def test_packed_sequences_give_the_same_values(model, objectives, monkeypatch) -
     import openrlhf.models.model as host
     from openrlhf.models import ring_attn_utils
 
-    from pama_plugin.host.critic import add_value_heads
+    from pama_plugin.host.actors.critic import add_value_heads
 
     def unpad(sequences, attention_mask, _):
         indices = attention_mask.flatten().nonzero().flatten()
@@ -113,7 +113,7 @@ def test_packed_sequences_give_the_same_values(model, objectives, monkeypatch) -
 def test_the_loss_is_the_mean_of_the_hosts_own() -> None:
     from openrlhf.models import ValueLoss
 
-    from pama_plugin.host.critic import MultiObjectiveValueLoss, flatten_objectives
+    from pama_plugin.host.actors.critic import MultiObjectiveValueLoss, flatten_objectives
 
     stock = ValueLoss(0.2)
     loss = MultiObjectiveValueLoss(stock)
@@ -144,7 +144,7 @@ def test_the_columns_survive_the_hosts_buffers(lengths, data) -> None:
         split_experience_batch,
     )
 
-    from pama_plugin.host.critic import flatten_objectives, unflatten_objectives
+    from pama_plugin.host.actors.critic import flatten_objectives, unflatten_objectives
 
     num_objectives = data.draw(st.integers(2, 5))
     balance = data.draw(st.booleans()) and sum(map(len, lengths)) > 1
@@ -192,7 +192,7 @@ def test_the_normalisation_of_a_model_is_what_its_config_says(role, model, tmp_p
     """The host's loading leaves it uninitialised: https://github.com/OpenRLHF/OpenRLHF/pull/1343."""
     from openrlhf.models import get_llm_for_sequence_regression
 
-    from pama_plugin.host.critic import restore_normalization
+    from pama_plugin.host.actors.critic import restore_normalization
 
     config = json.loads((Path(model) / "config.json").read_text()) | {"mean": 3.0, "std": 2.0}
     shutil.copytree(model, tmp_path, dirs_exist_ok=True)
@@ -206,7 +206,7 @@ def test_the_normalisation_of_a_model_is_what_its_config_says(role, model, tmp_p
 
 
 def test_saved_heads_come_back_by_name(tmp_path, model, objectives) -> None:
-    from pama_plugin.host.critic import HEADS_FILE, add_value_heads, load_value_heads
+    from pama_plugin.host.actors.critic import HEADS_FILE, add_value_heads, load_value_heads
 
     saved = torch.arange(96.0).reshape(3, 32)
     metadata = {"objectives": json.dumps(["polite", "helpful", "length"])}

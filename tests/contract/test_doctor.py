@@ -125,7 +125,7 @@ def test_a_package_that_is_missing(missing, monkeypatch) -> None:
 
 
 def test_a_host_that_drifted(monkeypatch) -> None:
-    from pama_plugin.host import fingerprints
+    from pama_plugin.host.preflight import fingerprints
 
     monkeypatch.setattr(fingerprints, "version", lambda _: "0.12.0")
     (refused,) = doctor._seams(allow_unsupported=False)

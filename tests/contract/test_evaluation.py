@@ -7,14 +7,14 @@ import pytest
 import torch
 from hosttools import host_args, make_rollout
 
-from pama_plugin.config import load_config
-from pama_plugin.state import RunState
+from pama_plugin.batch.state import RunState
+from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
 
 
 def test_mean_and_standard_error_by_dataset_and_over_all() -> None:
-    from pama_plugin.host.evaluation import summarise
+    from pama_plugin.batch.rating import summarise
 
     rewards = torch.tensor([1.0, 3.0, 2.0, 6.0, 10.0, 10.0])  # prompts' means 2, 4 | 10
     found = summarise({"a": rewards}, ["x", "x", "x", "x", "y", "y"], 2)
@@ -27,7 +27,7 @@ def test_mean_and_standard_error_by_dataset_and_over_all() -> None:
 
 
 def test_who_has_no_reward_does_not_count() -> None:
-    from pama_plugin.host.evaluation import summarise
+    from pama_plugin.batch.rating import summarise
 
     rewards = torch.tensor([1.0, math.nan, 4.0, 6.0, math.nan, math.nan])
     found = summarise({"a": rewards}, ["x", "x", "x", "x", "y", "y"], 2)
@@ -36,7 +36,7 @@ def test_who_has_no_reward_does_not_count() -> None:
 
 
 def rated(best: str | None, *evaluations: dict[str, tuple[float, float]]) -> list[float]:
-    from pama_plugin.host.evaluation import rate
+    from pama_plugin.batch.rating import rate
 
     objectives = ["a=builtin:length,weight=3", "b=builtin:length"]
     config = load_config("pama", objectives, None, None, None, best, default_level="token")
@@ -86,8 +86,8 @@ def test_a_rise_has_no_unit_until_an_objective_has_varied() -> None:
 def test_held_out_samples_get_every_objective_and_their_weighted_sum(groups) -> None:
     from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
-    from pama_plugin.host.evaluation import ScoredSamplesGenerator
-    from pama_plugin.host.experience import MultiObjectiveExperienceMaker
+    from pama_plugin.host.actors.evaluation import ScoredSamplesGenerator
+    from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 
     args = host_args("--algo.advantage.estimator", "reinforce", "--rollout.micro_batch_size", "2")
     objectives = ["helpful=rm:org/a,weight=2", "length=builtin:length"]
@@ -116,7 +116,7 @@ def test_reward_models_score_while_the_engines_sleep(monkeypatch) -> None:
     from openrlhf.trainer.ppo_utils import samples_generator
     from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
-    from pama_plugin.host.evaluation import ScoredSamplesGenerator
+    from pama_plugin.host.actors.evaluation import ScoredSamplesGenerator
 
     order = []
     monkeypatch.setattr(samples_generator, "batch_vllm_engine_call", lambda engines, call: order.append(call))

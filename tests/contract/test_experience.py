@@ -9,9 +9,9 @@ import torch
 from hosttools import host_args, make_rollout
 
 from pama_plugin import aggregate, available_rules
-from pama_plugin.config import load_config
+from pama_plugin.batch.state import RunState
 from pama_plugin.errors import RewardError
-from pama_plugin.state import RunState
+from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
 
@@ -22,7 +22,7 @@ COLUMNS = ("length",)
 
 
 def build(groups: dict[str, Any], *flags: str, objectives=OBJECTIVES, loss="pama", level=None, models=MODELS) -> Any:
-    from pama_plugin.host.experience import MultiObjectiveExperienceMaker
+    from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 
     args = host_args("--algo.advantage.estimator", "reinforce_baseline", "--rollout.n_samples_per_prompt", "4", *flags)
     args.pama = load_config(loss, objectives, None, level, None, default_level="token")
@@ -72,6 +72,23 @@ def test_the_aggregate_of_k_stock_runs_reaches_the_actor(loss, groups) -> None:
         for experience in found:
             column = experience.info[f"pama/coefficient/{name}"]
             torch.testing.assert_close(column, share.expand(len(experience.sequences)))
+
+
+def test_a_rule_of_rewards_gets_what_it_asks_for(groups, monkeypatch) -> None:
+    """The groups in training as in the rehearsal at start."""
+    from pama_plugin import Combination, register_rule
+    from pama_plugin.aggregation import registry
+
+    monkeypatch.setattr(registry.RULES, "entries", dict(registry.RULES.entries))
+    seen = []
+
+    @register_rule("grouped", of="rewards")
+    def grouped(rewards_KB1, mask_B1, weights_K, active_K, present_KB, *, groups_B):
+        seen.append(groups_B.tolist())
+        return Combination(rewards_KB1.sum(0), weights_K / weights_K.sum())
+
+    build(groups, loss="grouped").make_experience_batch(make_rollout(8, names=COLUMNS))
+    assert seen == [[0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]
 
 
 def test_the_metric_keys_are_frozen(groups) -> None:

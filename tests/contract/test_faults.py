@@ -6,6 +6,7 @@ what is left, and no gradient is ever anything but a finite number.
 
 import asyncio
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from faultserver import FaultServer, reward_of
 from hosttools import BROKEN, host_args
 
-from pama_plugin.config import PamaConfig, load_config
 from pama_plugin.errors import RewardError
+from pama_plugin.settings.run import PamaConfig, load_config
 
 pytestmark = pytest.mark.contract
 
@@ -51,17 +52,20 @@ class Generation:
         }
 
 
-def roll_out(config: PamaConfig) -> list[Any]:
-    """Samples as the host's generator has them from our executor."""
+def roll_out(config: PamaConfig, problems: dict[int, str] | None = None) -> list[Any]:
+    """Samples as the host's generator has them from our executor, whose problems go into ``problems``."""
     from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
-    from pama_plugin.host.rollout import ObjectiveExecutor
+    from pama_plugin.host.actors.rollout import ObjectiveExecutor
 
     async def generate() -> list[dict[str, Any]]:
         executor = ObjectiveExecutor(config, Generation(), scalar_reward=False)
-        return await asyncio.gather(
+        outputs = await asyncio.gather(
             *(executor.execute(prompt=str(index), hf_tokenizer=Words()) for index in range(RESPONSES))
         )
+        if problems is not None:
+            problems.update(executor.problems)
+        return outputs
 
     generator = SamplesGenerator(SimpleNamespace(args=None), None, None, None, None)
     return [generator._process_response_into_experience(each) for each in asyncio.run(generate())]
@@ -74,11 +78,12 @@ def train_on(
     estimator: str,
     n_samples: int = 4,
     models: dict[str, Any] | None = None,
+    engines: Sequence[Any] = (),
 ) -> tuple[Any, torch.Tensor]:
     """One batch through our experience maker and the host's loss: what it logs, and the policy's gradient."""
     from openrlhf.models import PolicyLoss
 
-    from pama_plugin.host.experience import MultiObjectiveExperienceMaker
+    from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 
     flags = ("--rollout.micro_batch_size", "3", "--algo.advantage.estimator", estimator)
     args = host_args(*flags, "--rollout.n_samples_per_prompt", str(n_samples), "--algo.kl.init_coef", "0")
@@ -87,6 +92,7 @@ def train_on(
     readers = SimpleNamespace(groups=models)
     parts = (groups["actor"], None, readers, None, SimpleNamespace(value=0.0), strategy, Words())
     maker = MultiObjectiveExperienceMaker(*parts)
+    maker.vllm_engines = list(engines)
     experiences = maker.make_experience_batch(samples)
     gradients = []
     for experience in experiences:
@@ -230,7 +236,7 @@ class ShakyReader:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["rm", "hf"])
 def test_a_model_that_gives_no_number(kind, policy, groups, monkeypatch) -> None:
-    from pama_plugin.host import conversations
+    from pama_plugin.host.actors import conversations
 
     monkeypatch.setattr(conversations, "Conversations", lambda *_: SimpleNamespace(of=lambda samples: samples))
     objectives = ["steady=builtin:length", f"shaky={kind}:org/model,on_failure={policy}"]
@@ -259,7 +265,7 @@ def test_what_is_imputed_is_trained_on_and_what_is_masked_is_not(groups) -> None
 
 def test_the_others_are_whitened_without_who_has_no_reward(groups) -> None:
     """Advantages of the responses with a reward are what they would be in a batch of those alone."""
-    from pama_plugin.host.experience import MultiObjectiveExperienceMaker
+    from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 
     objectives = ["b=builtin:length,range=0:7,on_failure=mask"]
     flags = ("--rollout.micro_batch_size", "8", "--algo.advantage.estimator", "reinforce", "--algo.kl.init_coef", "0")
@@ -280,7 +286,7 @@ def test_the_others_are_whitened_without_who_has_no_reward(groups) -> None:
 
 @pytest.mark.parametrize("given", ["0:7", "900:901"], ids=["some", "none"])
 def test_the_value_head_learns_nothing_from_who_has_no_reward(given, groups) -> None:
-    from pama_plugin.host.experience import MultiObjectiveExperienceMaker
+    from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 
     flags = ("--rollout.micro_batch_size", "3", "--algo.advantage.estimator", "gae", "--algo.kl.init_coef", "0")
     args = host_args(*flags)
@@ -304,8 +310,30 @@ def test_too_many_failures_end_the_run(groups) -> None:
         train_on(config, groups, roll_out(config), "reinforce")
 
     run(0.375)
-    with pytest.raises(RewardError, match="'b': 3 of 8 responses have no reward, more than max_failures=0.25"):
+    with pytest.raises(RewardError, match="'b': 3 of 8 responses .*, more than max_failures=0.25; 3 of them:"):
         run(0.25)
+
+
+def test_too_many_failures_say_what_most_of_them_were(groups) -> None:
+    """The reason comes from the engine that scored: a column carries its number alone."""
+    import ray
+
+    with FaultServer("502") as server:
+        objectives = ["a=builtin:length", f"judge=http:{server.url},retries=0,on_failure=mask,max_failures=0.5"]
+        config = load_config("pama", objectives, None, None, None, default_level="token")
+        samples = roll_out(config, problems := {})
+    remote = SimpleNamespace(remote=lambda codes: ray.put({code: problems[code] for code in codes}))
+    with pytest.raises(RewardError, match="8 of 8 responses .*max_failures=0.5; 8 of them: .*502"):
+        train_on(config, groups, samples, "reinforce", engines=[SimpleNamespace(problems=remote)])
+
+
+def test_a_reward_at_its_bound_is_judged_once_in_the_precision_it_was_made_in(groups) -> None:
+    """0.3 is no float32: as one it lies above 0.3."""
+    for bounds in ("max=0.3,range=0:0.3", "max=0.1,range=0:0.1", "min=0.7,max=0.7,range=0.7:1"):
+        objectives = [f"a=builtin:length,scale=10,{bounds}", "b=builtin:length"]
+        config = load_config("pama", objectives, None, None, None, default_level="token")
+        maker, _ = train_on(config, groups, roll_out(config), "reinforce")
+        assert maker.state.objectives["a"].rewards.count == RESPONSES
 
 
 def test_a_dead_server_does_not_fill_the_log(caplog, groups) -> None:

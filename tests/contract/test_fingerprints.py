@@ -15,8 +15,8 @@ from hosttools import ROOT
 from packaging.requirements import Requirement
 
 from pama_plugin.errors import ConfigError
-from pama_plugin.host import fingerprints
-from pama_plugin.host.fingerprints import SEAMS, check_host, fingerprint, known_releases
+from pama_plugin.host.preflight import fingerprints
+from pama_plugin.host.preflight.fingerprints import SEAMS, check_host, fingerprint, known_releases
 
 pytestmark = pytest.mark.contract
 
@@ -56,7 +56,7 @@ def installed(wheels, tmp_path, monkeypatch):
 def test_the_table_is_what_the_wheel_has(release, wheels) -> None:
     with_seams = {f"{file}:{name}" for file, names in SEAMS.items() for name in names.split()}
     found = fingerprint(zipfile.Path(wheels[release]) / f"openrlhf-{release}.data" / "purelib" / "openrlhf")
-    assert found == known_releases()[release], "write the table anew: see the docstring of host/fingerprints.py"
+    assert found == known_releases()[release], "write the table anew: see the docstring of preflight/fingerprints.py"
     assert set(found) == with_seams
 
 

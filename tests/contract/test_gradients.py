@@ -28,7 +28,7 @@ def rank():
 
 
 def make_part(rows: int, advantages: int, seed: int):
-    from pama_plugin.host.gradients import Part
+    from pama_plugin.host.actors.gradients import Part
 
     generator = torch.Generator().manual_seed(seed)
     action_mask = (torch.rand(rows, 9, generator=generator) < 0.7).long()
@@ -47,7 +47,7 @@ def without_dropout(rank) -> None:
 
 
 def test_cosines_equal_those_of_gradients_taken_token_by_token(rank) -> None:
-    from pama_plugin.host.gradients import cosines_on_rank
+    from pama_plugin.host.actors.gradients import cosines_on_rank
 
     without_dropout(rank)
     parts = [make_part(2, 4, seed=1), make_part(1, 4, seed=2)]
@@ -67,7 +67,7 @@ def test_cosines_equal_those_of_gradients_taken_token_by_token(rank) -> None:
 
 
 def test_the_same_advantages_agree_in_spite_of_dropout_and_opposite_ones_disagree(rank) -> None:
-    from pama_plugin.host.gradients import cosines_on_rank
+    from pama_plugin.host.actors.gradients import cosines_on_rank
 
     part = make_part(3, 1, seed=3)
     rows = torch.cat([part.advantages_JbA, 2 * part.advantages_JbA, -part.advantages_JbA, 0 * part.advantages_JbA])
@@ -76,7 +76,7 @@ def test_the_same_advantages_agree_in_spite_of_dropout_and_opposite_ones_disagre
 
 
 def test_the_policy_is_left_as_it_was(rank) -> None:
-    from pama_plugin.host.gradients import cosines_on_rank
+    from pama_plugin.host.actors.gradients import cosines_on_rank
 
     engine, state = rank.actor.model, copy.deepcopy(rank.actor.state_dict())
     for mask in (None, 1):  # no failure leaves it half changed either
@@ -95,7 +95,7 @@ def test_the_policy_is_left_as_it_was(rank) -> None:
 
 def test_a_policy_that_reads_images_is_refused(rank) -> None:
     from pama_plugin.errors import PamaError
-    from pama_plugin.host.gradients import cosines_on_rank
+    from pama_plugin.host.actors.gradients import cosines_on_rank
 
     rank.actor.is_vlm = True
     with pytest.raises(PamaError, match="images"):
@@ -111,7 +111,7 @@ def test_micro_batches_are_spread_over_the_rollout(sizes, expected, groups) -> N
     import ray
     from openrlhf.trainer.ppo_utils.experience import Experience
 
-    from pama_plugin.host.gradients import gradient_cosines
+    from pama_plugin.host.actors.gradients import gradient_cosines
 
     experiences = [
         Experience(
@@ -145,7 +145,7 @@ def test_a_loss_that_is_a_mean_of_means_counts_every_response_once(groups) -> No
     import ray
     from openrlhf.trainer.ppo_utils.experience import Experience
 
-    from pama_plugin.host.gradients import gradient_cosines
+    from pama_plugin.host.actors.gradients import gradient_cosines
 
     action_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     columns = {"sequences": torch.ones(2, 5), "attention_mask": torch.ones(2, 5), "action_mask": action_mask}

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from pama_plugin import __version__
-from pama_plugin.config import load_config
 from pama_plugin.errors import HandshakeError
+from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
 
@@ -20,7 +20,7 @@ def ask(local_ray):
     """A reference to the report of a new actor that has ``config``, in its strategy or in its executor."""
     import ray
 
-    from pama_plugin.host.handshake import report
+    from pama_plugin.host.actors.handshake import report
 
     @ray.remote
     class Rank:
@@ -43,7 +43,7 @@ def ask(local_ray):
 
 
 def test_one_line_when_all_agree(ask) -> None:
-    from pama_plugin.host.handshake import shake_hands
+    from pama_plugin.host.actors.handshake import shake_hands
 
     ranks = {
         "policy": [[ask(CONFIG)], [ask(CONFIG)]],
@@ -56,7 +56,7 @@ def test_one_line_when_all_agree(ask) -> None:
 
 
 def test_every_stranger_is_named(ask) -> None:
-    from pama_plugin.host.handshake import shake_hands
+    from pama_plugin.host.actors.handshake import shake_hands
 
     ranks = {
         "policy": [[ask(CONFIG)], [ask(None)]],
@@ -73,7 +73,7 @@ def test_every_stranger_is_named(ask) -> None:
 def test_a_rank_that_died_is_named(ask) -> None:
     import ray
 
-    from pama_plugin.host.handshake import shake_hands
+    from pama_plugin.host.actors.handshake import shake_hands
 
     @ray.remote(num_cpus=0)
     def broken():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hosttools import host_args, make_rollout, parse_host_flags
 
-from pama_plugin.config import load_config
-from pama_plugin.host.placement import make_plan
+from pama_plugin.host.preflight.placement import make_plan
+from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
 
@@ -28,7 +28,7 @@ class Letters:
 def conversations(tmp_path, *flags: str, prompts: list[str], rows: list[dict] | None = None):
     from openrlhf.trainer.ppo_utils.experience import Experience
 
-    from pama_plugin.host.conversations import Conversations
+    from pama_plugin.host.actors.conversations import Conversations
 
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows or []))
     args = host_args("--data.prompt_dataset", f"{tmp_path}/prompts.jsonl", "--data.input_key", "prompt", *flags)
@@ -106,8 +106,8 @@ def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
 ) -> None:
     import ray
 
-    from pama_plugin.host import hf
-    from pama_plugin.host.rewards import group_builder
+    from pama_plugin.host.actors.replicas import Replica
+    from pama_plugin.host.actors.reward_groups import group_builder
     from pama_plugin.rewards.hf import Conversation, HfScorer
 
     class Length(HfScorer):  # local, as all that follows: it travels by value
@@ -118,11 +118,11 @@ def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
                 raise ValueError("Conversation roles must alternate")
             return [float(len(own.response)) for own in conversations]
 
-    class Stub(hf.Replica):
+    class Stub(Replica):
         def __init__(self, location, options):
             self.scorer = Length()
 
-    monkeypatch.setattr(hf, "Replica", Stub)
+    monkeypatch.setattr("pama_plugin.host.actors.replicas.Replica", Stub)
     config, own = plan(f"a=hf:org/a,replicas={replicas},gpus={gpus}")
     actor = object()
     build = group_builder(config, own, None, reward_actor=actor, policy_actor=None)

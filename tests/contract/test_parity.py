@@ -13,7 +13,7 @@ import pytest
 import torch
 from hosttools import host_args, make_rollout
 
-from pama_plugin.config import load_config
+from pama_plugin.settings.run import load_config
 
 pytestmark = [pytest.mark.parity, pytest.mark.contract]
 
@@ -50,7 +50,7 @@ def build(maker: type, args: SimpleNamespace, groups: dict[str, Any], reward_gro
 def test_one_objective_is_the_stock_run(estimator, n_samples, setting, groups) -> None:
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
-    from pama_plugin.host.experience import MultiObjectiveExperienceMaker
+    from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 
     flags = ["--algo.advantage.estimator", estimator, "--rollout.n_samples_per_prompt", str(n_samples)]
     args = host_args(*flags, *SETTINGS[setting], "--rollout.micro_batch_size", "3")

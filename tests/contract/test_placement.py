@@ -12,10 +12,10 @@ from unittest import mock
 import pytest
 from hosttools import parse_host_flags
 
-from pama_plugin.config import PamaConfig, load_config
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.hook import HOST_COMMAND
-from pama_plugin.host.placement import Plan, make_plan
+from pama_plugin.host.preflight.placement import Plan, make_plan
+from pama_plugin.settings.run import PamaConfig, load_config
 
 pytestmark = pytest.mark.contract
 
@@ -78,7 +78,7 @@ def run_host(flags: list[str], config: PamaConfig | None = None, plan: Plan | No
     from openrlhf.trainer.ray import launcher, vllm_engine
     from openrlhf.utils.config import hierarchize
 
-    from pama_plugin.host import rewards
+    from pama_plugin.host.actors import reward_groups
 
     names = tuple(f"reward/{objective.name}" for objective in config.of_kind("rm")) if config else ("reward/only",)
     ledger = Ledger(names)
@@ -93,12 +93,12 @@ def run_host(flags: list[str], config: PamaConfig | None = None, plan: Plan | No
     trainer = SimpleNamespace(remote=mock.Mock(side_effect=_Placed))
     build = command.RayActorGroup
     if plan is not None:
-        build = rewards.group_builder(config, plan, build, actors["RewardModelActor"], actors["PolicyModelActor"])
+        build = reward_groups.group_builder(config, plan, build, actors["RewardModelActor"], actors["PolicyModelActor"])
     indices = mock.Mock(side_effect=lambda pg, index, size: list(range(index * size, index * size + size)))
     with (
         mock.patch.multiple(command, get_strategy=mock.Mock(), RayActorGroup=build, **actors, **shared),
         mock.patch.multiple(launcher, **shared),
-        mock.patch.multiple(rewards, **shared),
+        mock.patch.multiple(reward_groups, **shared),
         mock.patch.multiple(vllm_engine, RolloutRayActor=ledger.actor("rollout"), get_bundle_indices=indices, **shared),
         mock.patch.object(ppo_trainer, "PPOTrainer", trainer),
         mock.patch.object(ppo_trainer_async, "PPOTrainerAsync", trainer),
@@ -203,7 +203,7 @@ def test_ray_reserves_what_the_plan_says(options, gpus, local_ray, monkeypatch) 
     from openrlhf.trainer.ray import launcher
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from pama_plugin.host import rewards
+    from pama_plugin.host.actors import reward_groups
 
     @ray.remote
     class Rank:
@@ -222,7 +222,7 @@ def test_ray_reserves_what_the_plan_says(options, gpus, local_ray, monkeypatch) 
         reserved.append(placement_group(*args, **kwargs))
         return reserved[-1]
 
-    for module in (launcher, rewards):
+    for module in (launcher, reward_groups):
         monkeypatch.setattr(module, "placement_group", reserve)
     config = load(*(objective + option for objective, option in zip(OBJECTIVES, options)))
     plan = make_plan(parse_host_flags(*sizes()), config)
@@ -230,7 +230,7 @@ def test_ray_reserves_what_the_plan_says(options, gpus, local_ray, monkeypatch) 
     assert sum(block.gpus for block in blocks) == gpus
 
     before = free_gpus()
-    build = rewards.group_builder(config, plan, launcher.RayActorGroup, Rank, None)
+    build = reward_groups.group_builder(config, plan, launcher.RayActorGroup, Rank, None)
     groups = build(1, 2, Rank, pg=None, num_gpus_per_actor=1, duplicate_actors=1).groups
     used = {name: sum(ray.get(group.async_run_method("gpus"), timeout=60), []) for name, group in groups.items()}
     assert free_gpus() == pytest.approx(before - gpus)  # others hold shares of one

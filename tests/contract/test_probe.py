@@ -7,9 +7,9 @@ import pytest
 import torch
 from hosttools import host_args, make_rollout
 
-from pama_plugin.config import load_config
 from pama_plugin.errors import ProbeError
 from pama_plugin.rewards.probes import PAIRS, judge
+from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
 
@@ -52,7 +52,7 @@ class Letters:
 
 
 def maker(groups: dict[str, Any], mode: str, *objectives: str) -> Any:
-    from pama_plugin.host.experience import MultiObjectiveExperienceMaker
+    from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 
     args = host_args("--algo.advantage.estimator", "reinforce", "--rollout.micro_batch_size", "5")
     args.pama = load_config("pama", objectives, None, None, None, None, mode, default_level="token")
@@ -66,7 +66,7 @@ class Rollouts:
     """The engine's side, in this process."""
 
     def __init__(self, config: Any) -> None:
-        from pama_plugin.host.rollout import ObjectiveExecutor
+        from pama_plugin.host.actors.rollout import ObjectiveExecutor
 
         self.executor = ObjectiveExecutor(config, None, scalar_reward=False)
         self.score_texts = SimpleNamespace(remote=self._score)
@@ -80,7 +80,7 @@ class Rollouts:
 
 
 def probe(groups: dict[str, Any], mode: str, *objectives: str) -> None:
-    from pama_plugin.host.probe import probe_pairs
+    from pama_plugin.host.actors.probe import probe_pairs
 
     ours = maker(groups, mode, *objectives)
     probe_pairs(ours, [Rollouts(ours.config)])

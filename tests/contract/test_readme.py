@@ -36,8 +36,8 @@ def test_scripts_exist_and_can_be_run(command) -> None:
 
 @pytest.mark.parametrize("command", HOST_RUNS, ids=" ".join)
 def test_host_commands_parse_and_install(command, tmp_path, monkeypatch) -> None:
-    from pama_plugin.flags import add_flags
     from pama_plugin.host import seam
+    from pama_plugin.settings.flags import add_flags
 
     (tmp_path / "reward-model").mkdir()
     (tmp_path / "reward-model" / "config.json").write_text("{}")
@@ -54,7 +54,7 @@ def test_host_commands_parse_and_install(command, tmp_path, monkeypatch) -> None
 
 
 def test_every_objective_can_be_parsed(tmp_path, monkeypatch) -> None:
-    from pama_plugin.objective import parse_objective
+    from pama_plugin.settings.objective import parse_objective
 
     (tmp_path / "reward-model").mkdir()
     (tmp_path / "reward-model" / "config.json").write_text("{}")
@@ -68,8 +68,8 @@ def test_every_objective_can_be_parsed(tmp_path, monkeypatch) -> None:
 
 
 def test_the_yaml_loads(tmp_path, monkeypatch) -> None:
-    from pama_plugin.config import load_config
-    from pama_plugin.sweep import load_sweep
+    from pama_plugin.runs.sweep import load_sweep
+    from pama_plugin.settings.run import load_config
 
     text, sweep = (text for language, text in BLOCKS if language == "yaml")
     (tmp_path / "reward-model").mkdir()
@@ -87,7 +87,8 @@ def test_the_yaml_loads(tmp_path, monkeypatch) -> None:
 def test_the_python_runs(text, monkeypatch) -> None:
     from pama_plugin.aggregation import registry
 
-    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))  # what is registered here, other tests do not count
+    # What is registered here, other tests do not count.
+    monkeypatch.setattr(registry.RULES, "entries", dict(registry.RULES.entries))
     names: dict = {}
     exec(text, names)
     if "polite" in names:
@@ -97,7 +98,7 @@ def test_the_python_runs(text, monkeypatch) -> None:
 def test_every_flag_of_ours_is_in_the_table() -> None:
     import argparse
 
-    from pama_plugin.flags import add_flags
+    from pama_plugin.settings.flags import add_flags
 
     parser = argparse.ArgumentParser()
     add_flags(parser)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hosttools import parse_host_flags
 
-from pama_plugin.config import load_config
-from pama_plugin.host.placement import make_plan
+from pama_plugin.host.preflight.placement import make_plan
+from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
 
@@ -32,7 +32,7 @@ def test_three_groups_fit_the_share_of_one(local_ray, config) -> None:
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    from pama_plugin.host.rewards import group_builder
+    from pama_plugin.host.actors.reward_groups import group_builder
 
     @ray.remote
     class Rank:
@@ -62,7 +62,7 @@ def test_three_groups_fit_the_share_of_one(local_ray, config) -> None:
 
 
 def test_any_other_group_is_the_hosts_own(config) -> None:
-    from pama_plugin.host.rewards import group_builder
+    from pama_plugin.host.actors.reward_groups import group_builder
 
     def stock(*positional, **placement):
         return positional, placement

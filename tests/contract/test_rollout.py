@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pama_plugin.config import load_config
 from pama_plugin.errors import RewardError
 from pama_plugin.rewards import Response
+from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.contract
 def actor_classes(seed: int | None) -> tuple[type, type]:
     from openrlhf.trainer.ray import vllm_engine
 
-    from pama_plugin.host.rollout import rollout_actor
+    from pama_plugin.host.actors.rollout import rollout_actor
 
     config = load_config("pama", ["length=builtin:length"], None, None, None, default_level="token")
     ours = rollout_actor(config, scalar_reward=False, seed=seed).__ray_metadata__.modified_class
@@ -29,9 +29,23 @@ def test_sleep_weight_sync_and_everything_else_is_the_hosts() -> None:
         "__init__",
         "begin_step",
         "generate_responses",
+        "problems",
         "score_texts",
     }
     assert {"sleep", "wake_up", "pause_generation", "update_weight", "reset_prefix_cache"} <= set(dir(stock))
+
+
+def test_an_engine_keeps_the_latest_reasons(monkeypatch) -> None:
+    from pama_plugin.batch.outcome import code_of
+    from pama_plugin.host.actors import rollout
+
+    monkeypatch.setattr(rollout, "PROBLEMS_KEPT", 2)
+    config = load_config("pama", ["length=builtin:length"], None, None, None, default_level="token")
+    executor = rollout.ObjectiveExecutor(config, None, False)
+    for problem in ("often", "once", "often", "x" * 9999, None):
+        executor._remember(problem)
+    assert list(executor.problems.values()) == ["often", "x" * rollout.PROBLEM_LENGTH]
+    assert list(executor.problems)[0] == code_of("often")
 
 
 def sample(seed: int | None, step: int = 0, prompt: str = "p", num_samples: int = 3) -> list[int | None]:
@@ -70,7 +84,7 @@ def test_with_a_seed_every_sample_of_every_step_has_its_own_and_always_the_same(
 @pytest.mark.parametrize("policy", ["fail", "mask", "impute:0"])
 def test_a_file_that_cannot_be_imported_ends_the_run_and_not_the_engine(tmp_path, policy) -> None:
     """The host would wait for an engine that died while it starts."""
-    from pama_plugin.host.rollout import ObjectiveExecutor
+    from pama_plugin.host.actors.rollout import ObjectiveExecutor
 
     (tmp_path / "broken.py").write_text("import nothing_like_it\ndef f(queries, prompts, labels): ...\n")
     text = f"x=py:{tmp_path}/broken.py:f,on_failure={policy}"

@@ -13,8 +13,8 @@ import pytest
 from hosttools import parse_host_flags
 
 from pama_plugin.cli import main
-from pama_plugin.config import PamaConfig
 from pama_plugin.host.hook import HOST_COMMAND
+from pama_plugin.settings.run import PamaConfig
 
 pytestmark = pytest.mark.contract
 
@@ -109,8 +109,8 @@ def test_the_launcher_refuses_before_it_loads_the_host(capsys, monkeypatch) -> N
 
 def install(*flags: str):
     """Parse with the host's real parser and our group, then install, without swapping anything in this process."""
-    from pama_plugin.flags import add_flags
     from pama_plugin.host import seam
+    from pama_plugin.settings.flags import add_flags
 
     with mock.patch.object(seam, "_swap") as swap:
         installed = seam.install(parse_host_flags(*flags, extend=add_flags))
@@ -125,7 +125,7 @@ def ready(args) -> Any:
     """The arguments as the host's ``train`` finds them, on a cluster that is large enough."""
     from openrlhf.utils.config import hierarchize
 
-    from pama_plugin.host.placement import make_plan
+    from pama_plugin.host.preflight.placement import make_plan
     from pama_plugin.host.seam import _ready
 
     nested = hierarchize(args)
@@ -271,6 +271,24 @@ def test_what_cannot_run_is_refused(flags, message) -> None:
         install(*flags)
 
 
+def test_a_rule_of_rewards_whose_value_nobody_knows_is_refused_with_a_critic(monkeypatch) -> None:
+    from pama_plugin import Combination, register_rule
+    from pama_plugin.aggregation import registry
+    from pama_plugin.errors import ConfigError
+
+    monkeypatch.setattr(registry.RULES, "entries", dict(registry.RULES.entries))
+
+    def largest(advantages_KBA, mask_BA, weights_K, active_K, present_KB):
+        return Combination(advantages_KBA.amax(0), weights_K / weights_K.sum())
+
+    register_rule("largest", of="rewards")(largest)
+    register_rule("a_sum", of="rewards", linear=True)(largest)
+    flags = ("--pama.objective", LENGTH, "--algo.advantage.estimator", "gae")
+    with pytest.raises(ConfigError, match="--loss largest makes one reward of all, .*found .* gae"):
+        install("--loss", "largest", *flags)
+    assert install("--loss", "a_sum", *flags)[0].pama.loss == "a_sum"
+
+
 @pytest.mark.parametrize(
     ("objective", "warning"),
     [
@@ -286,7 +304,7 @@ def test_what_may_be_meant_otherwise_is_pointed_out(objective, warning, tmp_path
 
 def test_an_unsupported_release_is_refused_unless_overridden(monkeypatch, caplog) -> None:
     from pama_plugin.errors import ConfigError
-    from pama_plugin.host import fingerprints
+    from pama_plugin.host.preflight import fingerprints
 
     monkeypatch.setattr(fingerprints, "version", lambda _: "0.12.0")
     flags = (*TWO, *GROUPS)
@@ -299,6 +317,51 @@ def test_an_unsupported_release_is_refused_unless_overridden(monkeypatch, caplog
 def test_on_the_installed_release_there_is_nothing_to_warn_of(caplog) -> None:
     install(*TWO, *GROUPS)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "command", [LITERAL, [Path(sys.executable).with_name("pama"), "train"]], ids=["literal", "pama"]
+)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loss", "pamma", "--pama.objective", LENGTH], "--loss must be one of "),
+        (
+            ["--loss", "pama", "--pama.objective", LENGTH, "--pama.probe_gradients", "zero"],
+            "--pama.probe_gradients must",
+        ),
+    ],
+)
+def test_a_mistake_in_our_flags_is_found_before_the_host_is_imported(command, flags, message, tmp_path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(*(name for name in ('ray', 'vllm', 'deepspeed') if name in sys.modules)))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    found = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True)
+    assert found.returncode == 2 and message in found.stderr and found.stderr.count("\n") == 1
+    assert found.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--loss", "pama", "--pama.obj", LENGTH],
+        ["--los", "pama", "--pama.objective", LENGTH],
+        ["--loss", "pama", "--pama.conf", "run.yaml"],
+    ],
+)
+def test_abbreviations_are_left_to_the_hosts_parser(flags) -> None:
+    from pama_plugin.settings.flags import load_flags
+
+    assert load_flags(flags) is None
+
+
+def test_help_is_shown_whatever_else_is_asked_for(capsys) -> None:
+    from pama_plugin.host.hook import check_flags
+
+    check_flags("pama train", ["--loss", "pama", "--help"])
+    assert capsys.readouterr().err == ""
 
 
 def test_a_misspelt_flag_of_ours_is_not_left_to_the_host(capsys) -> None:

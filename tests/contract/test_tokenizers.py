@@ -1,12 +1,13 @@
 """A model that cannot read the policy's token ids is refused before Ray starts, by name and with both sizes."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hosttools import parse_host_flags, save_tiny_model
 
 from pama_plugin.errors import ConfigError
-from pama_plugin.host.tokenizers import check_vocabularies, read_vocabulary
+from pama_plugin.host.preflight.tokenizers import check_vocabularies, read_vocabulary
 
 pytestmark = pytest.mark.contract
 
@@ -57,11 +58,28 @@ def test_a_model_out_of_reach_is_left_to_the_host(policy) -> None:
     assert warning.startswith("the vocabularies were not compared: the hub is out of reach")
 
 
+def test_code_that_comes_with_a_model_does_not_run_on_the_driver(policy, tmp_path, monkeypatch) -> None:
+    """To look at a vocabulary is no reason; the host runs it in its actors."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    model = Path(save_tiny_model(tmp_path / "own", TOKENS))
+    (model / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "its own", "auto_map": {"AutoConfig": "code.Config"}}
+    (model / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (warning,) = check_vocabularies(policy, {"r": str(model)})
+    assert warning == f"a vocabulary was not compared: r: {model} is read by code of its own"
+    small = save_tiny_model(tmp_path / "small", TOKENS - 1)
+    with pytest.raises(ConfigError, match="^s: its vocabulary must hold every token of the policy"):
+        check_vocabularies(policy, {"r": str(model), "s": small})
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_model_that_the_hub_does_not_have_is_refused(policy, monkeypatch) -> None:
     """As transformers reports it; the hub itself cannot be asked here."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    from pama_plugin.host import tokenizers
+    from pama_plugin.host.preflight import tokenizers
 
     def missing(*_, **__):
         raise OSError("org/model is not a valid model identifier\nhint") from RepositoryNotFoundError.__new__(
@@ -80,8 +98,8 @@ def test_without_a_policy_or_models_there_is_nothing_to_compare(models) -> None:
 
 @pytest.mark.parametrize("flag", ["--pama.objective", "--critic.model_name_or_path"])
 def test_a_run_with_it_is_refused_at_its_start(flag, policy, tmp_path) -> None:
-    from pama_plugin.flags import add_flags
     from pama_plugin.host import seam
+    from pama_plugin.settings.flags import add_flags
 
     small = save_tiny_model(tmp_path / "small", TOKENS - 1)
     flags = ["--loss", "pama", "--pama.objective", "length=builtin:length", "--actor.model_name_or_path", policy]
@@ -99,7 +117,7 @@ def test_a_model_without_a_value_head_would_score_at_random(tmp_path, kind) -> N
     import torch
     from safetensors.torch import save_file
 
-    from pama_plugin.host.weights import check_value_head
+    from pama_plugin.host.preflight.weights import check_value_head
 
     def write(**heads: torch.Tensor) -> None:
         weights = {"model.embed.weight": torch.zeros(2, 2)} | {f"{name}.weight": head for name, head in heads.items()}

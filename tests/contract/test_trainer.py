@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from pama_plugin.config import load_config
+from pama_plugin.batch.state import RunState
 from pama_plugin.errors import PamaError
-from pama_plugin.state import RunState
+from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
 
@@ -19,8 +19,8 @@ def trainer(
     states: dict[str, Any] | None = None, objectives=TWO, best=None, critic=None, key="", stop=None, noon=None
 ) -> Any:
     """Ours over a stand-in for the host's, whose checkpoint holds ``states``."""
-    from pama_plugin.host.evaluation import BEST
-    from pama_plugin.host.trainer import MultiObjectiveTrainer
+    from pama_plugin.batch.rating import BEST
+    from pama_plugin.host.actors.trainer import MultiObjectiveTrainer
 
     class Host:
         def init_checkpoint_states(self):
@@ -84,6 +84,14 @@ def test_latencies_are_logged_beside_the_hosts_and_not_added_to_its_total() -> N
     ours.best_eval_metric_value = 0.0
     ours.save_logs_and_checkpoints(1, {"seconds/a": 0.5, "timing/step_total": 3.0})
     assert logged == {"timing/reward/a": 0.5, "timing/step_total": 3.0}
+
+
+def test_the_mean_of_no_reward_is_not_logged() -> None:
+    ours = trainer()
+    ours.state.objectives["a"].rewards.update(torch.tensor([1.0, 3.0]))
+    type(ours).__mro__[-2].train_step = lambda self, samples, step: ({}, step + 1)
+    status, _ = ours.train_step([], 0)
+    assert status == {"reward_mean/a": 2.0, "reward_std/a": pytest.approx(2**0.5)}
 
 
 AT_THE_FRONT = dict(active=0.05, conflict=0.9)

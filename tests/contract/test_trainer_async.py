@@ -12,7 +12,7 @@ def trainer(local_ray):
     """Our ``PPOTrainerAsync`` around two stand-ins, whose ``fit`` fails, waits for ever or ends."""
     import ray
 
-    from pama_plugin.host import trainer_async
+    from pama_plugin.host.actors import trainer_async
 
     @ray.remote(num_cpus=0)
     class Half:
@@ -73,8 +73,8 @@ def test_a_run_that_ends_at_the_front_lets_both_halves_end(size, last, empty, mo
 
     from openrlhf.trainer import ppo_trainer_async as host
 
-    from pama_plugin.host import trainer_async
-    from pama_plugin.host.trainer import MultiObjectiveTrainer
+    from pama_plugin.host.actors import trainer_async
+    from pama_plugin.host.actors.trainer import MultiObjectiveTrainer
 
     monkeypatch.setattr(host, "ray", mock.Mock(get=lambda value: value))
     slots, rollouts, steps = queue.Queue(size), queue.Queue(size), []

@@ -123,7 +123,7 @@ def test_a_rank_that_runs_stock_code_stops_the_run_before_its_first_step(run_hos
     driver = tmp_path / "driver.py"
     driver.write_text(
         "import sys\nimport openrlhf.trainer.ray.vllm_engine as vllm_engine\n"
-        "from pama_plugin.host import rollout\nfrom pama_plugin.host.hook import train\n"
+        "from pama_plugin.host.actors import rollout\nfrom pama_plugin.host.hook import train\n"
         "stock = vllm_engine.RolloutRayActor\nrollout.rollout_actor = lambda *_: stock\ntrain(sys.argv[1:])\n"
     )
     objective = ["--loss", "linear", "--pama.objective", "length=builtin:length"]

@@ -19,7 +19,7 @@ TINY = 2.0**-149  # the smallest float32 above 0
 
 def run(rule: str, advantages_KBA: Tensor, mask_BA: Tensor = MASK, **more: Any) -> Aggregation:
     """With what the rule needs besides; one token per response for rules of rewards."""
-    if get_rule(rule).of == "rewards":
+    if get_rule(rule).combines == "rewards":
         advantages_KBA, mask_BA = advantages_KBA[..., :1], mask_BA[:, :1]
     if get_rule(rule).constrained:
         more |= dict(violations_K=[None, None, 0.5], multipliers_K=[None] * 3)

@@ -12,7 +12,7 @@ import torch
 from toy import Combine, Optimizer, Walk, by, by_reward, independent, noise_like, on_the_front, to_unit_rms, train
 
 from pama_plugin import aggregate
-from pama_plugin.aggregation.gram import WEIGHTINGS
+from pama_plugin.aggregation.rules.gram import WEIGHTINGS
 
 pytestmark = pytest.mark.property
 
@@ -27,6 +27,7 @@ def walk(objectives: int, optimizer: Optimizer, combine: str) -> Walk:
     return train(on_the_front, COMBINES[combine], optimizer, objectives=objectives, noise=0.2, steps=300, seeds=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objectives", [2, 3])
 @pytest.mark.parametrize("optimizer", [SGD, ADAM, ADAM_WITH_KL], ids=["sgd", "adam", "adam with a KL loss"])
 def test_a_policy_on_the_front_stays_there(optimizer, objectives) -> None:
@@ -35,6 +36,7 @@ def test_a_policy_on_the_front_stays_there(optimizer, objectives) -> None:
     assert (walk(objectives, optimizer, "pama").drifts_K < AROUND * noise).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objectives", [2, 3])
 @pytest.mark.parametrize("optimizer", [SGD, ADAM_WITH_KL], ids=["sgd", "adam with a KL loss"])
 def test_dividing_by_what_is_left_makes_noise_of_full_size(optimizer, objectives) -> None:

@@ -11,14 +11,26 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pama_plugin.config import dump_config, load_config
 from pama_plugin.errors import ConfigError
-from pama_plugin.objective import COMMON
+from pama_plugin.settings.objective import COMMON_OPTIONS
+from pama_plugin.settings.run import dump_config, load_config
 
 pytestmark = pytest.mark.property
 
 # Pieces that make a deep part of the parser likely, between any characters at all.
-OPTIONS = (*COMMON, "scale", "min", "preset", "pattern", "gpus", "nodes", "offload", "timeout", "token_env", "label")
+OPTIONS = (
+    *COMMON_OPTIONS,
+    "scale",
+    "min",
+    "preset",
+    "pattern",
+    "gpus",
+    "nodes",
+    "offload",
+    "timeout",
+    "token_env",
+    "label",
+)
 PIECES = st.sampled_from(
     ["a", "b", "=", ":", ",", "|", "..", "/", "~", "%s", "{}", "\n", "\0", "é", "1e999", "-1", "nan", "true", "[]"]
     + ["rm", "hf", "py", "http", "builtin", "agent", "length", "regex", "org/model", "x.py:f", "http://h/get_reward"]

@@ -12,7 +12,7 @@ from strategies import advantages
 
 from pama_plugin import aggregate
 
-pytestmark = pytest.mark.property
+pytestmark = [pytest.mark.property, pytest.mark.needs_extras]
 
 CLIP = 0.2
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pama_plugin import aggregate
-from pama_plugin.aggregation.gram import gram_matrix
-from pama_plugin.aggregation.min_norm import min_norm_point
+from pama_plugin.aggregation.rules.gram import gram_matrix
+from pama_plugin.aggregation.rules.min_norm import min_norm_point
 from pama_plugin.testing import Case, cases
 
 pytestmark = pytest.mark.property
@@ -62,6 +62,7 @@ def test_min_norm_knows_small_objectives_beside_large_ones(weight) -> None:
         torch.testing.assert_close(min_norm_point(gram_KK), torch.tensor([1.0, 0, 0], dtype=torch.float64))
 
 
+@pytest.mark.needs_extras
 @given(gram_matrices())
 def test_min_norm_agrees_with_a_quadratic_program(gram_KK) -> None:
     from qpsolvers import solve_qp

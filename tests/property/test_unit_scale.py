@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pama_plugin import aggregate
-from pama_plugin.aggregation.scale import unit_scale
+from pama_plugin.aggregation.unit_scale import unit_scale
 from pama_plugin.testing import Case, cases
 
 pytestmark = pytest.mark.property

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pama_plugin.config import PamaConfig, dump_config, load_config, warn_of_many_objectives
 from pama_plugin.errors import ConfigError
-from pama_plugin.kinds import RmOptions
-from pama_plugin.objective import parse_objective
-from pama_plugin.values import Bounds, OnFailure
+from pama_plugin.rewards.kinds import RmOptions
+from pama_plugin.settings.objective import parse_objective
+from pama_plugin.settings.run import PamaConfig, dump_config, load_config, warn_of_many_objectives
+from pama_plugin.settings.values import Bounds, OnFailure
 
 LENGTH = "length=builtin:length,scale=140,min=0.5,max=1.5"
 
@@ -130,6 +130,7 @@ def test_monitors_are_named_but_not_combined() -> None:
     assert config.weights_at(0) == (1, 3)
 
 
+@pytest.mark.needs_extras
 def test_replicas_may_be_a_list(tmp_path) -> None:
     (tmp_path / "run.yaml").write_text(
         "objectives: {judge: {kind: http, location: ['http://a/get_reward', 'http://b/get_reward'], timeout: 5}}"
@@ -282,7 +283,7 @@ def test_a_bad_run(arguments, message) -> None:
         ("objectives: {a: 3}", "objective 'a': expected NAME=KIND:LOCATION.*found 3"),
         ("objectives: {a: {kind: builtin}}", "objective 'a': location: Field required"),
         ("objectives: {a: {location: length}}", "objective 'a': kind: Field required"),
-        ("objectives: {a: 'builtin:length'}\nnoon: 'no'", "noon must be true or false, found 'no'"),
+        ("objectives: {a: 'builtin:length'}\nnoon: 'no'", "noon: must be true or false, found 'no'"),
         (
             "objectives: {a: 'builtin:length'}\nprobe_gradients: true",
             "must be a whole number.*found True",
@@ -296,6 +297,19 @@ def test_a_bad_file(content, message, tmp_path) -> None:
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         load(file=file)
+
+
+def test_nothing_in_a_file_is_the_default(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("objectives: {a: 'builtin:length'}\nlevel:\nnoon:\nbest:\nprobe:\nwhiten:\n")
+    config = load(file=file)
+    assert (config.level, config.noon, config.best, config.probe, config.whiten) == (
+        "sequence",
+        None,
+        None,
+        "off",
+        False,
+    )
 
 
 def test_a_file_that_is_not_text(tmp_path) -> None:
@@ -431,3 +445,28 @@ def test_a_constraint_needs_a_rule_that_knows_it() -> None:
         load(LENGTH, constraint)
     config = load(LENGTH, constraint, loss="lagrangian")
     assert config.trained_names == ("length", "short")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(loss="nope", objectives=()), "--loss must be one of .*, found 'nope'"),
+        (
+            dict(loss="pama", objectives=()),
+            "at least one objective must have role=train, found none among no objective",
+        ),
+        (dict(loss="pama", level="word"), "--pama.level must be one of token, sequence, batch, found 'word'"),
+        (dict(loss="pama", options={"leak": 0.1}), "--loss pama: leak needs noon"),
+        (dict(loss="pama", options={"leek": 0.1}), "--pama.option: rule 'pama' has no option leek"),
+        (dict(loss="pama", objectives=2 * (parse_objective(LENGTH),)), "names must differ, found length twice"),
+        (dict(loss="pama", probe_gradients="zero"), "--pama.probe_gradients must be a whole number"),
+        (dict(loss="morlhf", whiten=True), "--pama.whiten is of advantages, and --loss morlhf combines rewards"),
+        (dict(loss="lagrangian"), "--loss lagrangian needs an objective with role=constraint"),
+        (dict(loss="linear", noon=True), "--pama.noon has no meaning with --loss linear"),
+    ],
+)
+def test_a_configuration_validates_itself(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        PamaConfig.model_validate(dict(objectives=(parse_objective(LENGTH),)) | settings)
+    config = PamaConfig(loss="pama", objectives=(parse_objective(LENGTH),), options={"soft": "4"})
+    assert config.options == {"soft": 4.0}

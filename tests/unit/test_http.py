@@ -116,7 +116,7 @@ def test_a_good_reply(mode, reward) -> None:
 @pytest.mark.parametrize(("mode", "message"), FINAL.items())
 def test_what_would_fail_again_is_not_repeated(mode, message) -> None:
     with FaultServer(mode) as server:
-        with pytest.raises(http.HttpRewardError) as caught:
+        with pytest.raises(http.ServerFailure) as caught:
             score_once(server)
         assert str(caught.value).startswith(f"{server.url}: {message}")
         assert str(caught.value).endswith("(attempts: 1)") and server.requests == 1
@@ -125,7 +125,7 @@ def test_what_would_fail_again_is_not_repeated(mode, message) -> None:
 @pytest.mark.parametrize(("mode", "message"), REPEATED.items())
 def test_what_may_pass_is_repeated(mode, message) -> None:
     with FaultServer(mode) as server:
-        with pytest.raises(http.HttpRewardError) as caught:
+        with pytest.raises(http.ServerFailure) as caught:
             score_once(server, retries=2, timeout=0.3 if mode in ("hang", "drip") else 10)
         assert str(caught.value).startswith(f"{server.url}: {message}")
         assert str(caught.value).endswith("(attempts: 3)")
@@ -139,7 +139,7 @@ def test_a_reward_after_failures() -> None:
 
 
 def test_a_failure_survives_its_way_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(http.HttpRewardError("http://judge: HTTP 500 (attempts: 5)")))
+    error = pickle.loads(pickle.dumps(http.ServerFailure("http://judge: HTTP 500 (attempts: 5)")))
     assert isinstance(error, PamaError) and str(error) == "http://judge: HTTP 500 (attempts: 5)"
 
 
@@ -155,7 +155,7 @@ def test_a_time_out_ends_a_request_that_swallows_a_cancellation(monkeypatch) -> 
         with FaultServer() as server:
             async with scorer(server, retries=0, timeout=0.05) as score:
                 monkeypatch.setattr(score, "_receive", receive)
-                with pytest.raises(http.HttpRewardError, match="no complete reply within 0.05 s"):
+                with pytest.raises(http.ServerFailure, match="no complete reply within 0.05 s"):
                     await score(RESPONSE)
 
     asyncio.run(main())
@@ -196,21 +196,21 @@ def waits(monkeypatch) -> list[float]:
     [("7", 7), ("7200", http.LONGEST_RETRY_AFTER), ("soon", 0), ("-1", 0), ("Mon, 01 Jan 2024 00:00:00 GMT", 0)],
 )
 def test_retry_after(mode, retry_after, wait, waits) -> None:
-    with FaultServer(mode, retry_after=retry_after) as server, pytest.raises(http.HttpRewardError):
+    with FaultServer(mode, retry_after=retry_after) as server, pytest.raises(http.ServerFailure):
         score_once(server, retries=2)
     assert waits == [wait, wait]
 
 
 def test_retry_after_as_a_date(waits) -> None:
     date = formatdate(time.time() + 20, usegmt=True)
-    with FaultServer("429", retry_after=date) as server, pytest.raises(http.HttpRewardError):
+    with FaultServer("429", retry_after=date) as server, pytest.raises(http.ServerFailure):
         score_once(server, retries=1)
     assert 15 < waits[0] <= 20
 
 
 def test_waits_grow_and_differ(backoff, monkeypatch, waits) -> None:
     monkeypatch.setattr(http, "BACKOFF", backoff)
-    with FaultServer("429", retry_after="2") as server, pytest.raises(http.HttpRewardError):
+    with FaultServer("429", retry_after="2") as server, pytest.raises(http.ServerFailure):
         score_once(server, retries=9)
     bounds = [(2, 2), (2, 2), (2, 3), (4, 5), (8, 9), (16, 17), (30, 30), (30, 30), (30, 30)]
     assert all(low <= wait <= high for wait, (low, high) in zip(waits, bounds, strict=True)), waits
@@ -320,7 +320,7 @@ def test_who_is_patient_outlives_a_server_that_restarts(patient, monkeypatch) ->
                     await asyncio.sleep(0.01)
                 server.mode = "ok"
                 outcomes = await waiting
-        failed = [outcome for outcome in outcomes if isinstance(outcome, http.HttpRewardError)]
+        failed = [outcome for outcome in outcomes if isinstance(outcome, http.ServerFailure)]
         assert len(failed) == (0 if patient else 20)
 
     asyncio.run(main())
@@ -358,7 +358,7 @@ def test_a_body_without_end_takes_no_memory(patient) -> None:
     async def main() -> None:
         with FaultServer("long") as server:
             async with scorer(server, patient=patient, retries=3) as score:
-                with pytest.raises(http.HttpRewardError, match=r"longer than 1048576 bytes \(attempts: 1\)"):
+                with pytest.raises(http.ServerFailure, match=r"longer than 1048576 bytes \(attempts: 1\)"):
                     await score(RESPONSE)
 
     asyncio.run(main())
@@ -370,7 +370,7 @@ def test_failures_must_be_in_a_row() -> None:
             async with scorer(server, retries=http.FAILURES_TO_OPEN - 2) as score:
                 for mode in ("500", "ok") * 3:
                     server.mode = mode
-                    with contextlib.nullcontext() if mode == "ok" else pytest.raises(http.HttpRewardError, match="500"):
+                    with contextlib.nullcontext() if mode == "ok" else pytest.raises(http.ServerFailure, match="500"):
                         await score(RESPONSE)
 
     asyncio.run(main())
@@ -380,9 +380,9 @@ def test_no_replica_left() -> None:
     async def main() -> None:
         with FaultServer("500") as a, FaultServer("refuse") as b:
             async with scorer(a, b, retries=99) as score:
-                with pytest.raises(http.HttpRewardError, match=r"no replica may be asked.*\(attempts: 10\)"):
+                with pytest.raises(http.ServerFailure, match=r"no replica may be asked.*\(attempts: 10\)"):
                     await score(RESPONSE)
-                with pytest.raises(http.HttpRewardError) as caught:
+                with pytest.raises(http.ServerFailure) as caught:
                     await score(RESPONSE)
             assert str(caught.value).startswith(
                 f"no replica may be asked, each failed 5 times in a row; last error: {b.url}: ConnectError"
@@ -398,7 +398,7 @@ def test_a_replica_that_answers_is_asked_again(mode) -> None:
         with FaultServer(mode) as server:
             async with scorer(server, retries=0) as score:
                 for _ in range(2 * http.FAILURES_TO_OPEN):
-                    with pytest.raises(http.HttpRewardError):
+                    with pytest.raises(http.ServerFailure):
                         await score(RESPONSE)
             assert server.requests == 2 * http.FAILURES_TO_OPEN
 
@@ -434,10 +434,10 @@ def test_the_token_is_sent_and_not_shown(monkeypatch) -> None:
     with FaultServer() as server:
         score_once(server, token_env="JUDGE_TOKEN")
         assert server.authorization == f"Bearer {TOKEN}"
-    with FaultServer("echo") as server, pytest.raises(http.HttpRewardError, match=r"what is Bearer \*\*\*\?"):
+    with FaultServer("echo") as server, pytest.raises(http.ServerFailure, match=r"what is Bearer \*\*\*\?"):
         score_once(server, token_env="JUDGE_TOKEN")
     for mode in {**FINAL, **REPEATED}:
-        with FaultServer(mode) as server, pytest.raises(http.HttpRewardError) as caught:
+        with FaultServer(mode) as server, pytest.raises(http.ServerFailure) as caught:
             score_once(server, token_env="JUDGE_TOKEN", retries=0, timeout=0.1)
         assert TOKEN not in "".join(traceback.format_exception(caught.value))
 
@@ -445,7 +445,10 @@ def test_the_token_is_sent_and_not_shown(monkeypatch) -> None:
 @pytest.mark.parametrize("mode", ["401", "403"])
 def test_a_refused_token_is_named(mode, monkeypatch) -> None:
     monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
-    with FaultServer(mode) as server, pytest.raises(http.HttpRewardError, match="; check the token in JUDGE_TOKEN "):
+    with (
+        FaultServer(mode) as server,
+        pytest.raises(http.ServerFailure, match="; check the token in JUDGE_TOKEN "),
+    ):
         score_once(server, token_env="JUDGE_TOKEN")
 
 
@@ -470,7 +473,7 @@ def test_a_token_that_cannot_be_sent(function, value, found, monkeypatch) -> Non
 
 
 def test_the_query_of_a_url_is_sent_and_not_shown() -> None:
-    with FaultServer("500") as server, pytest.raises(http.HttpRewardError) as caught:
+    with FaultServer("500") as server, pytest.raises(http.ServerFailure) as caught:
         score_once(SimpleNamespace(url=f"{server.url}?key={TOKEN}"), retries=0)
     assert server.requests == 1 and TOKEN not in str(caught.value)
 
@@ -561,4 +564,4 @@ def test_options_that_mean_nothing(options) -> None:
 
 def test_the_extra_is_not_needed_without_such_an_objective() -> None:
     hide = "import sys; sys.modules |= dict.fromkeys(('httpx', 'tenacity', 'circuitbreaker'))"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", f"{hide}; import pama_plugin.config"], check=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", f"{hide}; import pama_plugin.settings.run"], check=True)

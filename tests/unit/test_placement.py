@@ -6,9 +6,17 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from pama_plugin.config import load_config
 from pama_plugin.errors import ConfigError
-from pama_plugin.host.placement import GPU_STEPS, Node, check_cluster, format_plan, make_plan, parse_cluster, place
+from pama_plugin.host.preflight.placement import (
+    GPU_STEPS,
+    Node,
+    check_cluster,
+    format_plan,
+    make_plan,
+    parse_cluster,
+    place,
+)
+from pama_plugin.settings.run import load_config
 
 # Two ranks per model; the keys are the host's own flags, which tests/contract/test_placement.py checks.
 FLAGS = {

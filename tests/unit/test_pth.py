@@ -72,7 +72,7 @@ def test_the_wheel_has_the_line_twice_and_the_table(tmp_path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for name in ("pama_plugin.pth", "pama_plugin/host/pama_plugin.pth"):
             assert archive.read(name).decode() == LINE
-        assert "pama_plugin/host/fingerprints.json" in archive.namelist()
+        assert "pama_plugin/host/preflight/fingerprints.json" in archive.namelist()
 
 
 def test_the_line_is_silent_in_any_other_interpreter(tmp_path) -> None:

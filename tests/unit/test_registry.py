@@ -55,11 +55,11 @@ def test_another_package_adds_a_rule_by_being_installed(decorated, tmp_path, mon
         assert found.advantages.tolist() == [[4.0]]
         with pytest.raises(ValueError, match="no option loud; it takes scale"):
             aggregate(name, rewards_KB1, torch.ones(1, 1), loud=1)
-        assert get_rule(name).of == ("rewards" if decorated else "advantages")
+        assert get_rule(name).combines == ("rewards" if decorated else "advantages")
     finally:
         from pama_plugin.aggregation import registry
 
-        registry._RULES.pop(name, None)
+        registry.RULES.entries.pop(name, None)
         sys.modules.pop(f"rules{decorated}", None)
 
 
@@ -71,7 +71,7 @@ def test_a_rule_that_cannot_be_loaded_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="rule 'broken' cannot be loaded from nothing_like_it:rule: No module named"):
         aggregate("broken", torch.ones(1, 1, 1), torch.ones(1, 1))
-    from pama_plugin.flags import add_flags
+    from pama_plugin.settings.flags import add_flags
 
     add_flags(argparse.ArgumentParser())  # the help of all others
 
@@ -85,7 +85,7 @@ def rule():
         return register_rule("odd", **settings)(combine)
 
     yield register
-    registry._RULES.pop("odd", None)
+    registry.RULES.entries.pop("odd", None)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,13 @@ def test_options_without_default_or_annotation(rule) -> None:
     assert found.advantages.tolist() == [[18.0, 18.0]]
     with pytest.raises(ValueError, match="of must be advantages or rewards, found 'reward'"):
         rule(odd, of="reward")
+
+
+def test_tensors_of_another_device_are_moved() -> None:
+    """``meta`` stands for a GPU: what is moved there has its device, and no numbers."""
+    from pama_plugin.aggregation.aggregate import _as_tensor
+
+    assert _as_tensor("the mask", torch.ones(2), torch.device("meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a=b", lambda: None])
@@ -183,7 +190,7 @@ def test_many_blocks_give_what_one_gives(loss, monkeypatch) -> None:
     from pama_plugin.aggregation import blocks
 
     generator = torch.Generator().manual_seed(0)
-    size = 1 if get_rule(loss).of == "rewards" else 7
+    size = 1 if get_rule(loss).combines == "rewards" else 7
     advantages_KBA = torch.randn(3, 24, size, generator=generator)
     mask_BA = torch.rand(24, size, generator=generator) < 0.8
     given = {"groups_B": torch.arange(24) // 4, "present_KB": torch.rand(3, 24, generator=generator) < 0.9}
@@ -197,6 +204,7 @@ def test_many_blocks_give_what_one_gives(loss, monkeypatch) -> None:
     assert found[0].metrics == pytest.approx(found[1].metrics)
 
 
+@pytest.mark.needs_extras
 def test_pcgrads_order_does_not_disturb_other_random_numbers() -> None:
     before = torch.random.get_rng_state()
     aggregate("gram:pcgrad", torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.ones(2, 2))

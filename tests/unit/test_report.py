@@ -11,9 +11,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pama_plugin.cli import main
 from pama_plugin.errors import ConfigError
-from pama_plugin.report.pareto import fifth, indicators, interval, nondominated, paired, whole_mean
-from pama_plugin.report.runs import find_runs, read_run, read_scalars
-from pama_plugin.report.summary import differences_table, front_table, objectives_table
+from pama_plugin.runs.logs import find_runs, read_run, read_scalars
+from pama_plugin.runs.report.pareto import fifth, indicators, interval, nondominated, paired, whole_mean
+from pama_plugin.runs.report.tables import differences_table, front_table, objectives_table
 
 NAMES = ("length", "sentiment")
 

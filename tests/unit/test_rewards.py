@@ -238,7 +238,7 @@ def test_another_package_adds_a_reward_by_being_installed(decorated, tmp_path, m
     finally:
         from pama_plugin.rewards import builtin
 
-        builtin._REWARDS.pop(name, None)
+        builtin.REWARDS.entries.pop(name, None)
         sys.modules.pop(f"other{decorated}", None)
 
 

@@ -55,8 +55,8 @@ def test_a_file_of_settings_does_as_well_and_a_dead_reward_is_a_failure(file, ca
 
 
 def test_other_peoples_rewards_need_a_tokenizer_only_if_they_count(file, capsys, monkeypatch) -> None:
-    monkeypatch.setitem(builtin._REWARDS, "shouts", lambda: lambda own: own.response.count("!"))
-    monkeypatch.setitem(builtin._REWARDS, "counts", lambda: lambda own: own.num_tokens)
+    monkeypatch.setitem(builtin.REWARDS.entries, "shouts", lambda: lambda own: own.response.count("!"))
+    monkeypatch.setitem(builtin.REWARDS.entries, "counts", lambda: lambda own: own.num_tokens)
     code, rows = run(file, "--pama.objective", "a=builtin:shouts", "--pama.objective", "b=builtin:counts")
     assert code == 1 and [row["rewards"] for row in rows] == [{"a": 0, "b": None}] * 3
     assert "b: 3 × PamaError: counts tokens, which needs --tokenizer MODEL" in capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_a_file_of_functions_that_cannot_be_imported_is_named(file, capsys) -> N
 
 
 def test_text_is_no_number(file, capsys, monkeypatch) -> None:
-    monkeypatch.setitem(builtin._REWARDS, "says", lambda: lambda own: "0.5")
+    monkeypatch.setitem(builtin.REWARDS.entries, "says", lambda: lambda own: "0.5")
     code, _ = run(file, "--pama.objective", "a=builtin:says")
     assert code == 1 and "returned text, '0.5'" in capsys.readouterr().out
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pama_plugin.objective import parse_objective
-from pama_plugin.shaping import shape_rewards
-from pama_plugin.state import Moments
+from pama_plugin.batch.shaping import shape_rewards
+from pama_plugin.batch.state import Moments
+from pama_plugin.settings.objective import parse_objective
 
 NAN = math.nan
 

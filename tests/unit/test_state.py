@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pama_plugin.objective import parse_objective
-from pama_plugin.state import Moments, identify
+from pama_plugin.batch.state import Moments, identify
+from pama_plugin.settings.objective import parse_objective
 
 
 def test_where_and_how_it_is_written_is_no_part_of_a_scorer(tmp_path) -> None:
@@ -44,6 +44,7 @@ def test_moments_are_those_of_all_batches_together_even_through_json(batches, of
         assert moments.std != moments.std
 
 
+@pytest.mark.needs_extras
 def test_a_key_in_a_url_is_no_part_of_a_checkpoint_but_another_one_is_another_scorer() -> None:
     one, other = (identify(parse_objective(f"a=http:http://judge/?key={key}|http://b/")) for key in ("pa55", "pa56"))
     assert one != other and "pa5" not in one + other and one.startswith("http:http://judge/?")

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pama_plugin.cli import main
 from pama_plugin.errors import ConfigError
-from pama_plugin.sweep import load_sweep
+from pama_plugin.runs.sweep import load_sweep
 
 FILE = """
 flags: --actor.model_name_or_path policy
@@ -159,6 +160,44 @@ def test_a_bad_file(content, message, tmp_path) -> None:
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_sweep(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("objectives: {a: 'builtin:length', a: 'builtin:json'}\ngrids: [{rules: {p: --loss pama}}]", "found a twice"),
+        ("objectives: {a: 'builtin:length'}\ngrids: [{rules: {p: --loss pama, p: --loss linear}}]", "found p twice"),
+        (
+            "objectives: {a: 'builtin:length'}\ngrids: [{rules: {p: --loss pama}, weights: [{a: 1, a: 2}]}]",
+            "found a twice",
+        ),
+        (
+            "objectives: {a: 'builtin:length'}\ngrids: [{rules: {good: --loss pama, bad: --loss pamma}}]",
+            "sweep.yaml: bad: --loss must be one of .* found 'pamma'",
+        ),
+        (
+            "objectives: {a: 'builtin:length,weight=2'}\ngrids: [{rules: {p: --loss pama}, weights: [{a: 1}]}]",
+            "sweep.yaml: p 1: .* found an option twice",
+        ),
+        (
+            "objectives: {a: 'builtin:length'}\ngrids: [{rules: {stock: --loss ppo}}]",
+            "sweep.yaml: stock: every rule needs --loss RULE",
+        ),
+        (
+            "objectives: {a: 'builtin:length'}\ngrids: [{rules: {none: --pama.level token}}]",
+            "sweep.yaml: none: every rule needs --loss RULE",
+        ),
+        (
+            "flags: --pama.lvel token\nobjectives: {a: 'builtin:length'}\ngrids: [{rules: {p: --loss pama}}]",
+            "there is no flag --pama.lvel; did you mean --pama.level",
+        ),
+    ],
+)
+def test_what_would_fail_later_is_refused_before_the_first_run(content, message, sweep, capsys) -> None:
+    (sweep / "sweep.yaml").write_text(content)
+    assert run(sweep) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (sweep / "calls").exists()
 
 
 def test_a_missing_file(tmp_path) -> None:

@@ -1,0 +1,105 @@
+"""Rules that see of the objectives what a Gram matrix of their advantages says: who agrees with whom, and how much.
+
+``Σ_i c_i w_i A_i`` with c from TorchJD's weighting of the Gram matrix ``M_ij = w_i w_j E_t[A_i A_j]``. The weightings
+were made for gradients of losses; here they see advantages instead, for which no backward pass is needed.
+
+- ``gram:upgrad``: arXiv 2406.16232
+- ``gram:cagrad``: arXiv 2110.14048, with its authors' radius of 0.5
+- ``gram:pcgrad``: arXiv 2001.06782, in an order that is drawn once and for all
+- ``gram:imtl_g``: Liu et al., ICLR 2021; it undoes any scale, so it knows no weights
+- ``gram:aligned_mtl``: arXiv 2305.19000
+
+A weight scales its objective. c need be neither positive nor sum to 1; coefficients are the shares of ``|c_i|``.
+Objectives without signal are left out.
+
+None is divided by the size of its own result. On a Pareto front that goes to 0 with ``upgrad``, ``imtl_g`` and
+``aligned_mtl``, and with all of them for two objectives; of three and more ``cagrad`` keeps what it takes from the mean
+of the objectives, and ``pcgrad`` what its order leaves, and the policy walks.
+
+They need ``pip install 'pama_plugin[gram]'``.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pama_plugin.aggregation.blocks import blocks, valid_at
+from pama_plugin.aggregation.registry import Combination, register_rule
+
+# Our names of TorchJD's weightings.
+WEIGHTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "upgrad": ("UPGradWeighting", {}),
+    "cagrad": ("CAGradWeighting", {"c": 0.5}),
+    "pcgrad": ("PCGradWeighting", {}),
+    "imtl_g": ("IMTLGWeighting", {}),
+    "aligned_mtl": ("AlignedMTLWeighting", {}),
+}
+
+
+def gram_matrix(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, scale_K: Tensor, slope: float) -> Tensor:
+    """(K, K) float64 ``M_ij = E_t[a_i a_j]`` over the valid tokens, ``a = scale · (max(A, 0) + slope · min(A, 0))``.
+
+    If token gradients are orthogonal and of equal norm, M is the Gram matrix of the objectives' gradients: the shared
+    representation of MGDA-UB (Sener & Koltun, arXiv 1810.04650) with the tokens' ratios in its place. An objective is 0
+    where it has no reward.
+    """
+    total_KK = torch.zeros(len(scale_K), len(scale_K), dtype=torch.float64, device=mask_BA.device)
+    for rows in blocks(advantages_KBA):
+        flat_KN = scaled(rows, advantages_KBA, mask_BA, present_KB, scale_K, slope).flatten(1).double()
+        total_KK += flat_KN @ flat_KN.T
+    return total_KK / mask_BA.count_nonzero().clamp(min=1)
+
+
+def mix(
+    advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, scale_K: Tensor, slope: float, c_K: Tensor
+) -> Tensor:
+    """(B, A) ``Σ_i c_i a_i`` of the same ``a``."""
+    combined_BA = torch.empty_like(advantages_KBA[0])
+    for rows in blocks(advantages_KBA):
+        a_KbA = scaled(rows, advantages_KBA, mask_BA, present_KB, scale_K, slope)
+        combined_BA[rows] = a_KbA.mul_(c_K.to(a_KbA.dtype)[:, None, None]).sum(0)
+    return combined_BA
+
+
+def scaled(
+    rows: slice, advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, scale_K: Tensor, slope: float
+) -> Tensor:
+    """(K, b, A) ``a`` of a block, 0 where it does not count."""
+    a_KbA = advantages_KBA[:, rows].masked_fill(~valid_at(rows, mask_BA, present_KB), 0).mul_(scale_K[:, None, None])
+    return a_KbA if slope == 1 else torch.where(a_KbA < 0, a_KbA * slope, a_KbA)
+
+
+def _torchjd(
+    name: str, advantages_KBA: Tensor, mask_BA: Tensor, weights_K: Tensor, active_K: Tensor, present_KB: Tensor
+) -> Combination:
+    """The rule ``gram:<name>``; the text of this module says what it is.
+
+    Raises:
+        ValueError: TorchJD, or what it needs for this weighting, is not installed.
+    """
+    kind, settings = WEIGHTINGS[name]
+    try:
+        from torchjd import aggregation
+
+        weighting = getattr(aggregation, kind)(**settings)
+    except ImportError as error:
+        raise ValueError(f"rule 'gram:{name}' needs pip install 'pama_plugin[gram]', found {error}") from error
+    scale_K = weights_K * active_K
+    gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0).cpu()
+    kept_K = gram_KK.diagonal() > 1e-40 * gram_KK.diagonal().max()  # some weightings divide by it
+    gram_KK = gram_KK[kept_K][:, kept_K]
+    c_K = torch.zeros(len(weights_K), dtype=torch.float64)
+    if kept_K.any():
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # PCGrad draws an order: always the same one
+            c_K[kept_K] = weighting(gram_KK / gram_KK.trace()).double()  # in units in which nothing is tiny
+    c_K = c_K.to(mask_BA.device)
+    combined_BA = mix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0, c_K)
+    total = c_K.abs().sum()
+    return Combination(combined_BA, (c_K.abs() / torch.where(total > 0, total, 1)).to(weights_K.dtype))
+
+
+for _name in WEIGHTINGS:
+    register_rule(f"gram:{_name}")(functools.partial(_torchjd, _name))

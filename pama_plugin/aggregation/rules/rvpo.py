@@ -1,0 +1,54 @@
+"""RVPO: a soft minimum over objectives that were whitened in their group (Montero et al., arXiv 2605.05750)."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pama_plugin.aggregation.blocks import tokens_per_response
+from pama_plugin.aggregation.group_whitening import group_scores, spread_and_whiten
+from pama_plugin.aggregation.registry import Combination, register_rule
+
+
+@register_rule("rvpo")
+def rvpo(
+    advantages_KBA: Tensor,
+    mask_BA: Tensor,
+    weights_K: Tensor,
+    active_K: Tensor,
+    present_KB: Tensor,
+    *,
+    groups_B: Tensor,
+    risk: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0,
+) -> Combination:
+    """``−(1/k) log Σ_i ŵ_i exp(−k Z_i)``, whitened over the valid tokens; ``Z_i`` as in ``gdpo``, ``ŵ`` sums to 1.
+
+    To second order it is the mean of the scores minus ``k/2`` times their variance: a response that is good in one
+    objective and bad in another counts less than one that is middling in both. Coefficients are the mean over the valid
+    tokens of ``ŵ_i exp(−k Z_i) / Σ_j ŵ_j exp(−k Z_j)``, the derivatives. An objective without signal is left
+    out. Whitening at the end is ours, so that k → 0 is ``gdpo`` with weights that sum to 1; without it the mean is
+    below 0 and every response is pushed down.
+
+    On a Pareto front it goes on: it likes responses on which opposed scores are both small, so that the policy narrows
+    to those. What is divided by its own standard deviation there is not small, the scores being whitened.
+
+    Args:
+        groups_B: the prompt of each response.
+        risk: k; towards 0 the weighted mean, towards infinity the minimum.
+
+    >>> from pama_plugin import aggregate
+    >>> advantages_KBA = torch.tensor([[[-1.0], [0.0], [1.0]], [[1.0], [0.0], [-1.0]]])
+    >>> result = aggregate("rvpo", advantages_KBA, torch.ones(3, 1), groups_B=[0, 0, 0])
+    >>> [round(value, 3) for value in result.advantages.flatten().tolist()]
+    [-0.707, 1.414, -0.707]
+    """
+    scores_KB = group_scores(advantages_KBA, mask_BA, present_KB, groups_B)
+    counted_KB = present_KB & active_K.unsqueeze(-1)
+    # Weights are relative to those of the objectives that have a reward for the response.
+    log_weights_KB = weights_K.double().log().unsqueeze(-1).masked_fill(~counted_KB, -torch.inf)
+    logits_KB = log_weights_KB - risk * scores_KB
+    combined_B = ((log_weights_KB.logsumexp(0) - logits_KB.logsumexp(0)) / risk).nan_to_num(nan=0.0)
+    combined_BA = spread_and_whiten(combined_B, counted_KB.any(0), mask_BA, advantages_KBA.dtype)
+    totals_K = (logits_KB.softmax(0).nan_to_num(nan=0.0) * tokens_per_response(mask_BA)).sum(-1)
+    return Combination(combined_BA, (totals_K / totals_K.sum().clamp(min=1)).to(weights_K.dtype))

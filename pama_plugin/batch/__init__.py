@@ -1,0 +1,1 @@
+"""What becomes of one rollout batch's rewards: pure functions of tensors that know no host."""

@@ -1,0 +1,69 @@
+"""Every metric that a batch gives, by its key in the trackers, and the columns in which the host carries them."""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from pama_plugin.aggregation import Aggregation
+from pama_plugin.settings.run import PamaConfig
+
+# Prefixes of columns: the host takes along one number per response and key. The trainer takes them out again, but for
+# the numbers of problems, which end where the table is made.
+REWARD, SECONDS, PROBLEM = "reward/", "seconds/", "pama/problem/"
+FAILURES, PAMA, EXPLAINED = "pama/failures/", "pama/", "explained_variance/"
+OUR_COLUMNS = (REWARD, SECONDS, PAMA, EXPLAINED)
+
+
+def name_metrics(config: PamaConfig, result: Aggregation, steps_done: int) -> dict[str, float]:
+    """Of a combination: ``gain/1`` → ``pama/gain/<name of objective 1>``, coefficients, and weights on a schedule."""
+    names = config.trained_names
+    named = {f"{PAMA}coefficient/{name}": float(c) for name, c in zip(names, result.coefficients)}
+    for key, value in result.metrics.items():
+        stem, _, index = key.partition("/")
+        of_objective = index.isdecimal() and int(index) < len(names)
+        named[f"{PAMA}{stem}/{names[int(index)]}" if of_objective else f"{PAMA}{key}"] = value
+    scheduled = [objective for objective in config.trained if objective.weight.shape != "constant"]
+    return named | {f"{PAMA}weight/{objective.name}": objective.weight.at(steps_done) for objective in scheduled}
+
+
+def reduce_columns(columns: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """One number for each column of a whole rollout batch, and the correlations of the rewards of ``names``.
+
+    A mean is of the responses that have a number; failures are counted.
+    """
+    metrics = {}
+    for one, other in itertools.combinations(names, 2):
+        correlation = correlate(columns[f"{REWARD}{one}"], columns[f"{REWARD}{other}"])
+        if not math.isnan(correlation):
+            metrics[f"{PAMA}correlation/{one}/{other}"] = correlation
+    for key, column in columns.items():
+        metrics[key] = (column.sum() if key.startswith(FAILURES) else column.nanmean()).item()
+    return metrics
+
+
+def correlate(one_B: Tensor, other_B: Tensor) -> float:
+    """Pearson's, over the responses that both have a reward for; NaN where one of them does not vary.
+
+    >>> round(correlate(torch.tensor([1.0, 2.0, 3.0, torch.nan]), torch.tensor([2.0, 4.0, 3.0, 0.0])), 6)
+    0.5
+    """
+    pairs_2N = torch.stack([one_B, other_B]).double()
+    pairs_2N = pairs_2N[:, pairs_2N.isfinite().all(0)]
+    if pairs_2N.shape[1] < 2 or (pairs_2N.amin(1) == pairs_2N.amax(1)).any():
+        return math.nan
+    return float(torch.corrcoef(pairs_2N)[0, 1])
+
+
+def explained_variance(returns_N: Tensor, values_N: Tensor) -> float:
+    """``1 − Var(R − V) / Var(R)`` over tokens; NaN where the returns do not vary.
+
+    >>> explained_variance(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
+    1.0
+    """
+    returns_N, values_N = returns_N.double(), values_N.double()
+    if len(returns_N) < 2 or returns_N.std() <= 1e-6 * returns_N.abs().max():  # rounding
+        return math.nan
+    return float(1 - (returns_N - values_N).var() / returns_N.var())

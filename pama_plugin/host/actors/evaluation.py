@@ -1,0 +1,57 @@
+"""Evaluation per objective: every reward of every held-out response."""
+
+from typing import Any
+
+import torch
+from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+
+from pama_plugin.batch.rating import summarise
+
+
+class ScoredSamplesGenerator(SamplesGenerator):
+    """The host's generator, whose evaluation samples come with the rewards of all objectives, ``rm`` ones too."""
+
+    def __init__(self, stock: SamplesGenerator, experience_maker: Any) -> None:
+        super().__init__(
+            stock.strategy, stock.prompts_dataloader, stock.eval_dataloader, stock.tokenizer, stock.vllm_engines
+        )
+        self.experience_maker = experience_maker
+        self.metrics: dict[str, float] = {}
+        self.batches = 0
+        self.ended = False
+
+    def generate_samples(self, **generate_kwargs: Any) -> Any:
+        """As the host's, counting the rollout batches; once the run is to end, as if there were no prompts left."""
+        if self.ended:
+            return [], None, 0, True
+        samples, *rest = super().generate_samples(**generate_kwargs)
+        self.batches += bool(samples)
+        if self.args.train.full_determinism_enable:  # the host has them in the order in which vLLM was done with them
+            samples.sort(key=lambda sample: sample.prompts[0])
+        return samples, *rest
+
+    @torch.no_grad()
+    def generate_eval_samples(self, **generate_kwargs: Any) -> list[Experience]:
+        """As the host's; the one reward per sample, which its metrics show, sums ours, times their last weights."""
+        samples: list[Experience] = super().generate_eval_samples(**generate_kwargs)
+        rewards = self.experience_maker.score(samples)
+        config = self.experience_maker.config
+        weighted = torch.stack([rewards[objective.name] * objective.weight.end for objective in config.trained])
+        totals = weighted.sum(0)  # NaN where one of them is missing
+        for sample, total in zip(samples, totals):
+            sample.rewards = total.reshape(1)
+        datasets = {
+            prompt: dataset for names, prompts, *_ in self.eval_dataloader for prompt, dataset in zip(prompts, names)
+        }
+        self.metrics = summarise(
+            rewards,
+            [datasets.get(sample.prompts[0], "unknown") for sample in samples],  # as the host's own metrics name it
+            generate_kwargs["n_samples_per_prompt"],
+        )
+        return samples
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Those of the last evaluation."""
+        metrics, self.metrics = self.metrics, {}
+        return metrics

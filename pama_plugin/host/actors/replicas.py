@@ -1,0 +1,92 @@
+"""Reward models with a tokenizer of their own, each replica in an actor of its own."""
+
+import logging
+import math
+import time
+from typing import Any
+
+import ray
+import torch
+from openrlhf.trainer.ray.utils import ray_noset_visible_devices
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from pama_plugin.host.actors.pending import PendingRewards
+from pama_plugin.host.preflight.placement import Role
+from pama_plugin.rewards.hf import Conversation, HfScorer, Inspection
+from pama_plugin.rewards.options import HfOptions
+from pama_plugin.settings.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+
+class Replica:
+    """One copy of the model. Ray starts an actor that died anew, and the model is loaded again."""
+
+    def __init__(self, location: str, options: HfOptions) -> None:
+        device = "cpu"
+        if options.gpus > 0 and torch.cuda.is_available():
+            device = f"cuda:{ray.get_gpu_ids()[0]}" if ray_noset_visible_devices() else "cuda"
+        self.scorer = HfScorer(location, options, device)
+
+    def ready(self) -> None:
+        """Returns when the model is loaded."""
+
+    def score(self, conversations: list[Conversation], free_memory: bool) -> list[float]:
+        """One reward each; NaN for a conversation that the model or its template cannot read."""
+        rewards = self.scorer.score_each(conversations)
+        if free_memory and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return rewards
+
+    def inspect(self, conversation: Conversation) -> Inspection:
+        return self.scorer.inspect(conversation)
+
+
+class HfGroup:
+    """The replicas of one ``hf`` objective, which share out every batch."""
+
+    def __init__(self, objective: Objective, role: Role, pg: PlacementGroup | None) -> None:
+        self.name, self.on_gpus = objective.name, role.share > 0
+        self.replicas = []
+        for rank in range(role.ranks):
+            # The host's group has a bundle for each rank; replicas that share a GPU of their own share its one bundle.
+            bundle = PlacementGroupSchedulingStrategy(pg, rank % pg.bundle_count) if pg else "DEFAULT"
+            actor = ray.remote(
+                num_gpus=role.share,
+                num_cpus=role.share,
+                scheduling_strategy=bundle if self.on_gpus else "DEFAULT",
+                max_restarts=3,
+                max_task_retries=3,
+            )(Replica)
+            self.replicas.append(actor.remote(objective.location, objective.settings))
+
+    def async_ready(self) -> list[Any]:
+        return [replica.ready.remote() for replica in self.replicas]
+
+    def score(self, conversations: list[Conversation], *, one_by_one: bool) -> PendingRewards:
+        """Start to score them; ``one_by_one``, and wait, where another model needs the GPU next."""
+        start = time.perf_counter()
+        share = -(-len(conversations) // len(self.replicas))
+        parts = [conversations[first : first + share] for first in range(0, len(conversations), share)]
+        alone = one_by_one and self.on_gpus
+        refs = [replica.score.remote(part, alone) for replica, part in zip(self.replicas, parts)]
+        scored = PendingRewards(start, refs, [len(part) for part in parts])
+        if alone:
+            ray.wait(scored.refs, num_returns=len(scored.refs))
+        return scored
+
+    def collect(self, scored: PendingRewards) -> torch.Tensor:
+        """The rewards in the order of the conversations; NaN for those of a replica that died."""
+        rewards: list[float] = []
+        for ref, size in zip(scored.refs, scored.sizes):
+            try:
+                rewards += ray.get(ref)
+            except ray.exceptions.RayError as error:
+                logger.warning("objective %r: a replica scored nothing: %s", self.name, error)
+                rewards += [math.nan] * size
+        return torch.tensor(rewards)
+
+    def inspect(self, conversation: Conversation) -> Inspection:
+        found: Inspection = ray.get(self.replicas[0].inspect.remote(conversation))
+        return found

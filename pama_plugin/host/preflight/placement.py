@@ -1,0 +1,282 @@
+"""Which GPUs a run reserves, by arithmetic alone: printed before it starts, and refused where Ray would wait for ever.
+
+The host reserves whole GPUs in *blocks*, a placement group or single ranks, with one CPU beside each GPU. Models that
+it colocates share one block: rank r of each is on GPU r of it. ``tests/contract/test_placement.py`` holds this against
+the host's own ``train``; the reward groups take their sizes and shares from the plan.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from pama_plugin.errors import ConfigError
+from pama_plugin.settings.objective import Objective
+from pama_plugin.settings.run import PamaConfig
+
+# Ray counts GPUs in steps of 0.0001: rounding a share up would make K of them overflow their GPU, for ever pending.
+GPU_STEPS = 10_000
+HOST_SHARE = 0.2  # what the host gives every rank that shares its GPU
+
+# Divisors below, and nothing that DeepSpeed or vLLM could do without.
+AT_LEAST_ONE = (
+    "train.batch_size",
+    "train.micro_batch_size",
+    "rollout.micro_batch_size",
+    "ds.ring_attn_size",
+    "ds.tensor_parallel_size",
+    "vllm.tensor_parallel_size",
+)
+
+
+class Role(NamedTuple):
+    """The ranks of one model, each with the same share of a GPU."""
+
+    name: str
+    nodes: int
+    gpus_per_node: int
+    share: float = 1.0
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+class Block(NamedTuple):
+    """So many whole GPUs, and who runs on them."""
+
+    gpus: int
+    roles: tuple[Role, ...]
+
+
+class Node(NamedTuple):
+    """A machine of the cluster; of one that is only stated nobody counts the CPUs."""
+
+    name: str
+    gpus: int
+    cpus: float = math.inf
+
+    @property
+    def pairs(self) -> int:
+        """GPUs that can be reserved here: each takes a CPU of the same machine."""
+        return int(min(self.gpus, self.cpus))
+
+
+class Plan(NamedTuple):
+    """Every block, in the order in which the host reserves them."""
+
+    blocks: tuple[Block, ...]
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that the run reserves, and CPUs beside them: actors without a GPU, as the trainer, reserve nothing."""
+        return sum(block.gpus for block in self.blocks)
+
+
+def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
+    """What the host's ``train`` will reserve.
+
+    Args:
+        args: the host's flags, flat: ``getattr(args, "actor.num_nodes")``.
+        config: the objectives; each of kind ``rm`` is a group of ranks, each of kind ``hf`` one of replicas.
+
+    Raises:
+        ConfigError: flags that no cluster can serve, which the host would refuse or wait for once Ray has started.
+    """
+    for flag in AT_LEAST_ONE:
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag} must be at least 1, found {getattr(args, flag)}")
+    colocate_all = getattr(args, "train.colocate_all")
+    rollout_is_inside = colocate_all and not getattr(args, "train.async_enable")
+    policy_shares = colocate_all or getattr(args, "train.colocate_actor_ref")
+
+    policy = _role(args, "policy", "actor")
+    references = [_role(args, "reference", "ref")] if getattr(args, "algo.kl.init_coef") > 0 else []
+    critics = [_role(args, "critic", "critic")] if getattr(args, "algo.advantage.estimator") == "gae" else []
+    critic_shares = bool(critics) and getattr(args, "train.colocate_critic_reward")
+    rewards = _reward_roles(args, config.of_kind("rm", "hf"), colocated=colocate_all or critic_shares)
+    engines = getattr(args, "vllm.num_engines") or 0
+    rollouts = [Role("rollout", engines, getattr(args, "vllm.tensor_parallel_size"))] if engines > 0 else []
+
+    independent = {reward_role(objective) for objective in config.of_kind("hf")}  # of batches, and of each other
+    for role in (policy, *references, *critics, *rewards):
+        if role.name not in independent:
+            _check_batches(args, role)
+    if policy_shares and references and policy[1:] != references[0][1:]:
+        _refuse_sizes("--train.colocate_all and --train.colocate_actor_ref", policy, references[0])
+    if rollout_is_inside and rollouts and policy.ranks != rollouts[0].ranks:
+        _refuse_sizes("--train.colocate_all without --train.async_enable", policy, rollouts[0])
+    if critic_shares and critics[0][1:] != (default := _role(args, "reward", "reward"))[1:]:
+        _refuse_sizes("--train.colocate_critic_reward", critics[0], default)
+
+    first = [*rollouts, policy, *references] if rollout_is_inside else [policy, *references]
+    on_cpus = [role for role in rewards if not role.share]
+    second = [*critics, *(role for role in rewards if role.share)]
+    if colocate_all and not critic_shares:
+        first, second = [*first, *second], []
+    blocks = [_share(policy.ranks, first)] if policy_shares else []
+    if not rollout_is_inside:
+        blocks += _stand_alone(rollouts)
+    if not policy_shares:
+        blocks += _stand_alone(first)
+    blocks += [_share(critics[0].ranks, second)] if critic_shares else _stand_alone(second)
+    return Plan((*blocks, *(Block(0, (role,)) for role in on_cpus)))
+
+
+def reward_role(objective: Objective) -> str:
+    """What a plan calls the ranks of an objective: what the trackers call its rewards."""
+    return f"reward/{objective.name}"
+
+
+def _role(args: argparse.Namespace, name: str, flag: str) -> Role:
+    return Role(name, getattr(args, f"{flag}.num_nodes"), getattr(args, f"{flag}.num_gpus_per_node"))
+
+
+def _reward_roles(args: argparse.Namespace, objectives: Sequence[Objective], *, colocated: bool) -> list[Role]:
+    """One role per objective. Where the host colocates its one reward model, all on GPUs split that model's share."""
+    on_gpus = [objective for objective in objectives if objective.settings.gpus != 0]
+    share = math.floor(HOST_SHARE / max(1, len(on_gpus)) * GPU_STEPS) / GPU_STEPS if colocated else 1.0
+    roles = []
+    for objective in objectives:
+        own: Any = objective.settings
+        if objective.kind == "rm" and own.offload and getattr(args, "ds.zero_stage") != 3:
+            raise ConfigError(
+                f"objective {objective.name!r}: offload=true needs --ds.zero_stage 3, without which DeepSpeed keeps "
+                f"parameters on the GPU, found {getattr(args, 'ds.zero_stage')}"
+            )
+        if colocated and own.gpus is not None and 0 < own.gpus < 1:
+            raise ConfigError(
+                f"objective {objective.name!r}: gpus must be a whole number where reward models are colocated "
+                f"(they split one share of a GPU anyway), found {own.gpus}"
+            )
+        default = _role(args, reward_role(objective), "reward")
+        if objective.kind == "hf":
+            if 0 < own.gpus < 1 < own.gpus * own.replicas:
+                raise ConfigError(
+                    f"objective {objective.name!r}: replicas with a fraction of a GPU share one, so replicas × gpus "
+                    f"must be at most 1, found {own.replicas} × {own.gpus}"
+                )
+            roles.append(Role(default.name, 1, own.replicas, min(own.gpus, share)))
+        elif own.gpus is not None and own.gpus < 1:
+            roles.append(Role(default.name, 1, 1, own.gpus))
+        else:
+            gpus_per_node = int(own.gpus or default.gpus_per_node)
+            roles.append(Role(default.name, own.nodes or default.nodes, gpus_per_node, share))
+    return roles
+
+
+def _check_batches(args: argparse.Namespace, role: Role) -> None:
+    """The splits of a batch over ranks that the host and DeepSpeed would fail at, minutes after the start."""
+    copies = getattr(args, "ds.ring_attn_size") * getattr(args, "ds.tensor_parallel_size")
+    if role.ranks < 1 or role.ranks % copies:
+        raise ConfigError(
+            f"{role.name}: ranks (nodes × GPUs per node) must be a positive multiple of --ds.ring_attn_size × "
+            f"--ds.tensor_parallel_size = {copies}, found {role.ranks}"
+        )
+    parallel = role.ranks // copies
+    dynamic = getattr(args, "train.dynamic_batch_enable")
+    batch, micro_batch = getattr(args, "train.batch_size"), getattr(args, "train.micro_batch_size")
+    # DeepSpeed checks this of models that it never trains, too. Only those that it does train have dynamic batches.
+    if batch % (micro_batch * parallel) and not (dynamic and role.name in ("policy", "critic")):
+        raise ConfigError(
+            f"{role.name}: --train.batch_size must be a multiple of --train.micro_batch_size × data-parallel ranks = "
+            f"{micro_batch} × {parallel}, found {batch}"
+        )
+    responses = getattr(args, "rollout.batch_size") * getattr(args, "rollout.n_samples_per_prompt")
+    micro_batches = responses // getattr(args, "rollout.micro_batch_size")
+    if micro_batches < parallel and not dynamic:  # how many dynamic ones there will be depends on the responses
+        raise ConfigError(
+            f"{role.name}: --rollout.batch_size × --rollout.n_samples_per_prompt // --rollout.micro_batch_size must be "
+            f"at least the {parallel} data-parallel ranks, found {micro_batches}"
+        )
+
+
+def _refuse_sizes(cause: str, one: Role, other: Role) -> None:
+    sizes = ", ".join(f"{role.name} {role.nodes} × {role.gpus_per_node}" for role in (one, other))
+    raise ConfigError(f"{cause}: {one.name} and {other.name} must be of the same size, found {sizes}")
+
+
+def _share(gpus: int, roles: Iterable[Role]) -> Block:
+    block = Block(gpus, tuple(role._replace(share=min(role.share, HOST_SHARE)) for role in roles))
+    for role in block.roles:
+        if role.ranks > gpus:
+            raise ConfigError(
+                f"{role.name}: at most one rank per shared GPU, which are {gpus} here, found {role.ranks} ranks"
+            )
+    return block
+
+
+def _stand_alone(roles: Iterable[Role]) -> list[Block]:
+    """A block per role of whole GPUs; fractions fill a GPU, in their order, until the next one would not fit."""
+    blocks: list[Block] = []
+    for role in roles:
+        for index, block in enumerate(blocks):
+            steps = sum(round(other.share * GPU_STEPS) * other.ranks for other in (*block.roles, role))
+            if role.share < 1 and steps <= GPU_STEPS:
+                blocks[index] = Block(1, (*block.roles, role))
+                break
+        else:
+            blocks.append(Block(role.ranks if role.share == 1 else 1, (role,)))
+    return blocks
+
+
+def parse_cluster(text: str) -> tuple[Node, ...]:
+    """The machines of ``NODESxGPUS``, or of ``GPUS`` on one node; anything else raises ``ConfigError``.
+
+    >>> [(node.name, node.gpus) for node in parse_cluster("2x8")]
+    [('1', 8), ('2', 8)]
+    """
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", text)
+    if not match:
+        raise ConfigError(f"--pama.plan must be NODESxGPUS, such as 1x8, found {text!r}")
+    return tuple(Node(str(index + 1), int(match[2])) for index in range(int(match[1] or 1)))
+
+
+def place(plan: Plan, cluster: Sequence[Node]) -> list[list[str]]:
+    """For every block the node of each of its GPUs; fewer than it has where the cluster is too small.
+
+    As Ray packs a placement group: the emptiest node first, and of that as much as there is.
+    """
+    free = [node.pairs for node in cluster]
+    placed = []
+    for block in plan.blocks:
+        nodes: list[str] = []
+        while len(nodes) < block.gpus and any(free):
+            emptiest = free.index(max(free))
+            taken = min(free[emptiest], block.gpus - len(nodes))
+            free[emptiest] -= taken
+            nodes += [cluster[emptiest].name] * taken
+        placed.append(nodes)
+    return placed
+
+
+def format_plan(plan: Plan, cluster: Sequence[Node]) -> str:
+    """The plan as a table: one line per role, and which node of the cluster it is expected on."""
+    rows = [("role", "ranks", "GPUs each", "block", "node")]
+    for index, (block, nodes) in enumerate(zip(plan.blocks, place(plan, cluster)), start=1):
+        for role in block.roles:
+            where = list(dict.fromkeys(nodes[: role.ranks])) + ["none"] * (len(nodes) < min(role.ranks, block.gpus))
+            rows.append((role.name, str(role.ranks), f"{role.share:g}", str(index), ", ".join(where) or "any"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:4])), node])
+        for name, *cells, node in rows
+    ]
+    total = f"PAMA plan: {plan.gpus} of {sum(node.gpus for node in cluster)} GPUs, one CPU beside each"
+    return "\n".join([total, *lines])
+
+
+def check_cluster(plan: Plan, cluster: Sequence[Node]) -> None:
+    """Raise ``ConfigError`` if the cluster has too few GPUs, or too few CPUs beside them: Ray would wait for more."""
+    if sum(node.pairs for node in cluster) >= plan.gpus:
+        return
+    needed = ", ".join(f"{block.gpus} for {' + '.join(role.name for role in block.roles)}" for block in plan.blocks)
+    found = " + ".join(str(node.gpus) for node in cluster) + " GPUs"
+    if any(node.cpus < node.gpus for node in cluster):
+        found += f" with {' + '.join(f'{node.cpus:g}' for node in cluster)} CPUs"
+    raise ConfigError(
+        f"the run needs {plan.gpus} GPUs and a CPU beside each ({needed}), found {found}: take smaller groups "
+        "(--*.num_gpus_per_node, gpus= of an objective), share GPUs (--train.colocate_all, gpus=0.5), or give "
+        "--pama.allow_waiting where more will come"
+    )

@@ -1,0 +1,155 @@
+"""The checkpoint that a run would resume from: chosen and checked before Ray starts, and changed by a start alone."""
+
+import argparse
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pama_plugin.batch.state import RunState
+from pama_plugin.errors import ConfigError
+from pama_plugin.settings.run import PamaConfig
+
+STATE = "pama"  # our key in the host's client_states
+TAG = re.compile(r"(?:best_)?global_step(\d+)")
+
+
+class Resume(NamedTuple):
+    """The step that policy and critic both have whole, and the folders of their checkpoints."""
+
+    folders: tuple[Path, ...]
+    tag: str
+
+    def point(self) -> None:
+        """Let every ``latest``, which DeepSpeed reads, name the step; a save that was cut off may have left others."""
+        for folder in self.folders:
+            if (folder / "latest").read_text() != self.tag:
+                print(f"PAMA: the last save was cut off; resuming from {folder / self.tag}", flush=True)
+                (folder / "latest").write_text(self.tag)
+
+
+def prepare_resume(
+    args: argparse.Namespace, config: PamaConfig, *, allow_other_objectives: bool
+) -> tuple[PamaConfig, Resume | None]:
+    """Refuse a checkpoint that cannot be resumed, and say what of it will not be used.
+
+    Args:
+        args: the host's flat arguments.
+        config: what was asked for.
+        allow_other_objectives: resume although names were added or removed.
+
+    Returns:
+        ``config``, with the objectives in the order of the saved ones, which is that of the critic's heads; and what to
+        resume from, None if nothing.
+
+    Raises:
+        ConfigError: no whole checkpoint, an unreadable state, or other objectives.
+    """
+    root = Path(getattr(args, "ckpt.path"))
+    with_critic = getattr(args, "algo.advantage.estimator") == "gae"
+    folders = tuple(root / role for role in (("_actor", "_critic") if with_critic else ("_actor",)))
+    if not getattr(args, "ckpt.load_enable") or not folders[0].exists():  # the host then starts from the beginning
+        return config, None
+    if getattr(args, "ds.use_universal_ckpt"):
+        raise ConfigError(
+            "--ckpt.load_enable cannot read a universal checkpoint with objectives: leave out --ds.use_universal_ckpt"
+        )
+
+    resume = Resume(folders, _choose_tag(folders))
+    source = folders[0] / resume.tag
+    saved = _read_state(source)
+    if saved is None:
+        if with_critic and len(config.trained) > 1:
+            raise ConfigError(
+                f"--ckpt.load_enable: the critic in {root} has one value head, found the objectives "
+                f"{', '.join(config.trained_names)}"
+            )
+        print(f"PAMA: {source} is a stock checkpoint; the objectives' statistics start anew", flush=True)
+        return config, resume
+
+    names = list(saved.objectives)
+    if with_critic and set(saved.heads) != set(config.trained_names):
+        raise ConfigError(
+            f"--ckpt.load_enable: {source} is of the objectives {', '.join(saved.heads)} (its critic has one value "
+            f"head for each), found {', '.join(config.trained_names)}"
+        )
+    if set(names) != set(config.names) and not allow_other_objectives:
+        raise ConfigError(
+            f"--ckpt.load_enable: {source} is of the objectives {', '.join(names)} (--pama.allow_other_objectives "
+            f"resumes), found {', '.join(config.names)}"
+        )
+    for name in RunState.start(config, getattr(args, "train.agent_func_path")).swapped(saved):
+        print(
+            f"PAMA: {name!r} is not what the checkpoint saw: its statistics start anew, the others' go on", flush=True
+        )
+    rank = {name: index for index, name in enumerate(names)}
+    ordered = sorted(config.objectives, key=lambda objective: rank.get(objective.name, len(rank)))
+    return config.model_copy(update={"objectives": tuple(ordered)}), resume
+
+
+def _choose_tag(folders: tuple[Path, ...]) -> str:
+    """The newest step that all have whole.
+
+    DeepSpeed writes ``latest`` last of all, so a step after the oldest ``latest`` was cut off while it was saved. What
+    ``latest`` names may be gone: the host deletes old checkpoints before it saves the next.
+    """
+    where = " and ".join(map(str, folders))
+    pointers = [(folder / "latest").read_text().strip() for folder in folders if (folder / "latest").is_file()]
+    steps = [int(found[1]) for found in map(TAG.fullmatch, pointers) if found]
+    if len(steps) < len(folders):
+        raise ConfigError(f"--ckpt.load_enable: {where} must each name a saved step in latest, found {pointers}")
+    if len(set(pointers)) == 1:
+        for folder in folders:
+            if (folder / pointers[0]).is_dir() and (problem := _what_is_broken(folder / pointers[0])):
+                raise ConfigError(
+                    f"--ckpt.load_enable: a checkpoint must be whole, found {problem}; to resume from an earlier step, "
+                    f"write its name into latest of {where}"
+                )
+    shared = set.intersection(*({path.name for path in folder.iterdir() if path.is_dir()} for folder in folders))
+    tags = {tag: int(found[1]) for tag in shared if (found := TAG.fullmatch(tag)) and int(found[1]) <= min(steps)}
+    # Of a step's two checkpoints latest names the one that was saved last.
+    for tag in sorted(tags, key=lambda tag: (tags[tag], tag in pointers), reverse=True):
+        if not any(_what_is_broken(folder / tag) for folder in folders):
+            return tag
+    raise ConfigError(f"--ckpt.load_enable: {where} must hold a whole checkpoint of the same step, found none")
+
+
+def _what_is_broken(folder: Path) -> str | None:
+    """torch's files are zip archives, whose directory comes last: a truncated one has none."""
+    for file in sorted(folder.glob("*.pt")):
+        if not zipfile.is_zipfile(file):
+            return f"{file} corrupt or truncated"
+    models, optimizers = (len(list(folder.glob(f"*{kind}_states.pt"))) for kind in ("model", "optim"))
+    if not models:
+        return f"no model states in {folder}"
+    ranks = _load(_first_model_file(folder)).get("dp_world_size", 1)
+    return None if optimizers >= ranks else f"{optimizers} of {ranks} optimizer states in {folder}"
+
+
+def _first_model_file(folder: Path) -> Path:
+    return min(folder.glob("*model_states.pt"))
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """What DeepSpeed saved, without reading the weights."""
+    try:
+        content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+        return dict(content)
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ConfigError(
+            f"--ckpt.load_enable: {file} must hold a checkpoint that can be read, found {error}"
+        ) from error
+
+
+def _read_state(folder: Path) -> RunState | None:
+    """Our part of a checkpoint; None if a stock run saved it."""
+    file = _first_model_file(folder)
+    text = _load(file).get(STATE)
+    if text is None:
+        return None
+    try:
+        return RunState.model_validate_json(text)
+    except ValueError as error:
+        raise ConfigError(f"--ckpt.load_enable: {file} must hold a state that can be read, found {error}") from error

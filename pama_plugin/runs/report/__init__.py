@@ -1,0 +1,80 @@
+"""From the logs of runs to tables, pictures and a page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import pyplot
+from rich.console import Console
+
+from pama_plugin.errors import ConfigError
+from pama_plugin.runs.logs import find_runs
+from pama_plugin.runs.report.figures import draw_curves, draw_front
+from pama_plugin.runs.report.page import write_page
+from pama_plugin.runs.report.pareto import starts
+from pama_plugin.runs.report.tables import (
+    arms_table,
+    differences_table,
+    draw_table,
+    front_table,
+    objectives_table,
+    shared_objectives,
+)
+
+__all__ = ["report_runs"]
+
+
+def report_runs(
+    folders: Sequence[Path], out: Path | None = None, reference: Sequence[str] = (), baseline: str | None = None
+) -> None:
+    """Print tables of the runs; write ``curves.png``, ``front.png`` and ``report.html``.
+
+    Args:
+        folders: each a run's ``--logger.tensorboard_dir``, or a folder of a sweep.
+        out: where the files go; the first folder unless told.
+        reference: ``NAME=VALUE`` for every objective: what hypervolume is measured above. The rewards before the first
+            update unless told.
+        baseline: an arm that all others are compared with, seed by seed.
+
+    Raises:
+        ConfigError: there is no run to show, the reference is not one, or no arm is called as the baseline.
+    """
+    runs, missing = find_runs(folders)
+    out = out or folders[0]
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    grids, names = [objectives_table(runs), arms_table(runs)], shared_objectives(runs)
+    if len(names) > 1:
+        point = _parse_reference(reference, names) if reference else starts(runs, names).tolist()
+        grids.append(front_table(runs, names, point))
+    if baseline is not None:
+        if not names:
+            raise ConfigError("--baseline needs an objective that all of the runs train on, found none")
+        grids.append(differences_table(runs, names, baseline))
+    figures = {"curves": draw_curves(runs)}
+    if len(names) > 1:
+        figures["front"] = draw_front(runs, names, point)
+    pictures = [out / f"{name}.png" for name in figures]
+    for figure, picture in zip(figures.values(), pictures):
+        figure.savefig(picture, dpi=120)
+        pyplot.close(figure)
+    title = f"{len(runs)} runs, {', '.join(names)}" if len(runs) > 1 else f"{runs[0].arm}: {runs[0].steps} steps"
+    write_page(out / "report.html", title, grids, pictures, missing)
+    for grid in grids:
+        console.print(draw_table(grid))
+    for line in missing:
+        console.print(f"missing: {line}", style="yellow", soft_wrap=True)
+    for path in [*pictures, out / "report.html"]:
+        console.print(str(path), soft_wrap=True)
+
+
+def _parse_reference(reference: Sequence[str], names: Sequence[str]) -> list[float]:
+    values: dict[str, float] = {}
+    for text in reference:
+        name, _, value = text.partition("=")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise ConfigError(f"--reference must be NAME=NUMBER, found {text!r}") from None
+    if set(values) != set(names):
+        raise ConfigError(f"--reference must be of {', '.join(names)}, found {', '.join(values)}")
+    return [values[name] for name in names]

@@ -1,0 +1,93 @@
+"""The pictures of a report: curves with bands over seeds, and where the arms end."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")  # no display on a cluster
+
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pama_plugin.runs.logs import Run
+from pama_plugin.runs.report.pareto import by_arm, ends, interval, nondominated, starts
+from pama_plugin.runs.report.tables import OF_THE_HOST
+
+SMOOTH = 5  # steps: a curve is the mean of so many around it; a rollout batch is a noisy sample
+
+
+def draw_curves(runs: Sequence[Run]) -> Figure:
+    """A panel for each reward, coefficient, gain and cosine, conflict rate, KL, length and entropy that is logged."""
+    names = list(dict.fromkeys(name for run in runs for name in run.scored))
+    per_objective = ("reward", "pama/coefficient", "pama/gain", "pama/gradient_cosine")
+    wanted = [f"{key}/{name}" for key in per_objective for name in names]
+    wanted += ["pama/conflict_rate", "pama/active_fraction", *OF_THE_HOST]
+    tags = [tag for tag in wanted if any(run.scalars.get(tag) for run in runs)]
+    columns = 3
+    rows = -(-len(tags) // columns)
+    figure, panels = pyplot.subplots(
+        rows, columns, figsize=(4 * columns, 2.6 * rows + 0.5), layout="constrained", squeeze=False
+    )
+    for tag, panel in zip(tags, panels.flat):
+        for index, (arm, own) in enumerate(by_arm(runs).items()):
+            style: dict[str, Any] = {"color": f"C{index % 10}", "ls": ["-", "--", ":", "-."][index // 10 % 4]}
+            _band(panel, [run.scalars[tag] for run in own if run.scalars.get(tag)], arm, style)
+        # The range of the curves: the band of two seeds is often far wider than anything that happened.
+        drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in panel.lines])
+        drawn = drawn[np.isfinite(drawn)]
+        if len(drawn):
+            margin = 0.08 * (drawn.max() - drawn.min()) or 0.1
+            panel.set_ylim(drawn.min() - margin, drawn.max() + margin)
+        panel.set_title(OF_THE_HOST.get(tag, tag.removeprefix("pama/")))
+        panel.set_xlabel("step")
+    for panel in panels.flat[len(tags) :]:
+        panel.remove()
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _band(panel: Axes, series: list[list[tuple[int, float]]], label: str, style: dict[str, Any]) -> None:
+    """The mean over seeds where all have a step, with its 95 % interval if there are several."""
+    if not series:
+        return
+    by_step = [dict(own) for own in series]
+    steps = sorted(set.intersection(*(set(own) for own in by_step)))
+    values = np.array([[own[step] for step in steps] for own in by_step])
+    width = min(SMOOTH, max(len(steps) // 5, 1))  # what is logged now and then has few
+    smooth = np.array([np.convolve(row, np.ones(width) / width, "valid") for row in values])
+    middle = steps[(width - 1) // 2 : (width - 1) // 2 + smooth.shape[1]]
+    panel.plot(middle, smooth.mean(0), label=label, **style)
+    if len(smooth) > 1:
+        halves = np.array([interval(column.tolist()).half for column in smooth.T])
+        panel.fill_between(
+            middle, smooth.mean(0) - halves, smooth.mean(0) + halves, color=style["color"], alpha=0.15, lw=0
+        )
+    elif width > 1:
+        panel.plot(steps, values[0], alpha=0.25, **style)
+
+
+def draw_front(runs: Sequence[Run], names: Sequence[str], reference: Sequence[float]) -> Figure:
+    """Every pair of objectives: each arm's mean end with 95 % intervals, filled where no arm dominates it."""
+    pairs = [(a, b) for a in range(len(names)) for b in range(a + 1, len(names))]
+    figure, panels = pyplot.subplots(1, len(pairs), figsize=(5 * len(pairs), 4.6), layout="constrained", squeeze=False)
+    arms = by_arm(runs)
+    points = {arm: ends(own, names) for arm, own in arms.items()}
+    kept = nondominated(np.array([own.mean(0) for own in points.values()]))
+    for (a, b), panel in zip(pairs, panels.flat):
+        for index, (arm, own) in enumerate(points.items()):
+            x, y = interval(own[:, a].tolist()), interval(own[:, b].tolist())
+            bars = {"xerr": x.half, "yerr": y.half} if x.n > 1 else {}
+            face = f"C{index % 10}" if kept[index] else "white"
+            style = {"fmt": "os^Dv"[index // 10 % 5], "color": f"C{index % 10}", "mfc": face, "elinewidth": 0.8}
+            panel.errorbar(x.mean, y.mean, **bars, **style, label=arm)
+        start = starts(runs, names)
+        panel.plot(start[a], start[b], "k*", label="start")
+        panel.plot(reference[a], reference[b], "k+", label="reference")
+        panel.set_xlabel(names[a])
+        panel.set_ylabel(names[b])
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return figure

@@ -1,0 +1,112 @@
+"""Where runs end, and what that says of their rules: intervals over seeds, the Pareto front and its indicators.
+
+All rewards are maximised. A run ends where the mean of its last fifth of steps is, one of its objectives' columns each.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import moocore
+import numpy as np
+from scipy.stats import t as student
+
+from pama_plugin.runs.logs import Run, Series
+
+FIFTH = 0.2
+
+
+class Interval(NamedTuple):
+    """A mean over n values and half the width of its 95 % confidence interval, Student's; NaN for one value alone."""
+
+    mean: float
+    half: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" if math.isnan(self.half) else f"{self.mean:.3f} ± {self.half:.3f}"
+
+    @property
+    def excludes_zero(self) -> bool:
+        return abs(self.mean) > self.half  # false for NaN
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """``mean ± t_{.975, n−1} · s / √n``.
+
+    >>> print(interval([1.0, 2.0, 3.0]))
+    2.000 ± 2.484
+    """
+    n = len(values)
+    half = student.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return Interval(statistics.fmean(values) if n else math.nan, float(half), n)
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> Interval:
+    """Of the differences, ours − theirs, over the seeds that both have."""
+    return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+
+
+def fifth(series: Series, *, last: bool) -> float:
+    """The mean of the first or last fifth of the steps, at least one, without those that are NaN; NaN for none."""
+    values = [value for _, value in series if not math.isnan(value)]
+    count = max(1, int(len(values) * FIFTH))
+    part = values[-count:] if last else values[:count]
+    return statistics.fmean(part) if part else math.nan
+
+
+class Indicators(NamedTuple):
+    """Of some points: hypervolume above the reference (larger is better); IGD+ and ε to a front (smaller is)."""
+
+    hypervolume: float
+    igd_plus: float
+    epsilon: float
+
+
+def indicators(points: np.ndarray, front: np.ndarray, reference: Sequence[float]) -> Indicators:
+    """moocore's, of (points, objectives) to maximise; ``front`` is what IGD+ and additive ε are distances to.
+
+    >>> indicators(np.array([[1.0, 2.0]]), np.array([[1.0, 2.0], [2.0, 1.0]]), [0.0, 0.0])
+    Indicators(hypervolume=2.0, igd_plus=0.5, epsilon=1.0)
+    """
+    return Indicators(
+        float(moocore.hypervolume(points, ref=reference, maximise=True)),
+        float(moocore.igd_plus(points, ref=front, maximise=True)),
+        float(moocore.epsilon_additive(points, ref=front, maximise=True)),
+    )
+
+
+def nondominated(points: np.ndarray) -> np.ndarray:
+    """(n,) true for the points that no other is at least as good as in all objectives and better in one."""
+    kept: np.ndarray = moocore.is_nondominated(points, maximise=True, keep_weakly=True)
+    return kept
+
+
+def last_fifth(series: Series) -> float:
+    """Where a run ends."""
+    return fifth(series, last=True)
+
+
+def whole_mean(series: Series) -> float:
+    """The mean of all steps that are not NaN: the sooner a reward rises, the larger."""
+    return statistics.fmean([value for _, value in series if not math.isnan(value)] or [math.nan])
+
+
+def ends(runs: Iterable[Run], names: Sequence[str], measure: Callable[[Series], float] = last_fifth) -> np.ndarray:
+    """(runs, objectives) where each ends, or another measure of each reward's series."""
+    return np.array([[measure(run.scalars[f"reward/{name}"]) for name in names] for run in runs])
+
+
+def starts(runs: Iterable[Run], names: Sequence[str]) -> np.ndarray:
+    """(objectives,) the mean of all runs' first steps: the policy that they began with, before any update."""
+    first = np.array([[run.scalars[f"reward/{name}"][0][1] for name in names] for run in runs])
+    return np.asarray(first.mean(0))
+
+
+def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Arm → its seeds, in the order in which arms appear."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.arm, []).append(run)
+    return found

@@ -1,0 +1,262 @@
+"""``pama sweep``: every rule, weight and seed of a file, one folder and one result each; started again, it goes on.
+
+    flags: --actor.model_name_or_path ./policy --data.prompt_dataset ./prompts.jsonl     # of every run
+    objectives:
+      sentiment: hf:./sentiment-model
+      length: builtin:length,scale=140
+    seeds: [1, 2, 3]
+    grids:                           # each one: rules × weights × seeds
+    - rules: {pama: --loss pama, linear: --loss linear}
+    - rules: {morlhf: --loss morlhf}
+      weights: [{sentiment: 1, length: 3}, {sentiment: 3, length: 1}]
+
+A run is known by a hash of its command, so that equal ones run once, whatever they are called.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pama_plugin import __version__
+from pama_plugin.errors import ConfigError
+from pama_plugin.runs.logs import RESULT, SPEC, read_scalars
+from pama_plugin.settings.flags import load_flags
+from pama_plugin.settings.run import UniqueKeyLoader
+
+GLOBAL_STEP = re.compile(r"Global step (\d+): ")  # as the host prints every step
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seeds = Annotated[list[int], Field(min_length=1)]
+
+
+class Grid(BaseModel):
+    """Rules × weights × seeds; every rule is a name and the flags that it is made of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rules: Annotated[dict[str, str], Field(min_length=1)]
+    weights: Annotated[list[dict[str, Weight]], Field(min_length=1)] = [{}]
+    seeds: Seeds | None = None
+
+
+class Sweep(BaseModel):
+    """The file: what all runs have in common, and the grids."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    flags: str = ""
+    objectives: Annotated[dict[str, str], Field(min_length=1)]
+    seeds: Seeds = [42]  # the host's own
+    grids: Annotated[list[Grid], Field(min_length=1)]
+
+
+class Job(NamedTuple):
+    """One run of a sweep. Runs that differ in the seed alone are of one arm."""
+
+    rule: str
+    weights: dict[str, float]
+    seed: int
+    flags: list[str]
+
+    @property
+    def arm(self) -> str:
+        return f"{self.rule} {':'.join(f'{weight:g}' for weight in self.weights.values())}".rstrip()
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(json.dumps(self.flags).encode()).hexdigest()[:12]
+
+    @property
+    def folder(self) -> str:
+        name = re.sub(r"[^\w.=+-]+", "-", self.arm)
+        return f"{name}-seed{self.seed}-{self.identity}"
+
+
+def load_sweep(file: Path) -> list[Job]:
+    """The runs of a file without repetitions: all with their first seed, all with their second, ….
+
+    However early a sweep is stopped, its arms have then much the same seeds.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not say what to run.
+    """
+    try:
+        sweep = Sweep.model_validate(yaml.load(file.read_text(), UniqueKeyLoader))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigError(f"{file}: {where}: {first['msg']}, found {first['input']!r}") from error
+    jobs: dict[str, tuple[int, Job]] = {}
+    for grid in sweep.grids:
+        for rule, own in grid.rules.items():
+            for weights in grid.weights:
+                if unknown := sorted(set(weights) - set(sweep.objectives)):
+                    raise ConfigError(
+                        f"{file}: weights must be of {', '.join(sweep.objectives)}, found {', '.join(unknown)}"
+                    )
+                for turn, seed in enumerate(grid.seeds or sweep.seeds):
+                    job = _make_job(sweep, rule, own, weights, seed)
+                    jobs.setdefault(job.identity, (turn, job))
+    return [job for _, job in sorted(jobs.values(), key=lambda found: found[0])]
+
+
+def _make_job(sweep: Sweep, rule: str, own: str, weights: dict[str, float], seed: int) -> Job:
+    objectives = [
+        f"{name}={spec},weight={weights[name]:g}" if name in weights else f"{name}={spec}"
+        for name, spec in sweep.objectives.items()
+    ]
+    flags = shlex.split(sweep.flags) + shlex.split(own) + ["--train.seed", str(seed)]
+    for objective in objectives:
+        flags += ["--pama.objective", objective]
+    return Job(rule, weights, seed, flags)
+
+
+def _check(jobs: list[Job], file: Path) -> None:
+    """Refuse a sweep of which one run would fail at its start, before the first is started."""
+    for job in jobs:
+        try:
+            if load_flags(job.flags) is None and not any(flag.startswith("--pama.conf") for flag in job.flags):
+                raise ConfigError("every rule needs --loss RULE, in full, found none")
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {job.arm}: {error}") from error
+
+
+def run_sweep(options: argparse.Namespace) -> int:
+    """Run what has no result yet, ``options.jobs`` at a time; the exit status is 1 if a run failed.
+
+    A run that fails, or was killed, starts anew the next time. One that is going on elsewhere is left to that.
+    """
+    from tqdm import tqdm
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the runs must not survive it
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs must be at least 1, found {options.jobs}")
+    jobs, out = load_sweep(options.file), options.out
+    waiting = [job for job in jobs if not (out / job.folder / RESULT).exists()]
+    _check(waiting, options.file)
+    print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done; logs and results: {out}", flush=True)
+    outcomes: dict[str, list[str]] = {"done": [], "failed": [], "running elsewhere": []}
+    steps: dict[str, int] = {}
+    # A thread waits for its process and does nothing else.
+    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), initial=len(jobs) - len(waiting)) as bar:
+
+        def show(job: Job, step: int) -> None:
+            steps[job.folder] = step
+            bar.set_postfix_str(", ".join(f"{folder} step {step}" for folder, step in steps.items()))
+
+        futures = {pool.submit(run_job, job, out / job.folder, show): job for job in waiting}
+        try:
+            for future in as_completed(futures):
+                job = futures[future]
+                outcome = future.result()
+                outcomes[outcome].append(job.folder)
+                steps.pop(job.folder, None)
+                bar.update(outcome == "done")
+                if outcome != "done":
+                    bar.write(f"{job.folder}: {outcome}")
+        except BaseException:  # Ctrl-C: what has not begun must not begin, what has is stopped by its own thread
+            pool.shutdown(wait=False, cancel_futures=True)
+            _stop_all()
+            raise
+    for folder in outcomes["failed"]:
+        print(f"failed: {out / folder / 'run.log'}")
+    print(f"pama report {out}")
+    return 1 if outcomes["failed"] else 0
+
+
+_running: set[int] = set()  # process groups
+
+
+def _stop_all() -> None:
+    for group in list(_running):
+        os.killpg(group, signal.SIGTERM)
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[int | None]:
+    """An exclusive lock, or None. A process that inherits it holds it, even when this one has been killed."""
+    with file.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+        else:
+            yield held.fileno()
+
+
+def run_job(job: Job, folder: Path, show: Any) -> str:
+    """``done``, ``failed`` or ``running elsewhere``; a result is written whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder / "lock") as held:
+        if held is None:
+            return "running elsewhere"
+        if (folder / RESULT).exists():  # another sweep was faster
+            return "done"
+        for rest in ("logs", "checkpoints", "model"):
+            shutil.rmtree(folder / rest, ignore_errors=True)
+        spec = {"arm": job.arm, "rule": job.rule, "weights": job.weights, "seed": job.seed, "flags": job.flags}
+        (folder / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
+        places = ("--logger.tensorboard_dir", "logs", "--ckpt.path", "checkpoints", "--ckpt.output_dir", "model")
+        paths = [part if part.startswith("--") else str(folder.absolute() / part) for part in places]
+        command = [str(Path(sys.executable).with_name("pama")), "train", *job.flags, *paths]
+        start = time.time()
+        with (folder / "run.log").open("w") as log:
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                pass_fds=[held],
+                start_new_session=True,
+            )
+            _running.add(process.pid)
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    log.write(line)
+                    log.flush()
+                    if match := GLOBAL_STEP.search(line):
+                        show(job, int(match[1]))
+                status = process.wait()
+            finally:
+                _running.discard(process.pid)
+        if status:
+            return "failed"
+        try:
+            _write_result(folder, spec, time.time() - start)
+        except ConfigError as error:
+            (folder / "run.log").open("a").write(f"pama sweep: {error}\n")
+            return "failed"
+        return "done"
+
+
+def _write_result(folder: Path, spec: dict[str, Any], seconds: float) -> None:
+    scalars = {
+        tag: [[step, float(f"{value:.6g}")] for step, value in series]
+        for tag, series in sorted(read_scalars(folder / "logs").items())
+    }
+    result = spec | {"version": __version__, "seconds": round(seconds, 1), "scalars": scalars}
+    partial = folder / f"{RESULT}.partial"
+    partial.write_text(json.dumps(result) + "\n")
+    partial.replace(folder / RESULT)

@@ -1,0 +1,401 @@
+"""What the user asked for: parsed and validated once, before Ray starts, then frozen.
+
+The same settings come from flags or from YAML, and flags win:
+
+    --loss pama --pama.objective "sentiment=rm:./reward-model" --pama.objective "length=builtin:length,scale=140"
+
+    loss: pama
+    objectives:
+      sentiment: rm:./reward-model
+      length: {kind: builtin, location: length, scale: 140}
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from pama_plugin.aggregation import LEVELS, Aggregation, aggregate, available_rules, check_options, get_rule
+from pama_plugin.errors import ConfigError
+from pama_plugin.rewards.kinds import Kind
+from pama_plugin.settings.objective import Objective, describe_error, make_objective, parse_objective
+
+STOCK = "ppo"
+BestRule = Literal["min", "weighted", "hypervolume"]
+BEST_RULES = get_args(BestRule)
+ProbeMode = Literal["off", "warn", "strict"]
+PROBE_MODES = get_args(ProbeMode)
+CHOICES: dict[str, tuple[str, ...]] = {"level": LEVELS, "best": BEST_RULES, "probe": PROBE_MODES}
+
+# From so many objectives on, pama warns: independent ones agree on a share of 2^(1−K), 3 % of six.
+MANY_OBJECTIVES = 6
+
+
+class StopAtFront(BaseModel):
+    """End the run once fewer than ``share`` of the tokens had an advantage in each of so many steps.
+
+    >>> StopAtFront.model_validate("0.1:3")
+    StopAtFront(share=0.1, steps=3)
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    share: float = Field(gt=0, le=1)
+    steps: int = Field(default=5, ge=1)  # of a batch the share is a noisy number
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, given: Any) -> Any:
+        if isinstance(given, str | int | float) and not isinstance(given, bool):
+            share, colon, steps = str(given).partition(":")
+            return {"share": share, "steps": steps} if colon else {"share": share}
+        return given
+
+
+class PamaConfig(BaseModel):
+    """The whole run: which rule combines which objectives, and how.
+
+    Raises:
+        ValidationError: whatever cannot be run, with the flag, the rule and what was found.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    loss: str
+    objectives: tuple[Objective, ...]
+    level: Literal["token", "sequence", "batch"] = "token"
+    noon: bool | None = None  # None is replaced by what the rule does, if it knows Noon
+    whiten: bool = False
+    options: dict[str, Any] = {}
+    best: BestRule | None = None
+    probe: ProbeMode = "warn"
+    probe_gradients: int | None = None
+    stop_at_front: StopAtFront | None = None
+
+    @field_validator(*CHOICES, mode="before")
+    @classmethod
+    def _is_a_choice(cls, given: Any, info: ValidationInfo) -> Any:
+        choices = CHOICES[str(info.field_name)]
+        if given is not None and given not in choices:
+            raise ValueError(f"--pama.{info.field_name} must be one of {', '.join(choices)}, found {given!r}")
+        return given
+
+    @field_validator("noon", "whiten", mode="before")
+    @classmethod
+    def _is_true_or_false(cls, given: Any) -> Any:
+        if not isinstance(given, bool | None):
+            raise ValueError("must be true or false")
+        return given
+
+    @field_validator("probe_gradients", mode="before")
+    @classmethod
+    def _is_a_number_of_steps(cls, every: Any) -> Any:
+        if every is not None and not (str(every).isdecimal() and int(every) > 0):
+            raise ValueError(f"--pama.probe_gradients must be a whole number of steps, at least 1, found {every!r}")
+        return every
+
+    @field_validator("stop_at_front", mode="before")
+    @classmethod
+    def _is_a_share_and_steps(cls, stop: Any) -> Any:
+        try:
+            return stop if stop is None else StopAtFront.model_validate(stop)
+        except ValidationError:
+            raise ValueError(
+                "--pama.stop_at_front must be SHARE[:STEPS], a share above 0 and up to 1 and a whole number of steps, "
+                f"found {stop!r}"
+            ) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Convert the options to what the rule takes, and ask it for its default of Noon."""
+        if not isinstance(given, dict) or given.get("loss") not in available_rules():
+            return given
+        rule, noon = get_rule(given["loss"]), given.get("noon")
+        try:
+            options = check_options(given["loss"], given.get("options", {}))
+        except ValueError as error:
+            raise ValueError(f"--pama.option: {error}") from error
+        if noon is None and "noon" in rule.parameters:
+            noon = rule.parameters["noon"].default
+        return given | {"options": options, "noon": noon}
+
+    @model_validator(mode="after")
+    def _can_run(self) -> "PamaConfig":
+        if self.loss not in available_rules():
+            known = ", ".join(available_rules())
+            raise ValueError(f"--loss must be one of {known}, or {STOCK} without objectives, found {self.loss!r}")
+        rule = get_rule(self.loss)
+        repeated = sorted({name for name in self.names if self.names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"objective names must differ, found {', '.join(repeated)} twice")
+        if "train" not in [objective.role for objective in self.objectives]:
+            found = ", ".join(self.names) or "no objective"
+            raise ValueError(f"at least one objective must have role=train, found none among {found}")
+        constraints = ", ".join(objective.name for objective in self.objectives if objective.role == "constraint")
+        if rule.constrained and not constraints:
+            raise ValueError(f"--loss {self.loss} needs an objective with role=constraint,threshold=NUMBER, found none")
+        if constraints and not rule.constrained:
+            raise ValueError(
+                f"role=constraint needs a rule that knows constraints, found {constraints} with --loss {self.loss}"
+            )
+        if self.noon is not None and "noon" not in rule.parameters:
+            flag = "noon" if self.noon else "no_noon"
+            raise ValueError(f"--pama.{flag} has no meaning with --loss {self.loss}: leave it out")
+        if self.whiten and rule.combines == "rewards":
+            raise ValueError(f"--pama.whiten is of advantages, and --loss {self.loss} combines rewards: leave it out")
+        _rehearse(self)
+        if self.stop_at_front is not None:
+            _check_stop_at_front(self, self.stop_at_front)
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(objective.name for objective in self.objectives)
+
+    @property
+    def trained(self) -> tuple[Objective, ...]:
+        """The objectives that the aggregation combines, and the critic has a head for; all others are only logged."""
+        return tuple(objective for objective in self.objectives if objective.role != "monitor")
+
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        return tuple(objective.name for objective in self.trained)
+
+    def weights_at(self, steps_done: int) -> tuple[float, ...]:
+        """Those of the trained objectives, in the step that follows ``steps_done`` others."""
+        return tuple(objective.weight.at(steps_done) for objective in self.trained)
+
+    def combine(
+        self,
+        values_KBA: torch.Tensor,
+        mask_BA: torch.Tensor,
+        *,
+        steps_done: int,
+        groups_B: torch.Tensor,
+        violations: list[float | None],
+        multipliers: list[float | None],
+        active: list[bool] | None = None,
+        present_KB: torch.Tensor | None = None,
+    ) -> Aggregation:
+        """Call the rule with all that it may ask for: in training, and in the rehearsal at start."""
+        duals = {"violations_K": violations, "multipliers_K": multipliers}
+        return aggregate(
+            self.loss,
+            values_KBA,
+            mask_BA,
+            level=self.level,
+            noon=self.noon,
+            weights=self.weights_at(steps_done),
+            whiten=self.whiten,
+            active=active,
+            present_KB=present_KB,
+            groups_B=groups_B,
+            **self.options,
+            **{key: given for key, given in duals.items() if key in get_rule(self.loss).parameters},
+        )
+
+    def of_kind(self, *kinds: Kind) -> tuple[Objective, ...]:
+        return tuple(objective for objective in self.objectives if objective.kind in kinds)
+
+
+def load_config(
+    loss: str | None,
+    objectives: Iterable[str],
+    file: str | None,
+    level: str | None,
+    noon: bool | None,
+    best: str | None = None,
+    probe: str | None = None,
+    whiten: bool | None = None,
+    option: Iterable[str] = (),
+    probe_gradients: str | None = None,
+    stop_at_front: str | None = None,
+    *,
+    default_level: str,
+) -> PamaConfig:
+    """Merge flags and file. A flag replaces what the file says of the same setting, an objective the same name's.
+
+    Raises:
+        ConfigError: the first thing that cannot be run, with the flag or file, the rule and what was found.
+    """
+    content = _read(file) if file else {}
+    flags = {
+        "loss": loss,
+        "level": level,
+        "noon": noon,
+        "whiten": whiten,
+        "best": best,
+        "probe": probe,
+        "probe_gradients": probe_gradients,
+        "stop_at_front": stop_at_front,
+    }
+    given = {key: value for key, value in content.items() if value is not None or key == "probe"}
+    settings = given | {key: value for key, value in flags.items() if value is not None}
+    settings["objectives"] = _merge(objectives, content, file)
+    settings["options"] = _read_options(content.get("options", {}), option)
+    if not settings.get("probe", True):  # as YAML reads off, and nothing
+        settings["probe"] = "off"
+    if (name := settings.setdefault("loss", "")) in available_rules():
+        for key in ("level", "noon"):  # here, because every configuration has a level
+            if settings.get(key) is not None and key not in get_rule(name).parameters:
+                flag = "no_noon" if settings[key] is False else key
+                raise ConfigError(f"--pama.{flag} has no meaning with --loss {name}: leave it out")
+    settings.setdefault("level", default_level)
+    try:
+        return PamaConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(describe_error(error)) from error
+
+
+def _rehearse(config: PamaConfig) -> None:
+    """Call the rule once, on zeros: options that do not fit each other, or the objectives, are refused here."""
+    try:
+        _combine(config, torch.zeros(len(config.trained), 2, 1))
+    except ValueError as error:
+        raise ValueError(f"--loss {config.loss}: {error}") from error
+
+
+def _check_stop_at_front(config: PamaConfig, stop: StopAtFront) -> None:
+    """Refuse a rule that trains on responses over which objectives disagree, and a share that chance falls below."""
+    count = len(config.trained)
+    if count < 2:
+        raise ValueError("--pama.stop_at_front needs at least two objectives that train, found one")
+    disagreeing_KB1 = torch.tensor([[2.0, -1.0, 1.0, -1e-3]] + [[-1.0, 3.0, -1e-3, 1.0]] * (count - 1)).unsqueeze(-1)
+    if _combine(config, disagreeing_KB1).metrics["active_fraction"] > 0:
+        how = f" --pama.level {config.level}" if "level" in get_rule(config.loss).parameters else ""
+        raise ValueError(
+            "--pama.stop_at_front needs a rule that gives no advantage where objectives disagree, such as pama by "
+            f"token or by sequence without soft, found --loss {config.loss}{how}"
+        )
+    if stop.share > _share_by_chance(config) / 2:
+        raise ValueError(
+            f"--pama.stop_at_front: {count} independent objectives already leave {_share_by_chance(config):.3g} of the "
+            f"tokens an advantage, so SHARE must be at most half of that, found {stop.share:g}"
+        )
+
+
+def _share_by_chance(config: PamaConfig) -> float:
+    """On how much all objectives agree if they are independent: 2^(1−K), or 2^(−K) where only rises are kept."""
+    only_rises = config.noon is True and not config.options.get("leak")
+    return 2.0 ** (-len(config.trained) if only_rises else 1 - len(config.trained))
+
+
+def warn_of_many_objectives(config: PamaConfig) -> list[str]:
+    """What to say at start of a projection over so many objectives that hardly anything is agreed on."""
+    count = len(config.trained)
+    if config.loss != "pama" or config.level == "batch" or count < MANY_OBJECTIVES:
+        return []
+    scale = _combine(config, torch.zeros(count, 2, 1)).metrics.get("scale")
+    scaled = "" if scale is None else f", on which their advantages are multiplied by {scale:.4g}"
+    return [
+        f"--loss pama has {count} objectives: independent ones agree on {_share_by_chance(config):.1%} of the "
+        f"{'tokens' if config.level == 'token' else 'responses'}{scaled}; see pama/active_fraction, and compare with "
+        "--loss min_norm"
+    ]
+
+
+def _combine(config: PamaConfig, values_KB1: torch.Tensor) -> Aggregation:
+    """What the rule makes of responses to one prompt, of a token each."""
+    return config.combine(
+        values_KB1,
+        torch.ones(values_KB1.shape[1:]),
+        steps_done=0,
+        groups_B=torch.zeros(values_KB1.shape[1], dtype=torch.long),
+        violations=[0.0 if objective.role == "constraint" else None for objective in config.trained],
+        multipliers=[None] * len(config.trained),
+    )
+
+
+def load_objectives(objectives: Iterable[str], file: str | None) -> tuple[Objective, ...]:
+    """The objectives alone, of flags and file, without a rule that combines them; ``ConfigError`` as above."""
+    return _merge(objectives, _read(file) if file else {}, file)
+
+
+def dump_config(config: PamaConfig) -> str:
+    """The configuration as YAML that ``--pama.config`` takes, and makes the same configuration of."""
+    # The loader refuses what the rule does not take.
+    meaningless = {"level", "noon"} - set(get_rule(config.loss).parameters)
+    settings = config.model_dump(exclude={"objectives", *meaningless}, exclude_none=True)
+    settings["objectives"] = {objective.name: objective.dump() for objective in config.objectives}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _merge(objectives: Iterable[str], content: dict[str, Any], file: str | None) -> tuple[Objective, ...]:
+    merged = {name: make_objective(name, spec, f"{file}: objective {name!r}") for name, spec in _listed(content, file)}
+    flagged: dict[str, Objective] = {}
+    for text in objectives:
+        objective = parse_objective(text)
+        if objective.name in flagged:
+            raise ConfigError(f"--pama.objective {text!r}: objective names must differ, found {objective.name!r} twice")
+        flagged[objective.name] = objective
+    merged |= flagged
+    if not merged:
+        raise ConfigError("at least one --pama.objective NAME=KIND:LOCATION is needed, found none")
+    return tuple(merged.values())
+
+
+def _read_options(listed: Any, flagged: Iterable[str]) -> dict[str, Any]:
+    """Of a file's mapping and of ``KEY=VALUE`` flags, whose values are YAML."""
+    if not isinstance(listed, dict) or not all(isinstance(key, str) for key in listed):
+        raise ConfigError(f"options must map names to values, found {listed!r}")
+    given: dict[str, Any] = {}
+    for text in flagged:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--pama.option must be KEY=VALUE, found {text!r}")
+        if key in given:
+            raise ConfigError(f"--pama.option {text!r}: options must differ, found {key!r} twice")
+        try:
+            given[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"--pama.option {text!r}: the value is not valid YAML: {error}") from error
+    return listed | given
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML as SafeLoader reads it, except that a repeated key is an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"keys must differ, found {', '.join(repeated)} twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        content = yaml.load(Path(file).read_text(), UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"--pama.config: cannot read {file}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, too deep a nesting
+        raise ConfigError(f"--pama.config: {file} is not valid YAML: {error}") from error
+    known = sorted(PamaConfig.model_fields)
+    if not isinstance(content, dict) or set(content) - set(known):
+        unknown = [str(key) for key in content if key not in known] if isinstance(content, dict) else []
+        found = ", ".join(unknown) or type(content).__name__
+        raise ConfigError(f"--pama.config: {file} must be a mapping of {', '.join(known)}, found {found}")
+    return content
+
+
+def _listed(content: dict[str, Any], file: str | None) -> Iterable[tuple[str, Any]]:
+    listed = content.get("objectives", {})
+    if not isinstance(listed, dict):
+        raise ConfigError(
+            f"--pama.config: {file}: objectives must map names to specifications, found {type(listed).__name__}"
+        )
+    return listed.items()

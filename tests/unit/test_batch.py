@@ -1,0 +1,138 @@
+"""What becomes of a batch's rewards, without the host, Ray or a stand-in for either."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from pama_plugin.batch.combine import combine
+from pama_plugin.batch.metrics import name_metrics, reduce_columns
+from pama_plugin.batch.outcome import code_of, judge_column
+from pama_plugin.batch.shaping import apply_failure_policy, fill_in, measure, shape
+from pama_plugin.batch.state import Moments, RunState
+from pama_plugin.batch.table import RewardTable
+from pama_plugin.errors import RewardError
+from pama_plugin.settings.objective import parse_objective
+from pama_plugin.settings.run import PamaConfig
+
+NAN = math.nan
+
+
+def make_table(*rows: list[float], problems=None, order=None, group_size=2) -> RewardTable:
+    values_KB = torch.tensor(rows, dtype=torch.float64)
+    responses = values_KB.shape[1]
+    names = tuple("abc"[: len(rows)])
+    order_B = torch.tensor(order or range(responses))
+    return RewardTable(names, values_KB, problems or {}, order_B, group_size, (3, responses - 3))
+
+
+def objectives(*specs: str) -> tuple:
+    return tuple(parse_objective(f"{name}=builtin:length{spec}") for name, spec in zip("abc", specs))
+
+
+def test_grouping_and_back_is_the_identity() -> None:
+    table = make_table([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], order=[3, 0, 5, 1, 4, 2], group_size=3)
+    row_B = table.row("a")
+    assert torch.equal(table.ungrouped(table.grouped(row_B)), row_B)
+    assert table.grouped(row_B).tolist() == [[1, 3, 5], [0, 4, 2]]
+    assert table.groups_B.tolist() == [1, 0, 1, 0, 1, 0]
+    assert [part.tolist() for part in table.split(row_B)] == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("", "objective 'a': HTTP 502; the run was stopped .*'response 1'"),
+        (",on_failure=mask,max_failures=0.25", "2 of 4 responses .*max_failures=0.25; 1 of them: HTTP 502"),
+        (",on_failure=mask,max_failures=0.5", None),
+        (",on_failure=impute:0", None),
+    ],
+)
+def test_the_failure_policy_names_the_reason_and_a_response(policy, message) -> None:
+    table = make_table([1.0, NAN, NAN, 2.0], problems={("a", 1): "HTTP 502", ("a", 2): "no answer"})
+
+    def apply() -> None:
+        apply_failure_policy(objectives(policy), table, lambda response: f"response {response}")
+
+    if message is None:
+        apply()
+    else:
+        with pytest.raises(RewardError, match=message):
+            apply()
+
+
+def test_the_commonest_reason_is_named() -> None:
+    why = {("a", 0): "one", ("a", 1): "many", ("a", 3): "many"}
+    with pytest.raises(RewardError, match="2 of them: many.*Response: '1'"):
+        table = make_table([NAN, NAN, 1.0, NAN], problems=why)
+        apply_failure_policy(objectives(",on_failure=mask,max_failures=0.5"), table, str)
+
+
+def test_what_is_missing_is_imputed_or_left_out() -> None:
+    table = make_table([1.0, NAN, 3.0, NAN])
+    seen = Moments()
+    seen.update(torch.tensor([4.0, 6.0]))
+    (masked,), (imputed,), (mean,) = (objectives(f",on_failure={how}") for how in ("mask", "impute:7", "impute:mean"))
+    assert fill_in(masked, table, seen).isnan().tolist() == [False, True, False, True]
+    assert fill_in(imputed, table, seen).tolist() == [1, 7, 3, 7]
+    assert fill_in(mean, table, seen).tolist() == [1, 5, 3, 5]
+    assert fill_in(mean, table, Moments()).isnan().any(), "nothing was measured to impute"
+    filled_B = fill_in(masked, table, seen)
+    assert shape(masked, table, filled_B, seen, by_group=True).tolist() == [1, 1, 3, 3]
+    assert shape(masked, table, filled_B, seen, by_group=False).tolist() == [1, 2, 3, 2]
+
+
+def test_nothing_missing_is_measured_and_statistics_freeze() -> None:
+    config = PamaConfig(loss="linear", objectives=objectives(",normalize=running,freeze_after=1,on_failure=mask"))
+    state = RunState.start(config)
+    for _ in range(2):
+        measure(config.objectives, make_table([1.0, NAN, 3.0, NAN]), state)
+    assert (state.objectives["a"].rewards.count, state.objectives["a"].steps) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "reward", "problem"),
+    [
+        ("0:0.3", 0.3, None),  # which float32 has as 0.30000001
+        ("0.7:1", 0.7, None),  # and this as 0.69999999
+        ("0:0.3", 0.31, "returned 0.31.*, outside range=0:0.3"),
+        ("0:1", NAN, "returned nan"),
+        ("-inf:inf", math.inf, "returned inf"),
+        ("-inf:inf", 1e19, "returned .*, more than 1e\\+18"),
+    ],
+)
+def test_a_models_reward_is_judged_in_the_precision_it_was_made_in(bounds, reward, problem) -> None:
+    (objective,) = objectives(f",range={bounds}")
+    found = judge_column(objective, torch.tensor([reward], dtype=torch.float32))
+    assert (found == {}) if problem is None else re.fullmatch(problem, found[0])
+
+
+def test_a_problems_number_is_exact_in_a_column() -> None:
+    codes = [code_of(f"problem {index}") for index in range(1000)]
+    assert torch.tensor(codes, dtype=torch.float64).long().tolist() == codes and len(set(codes)) == 1000
+    assert code_of(None) == 0 not in codes
+
+
+def test_one_caller_gives_every_rule_what_it_asks_for() -> None:
+    specs = ("", ",role=constraint,threshold=2")
+    config = PamaConfig(loss="lagrangian", objectives=objectives(*specs))
+    state, table = RunState.start(config), make_table([1.0, 2.0, 3.0, 4.0], [1.0, NAN, 0.0, 2.0])
+    present_KB = table.values_KB.isfinite()
+    result = combine(config, state, table, torch.ones(2, 4, 1), torch.ones(4, 1), present_KB, 0)
+    multiplier = math.exp(0.1 * 1.0 * (2 - 1))  # rate · λ · (threshold − mean)
+    assert result.metrics["multiplier/1"] == pytest.approx(multiplier)
+    assert state.objectives["b"].multiplier == pytest.approx(multiplier)
+    named = name_metrics(config, result, 0)
+    assert named["pama/multiplier/b"] == pytest.approx(multiplier)
+    assert set(named) >= {"pama/gain/a", "pama/coefficient/b"}
+
+
+def test_columns_become_the_numbers_of_the_logs() -> None:
+    columns = {
+        "reward/a": torch.tensor([1.0, NAN, 3.0]),
+        "reward/b": torch.tensor([2.0, 2.0, 2.0]),
+        "pama/failures/a": torch.tensor([0.0, 1.0, 0.0]),
+    }
+    found = reduce_columns(columns, ["a", "b"])
+    assert found == {"reward/a": 2.0, "reward/b": 2.0, "pama/failures/a": 1.0}

@@ -100,6 +100,22 @@ def test_replicas_that_do_not_fit_a_gpu_are_refused() -> None:
         plan("a=hf:org/a,gpus=0.5,replicas=3")
 
 
+@pytest.mark.parametrize(("count", "threads"), [(1, [8]), (3, [2]), (99, [1])])
+def test_replicas_on_the_cpu_share_its_cores(count, threads, monkeypatch) -> None:
+    """Without a word of ours each would have one thread."""
+    from pama_plugin.host.actors import replicas
+    from pama_plugin.rewards.options import HfOptions
+
+    seen: list[int] = []
+    monkeypatch.setattr(replicas, "HfScorer", lambda *_: None)
+    monkeypatch.setattr(replicas.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    replicas.Replica("org/a", HfOptions(gpus=0, replicas=count))
+    assert seen == threads
+    replicas.Replica("org/a", HfOptions(gpus=1))
+    assert seen == threads
+
+
 @pytest.mark.parametrize(("replicas", "gpus"), [(2, "0.5"), pytest.param(3, "0", marks=pytest.mark.e2e)])
 def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
     replicas, gpus, local_ray, monkeypatch

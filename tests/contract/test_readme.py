@@ -14,7 +14,8 @@ HEAD = '{"weight_map": {"score.weight": "model.safetensors"}}'
 pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "pama_plugin").glob("*/README.md"))]
+README = "\n".join(page.read_text() for page in PAGES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 COMMANDS = [
     shlex.split(line, comments=True)
@@ -27,6 +28,24 @@ HOST_RUNS = [words for words in COMMANDS if words[:2] == ["pama", "train"] or HO
 
 def test_the_readme_has_what_is_tested_below() -> None:
     assert len(HOST_RUNS) == 3 and {"examples/quickstart.sh", "tests/run.sh"} <= {command[0] for command in COMMANDS}
+
+
+def test_the_first_page_is_short() -> None:
+    assert len(PAGES[0].read_text().splitlines()) <= 170
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page) -> None:
+    def anchors(text: str) -> set[str]:
+        headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith("http"):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text()), link
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command[0].endswith(".sh")])

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from typing import Any
 
@@ -27,6 +28,8 @@ class Replica:
         device = "cpu"
         if options.gpus > 0 and torch.cuda.is_available():
             device = f"cuda:{ray.get_gpu_ids()[0]}" if ray_noset_visible_devices() else "cuda"
+        if options.gpus == 0:  # Ray gives one thread to an actor that reserves no CPU
+            torch.set_num_threads(max((os.cpu_count() or 1) // options.replicas, 1))
         self.scorer = HfScorer(location, options, device)
 
     def ready(self) -> None:

@@ -74,10 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Score prompts and responses in a JSONL file with the objectives of a run, without training: a way "
         "to try another reward model in a minute.",
     )
-    if arguments[:1] == ["score"]:  # its flags are those of the kinds, which import what checks them
-        from pama_plugin.score import add_arguments
+    score.add_argument("file", type=Path, help='JSONL: {"prompt": text or messages, "response": text, "label": text}')
+    if arguments[:1] == ["score"]:  # kinds of other packages are imported to list them
+        from pama_plugin.settings.flags import add_objective_flags
 
-        add_arguments(score)
+        add_objective_flags(score)
+    score.add_argument("--out", type=Path, help="where the lines go with their rewards (default: FILE.scored.jsonl)")
+    score.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="the policy, whose tokens rm reads and builtin counts (default: the first rm objective's model)",
+    )
     options = parser.parse_args(arguments)
 
     from pama_plugin.errors import ConfigError

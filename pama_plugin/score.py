@@ -11,11 +11,9 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from pama_plugin.batch.outcome import Outcome, attempt, check_reward, load_scorer
+from pama_plugin.batch.outcome import Outcome, attempt, check_reward
 from pama_plugin.errors import ConfigError, PamaError
-from pama_plugin.rewards import Response
-from pama_plugin.rewards.options import HfOptions
-from pama_plugin.settings.flags import add_objective_flags
+from pama_plugin.rewards import Conversation, Response
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import load_objectives
 
@@ -32,18 +30,6 @@ class _Uncounted(Response):
         raise PamaError("counts tokens, which needs --tokenizer MODEL, the policy's folder")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags, and those that name objectives."""
-    add_objective_flags(parser)
-    parser.add_argument("file", type=Path, help='JSONL: {"prompt": text or messages, "response": text, "label": text}')
-    parser.add_argument("--out", type=Path, help="where the lines go with their rewards (default: FILE.scored.jsonl)")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="MODEL",
-        help="the policy, whose tokens rm reads and builtin counts (default: the first rm objective's model)",
-    )
-
-
 def score_file(options: argparse.Namespace) -> int:
     """Score every line, write the lines with their rewards, print a table; the exit code is 1 if an objective is dead.
 
@@ -54,7 +40,7 @@ def score_file(options: argparse.Namespace) -> int:
 
     flags = vars(options)
     objectives = load_objectives(flags["pama.objective"], flags["pama.config"])
-    if agents := [own.name for own in objectives if own.kind == "agent"]:
+    if agents := [objective.name for objective in objectives if objective.reward_kind.scored_in == "agent"]:
         raise ConfigError(f"pama score has no rollouts for an agent to score, found {agents[0]!r}")
     out = options.out or options.file.with_suffix(".scored.jsonl")
     if not out.parent.is_dir() or out.is_dir() or out.resolve() == options.file.resolve():
@@ -111,7 +97,7 @@ def _is_prompt(prompt: Any) -> bool:
 
 
 def _load_tokenizer(location: str | None, objectives: tuple[Objective, ...]) -> Any:
-    models = [own.location for own in objectives if own.kind == "rm"]
+    models = [objective.location for objective in objectives if objective.reward_kind.scored_in == "ranks"]
     location = location or (models[0] if models else None)
     if location is None:
         for own in objectives:
@@ -148,9 +134,10 @@ def _as_response(row: Row, tokenizer: Any) -> Response:
 def _score(
     objective: Objective, rows: list[Row], responses: list[Response], tokenizer: Any, advance: Callable[[int], Any]
 ) -> list[Outcome]:
-    if objective.kind == "hf":
-        return _score_hf(objective, rows, advance)
-    if objective.kind == "rm":
+    scored_in = objective.reward_kind.scored_in
+    if scored_in == "replicas":
+        return _score_texts(objective, rows, advance)
+    if scored_in == "ranks":
         from pama_plugin.host.reward_model import score_responses
 
         rewards = score_responses(objective, responses, tokenizer, advance)
@@ -158,15 +145,13 @@ def _score(
     return asyncio.run(_score_in_turn(objective, responses, advance))
 
 
-def _score_hf(objective: Objective, rows: list[Row], advance: Callable[[int], Any]) -> list[Outcome]:
+def _score_texts(objective: Objective, rows: list[Row], advance: Callable[[int], Any]) -> list[Outcome]:
     import torch
 
-    from pama_plugin.rewards.hf import Conversation, HfScorer
-
-    settings: Any = objective.settings
-    options: HfOptions = settings
+    options = objective.settings
+    device = "cuda" if torch.cuda.is_available() and options.gpus else "cpu"
     try:
-        scorer = HfScorer(objective.location, options, "cuda" if torch.cuda.is_available() and options.gpus else "cpu")
+        model = objective.reward_kind.resolve("load")(objective.location, options, device)
     except Exception as error:  # a label or a model that is not there, a damaged file
         raise ConfigError(f"objective {objective.name!r}: {_first_line(error)}") from error
     outcomes = []
@@ -174,7 +159,8 @@ def _score_hf(objective: Objective, rows: list[Row], advance: Callable[[int], An
         part = rows[start : start + options.batch_size]
         prompts = [row["prompt"] for row in part]
         messages = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
-        rewards = scorer.score_each([Conversation(own, row["response"]) for own, row in zip(messages, part)])
+        conversations = [Conversation(prompt, row["response"]) for prompt, row in zip(messages, part)]
+        rewards = model.score_each(conversations)
         outcomes += [check_reward(objective, reward) for reward in rewards]
         advance(len(part))
     return outcomes
@@ -184,7 +170,7 @@ async def _score_in_turn(
     objective: Objective, responses: list[Response], advance: Callable[[int], Any]
 ) -> list[Outcome]:
     try:
-        scorer = load_scorer(objective, patient=False)  # nothing is lost here if a server is down
+        scorer = objective.load_scorer(patient=False)  # nothing is lost here if a server is down
     except Exception as error:  # of the user's own file, too
         raise ConfigError(f"objective {objective.name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     slots = asyncio.Semaphore(AT_ONCE)

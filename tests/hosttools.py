@@ -110,6 +110,14 @@ def fixed_group(name: str, ranks: int = 1) -> Any:
     return RayActorGroup(1, ranks, ray.remote(Fixed), num_gpus_per_actor=0.2)
 
 
+def as_reward_groups(config: Any, actors: dict[str, Any]) -> SimpleNamespace:
+    """In the place of the driver's ``RewardGroups``: ``actors`` by objective, wrapped where they are the host's."""
+    from pama_plugin.host.actors.reward_groups import RankGroup
+
+    ranks = {each.name: RankGroup(each, actors[each.name]) for each in config.scored_in("ranks") if actors}
+    return SimpleNamespace(groups=(actors or {}) | ranks)
+
+
 def save_tiny_model(folder: Path, tokens: int, *, embeddings: int | None = None, word: str = "t") -> str:
     """A folder with configuration, tokenizer and table of weights of a reward model whose tokens are t0, t1, …
 

@@ -1,14 +1,13 @@
-"""One objective, one response: load what scores, and tell a reward from a failure."""
+"""The outcome of one objective for one response: a reward or a failure, judged where it is made."""
 
 import hashlib
 import math
 from collections.abc import Awaitable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from pama_plugin.errors import PamaError, RewardError
-from pama_plugin.rewards import Scorer, load_builtin, load_function
 from pama_plugin.rewards.options import LARGEST
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.values import Bounds
@@ -19,18 +18,6 @@ class Outcome(NamedTuple):
 
     reward: float
     problem: str | None = None
-
-
-def load_scorer(objective: Objective, *, patient: bool) -> Scorer:
-    """Of a ``py``, ``http`` or ``builtin`` objective; ``patient`` is for servers, see ``load_http``."""
-    if objective.kind == "builtin":
-        return load_builtin(objective.location, objective.options)
-    settings: Any = objective.settings
-    if objective.kind == "py":
-        return load_function(objective.location, settings)
-    from pama_plugin.rewards.http import load_http
-
-    return load_http(objective.location, settings, patient=patient)
 
 
 async def attempt(objective: Objective, reward: Awaitable[float]) -> Outcome:

@@ -43,6 +43,29 @@ def apply_failure_policy(objectives: Sequence[Objective], table: RewardTable, te
             raise RewardError(objective.name, problem, text(response))
 
 
+def shape_trained(
+    objectives: Sequence[Objective], table: RewardTable, state: RunState, *, by_group: bool
+) -> tuple[Tensor, Tensor]:
+    """The rewards that the estimator is given, and which of them count.
+
+    Args:
+        objectives: the K that are combined.
+        table: rewards of these, and of others.
+        state: their running statistics.
+        by_group: whether the estimator compares the responses to one prompt, or all of the batch.
+
+    Returns:
+        (K, B) float32, finite; (K, B) bool, false where an objective has no reward, neither computed nor imputed.
+    """
+    moments = [state.objectives[objective.name].rewards for objective in objectives]
+    filled_KB = torch.stack([fill_in(*each, table) for each in zip(objectives, moments)])
+    shaped = [
+        table.ungrouped(shape_rewards(objective, table.grouped(filled_B.float()), moment, fill_by_group=by_group))
+        for objective, filled_B, moment in zip(objectives, filled_KB, moments)
+    ]
+    return torch.stack(shaped), filled_KB.isfinite()
+
+
 def measure(objectives: Sequence[Objective], table: RewardTable, state: RunState) -> None:
     """Take the measured rewards into the running statistics; frozen after so many steps, once anything has varied."""
     for objective in objectives:
@@ -54,22 +77,16 @@ def measure(objectives: Sequence[Objective], table: RewardTable, state: RunState
         own.steps += 1
 
 
-def fill_in(objective: Objective, table: RewardTable, seen: Moments) -> Tensor:
+def fill_in(objective: Objective, moments: Moments, table: RewardTable) -> Tensor:
     """(B,): what was measured or is imputed; NaN where the objective is left out of the combination."""
     rewards_B = table.row(objective.name)
     if objective.on_failure.action == "impute":
         value = objective.on_failure.value
-        if value is None and seen.count:
-            value = seen.mean
+        if value is None and moments.count:
+            value = moments.mean
         if value is not None:
             return rewards_B.nan_to_num(value)
     return rewards_B
-
-
-def shape(objective: Objective, table: RewardTable, filled_B: Tensor, seen: Moments, *, by_group: bool) -> Tensor:
-    """(B,) float32: what the host's estimator is given of one objective, of what ``fill_in`` made."""
-    rewards_GN = table.grouped(filled_B.float())
-    return table.ungrouped(shape_rewards(objective, rewards_GN, seen, fill_by_group=by_group))
 
 
 def shape_rewards(objective: Objective, rewards_GN: Tensor, seen: Moments, *, fill_by_group: bool) -> Tensor:

@@ -1,20 +1,11 @@
 """What a resumed run must know of the one before: our part of the host's checkpoint, as JSON."""
 
-import hashlib
 import math
-import re
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from pama_plugin.rewards import split_location
-from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
-
-_MIB = 2**20
-# Options of the kinds that do not change what a response scores.
-HOW_IT_RUNS = ["gpus", "nodes", "offload", "replicas", "batch_size", "timeout", "retries", "concurrency", "token_env"]
 
 
 class Moments(BaseModel):
@@ -75,7 +66,7 @@ class RunState(BaseModel):
     @classmethod
     def start(cls, config: PamaConfig, agent: str | None = None) -> "RunState":
         """The state before the first step; ``agent`` is the file of the user's own agent, if there is one."""
-        fresh = {objective.name: ObjectiveState(scorer=identify(objective, agent)) for objective in config.objectives}
+        fresh = {objective.name: ObjectiveState(scorer=objective.identity(agent)) for objective in config.objectives}
         weights = ", ".join(f"{objective.name} {objective.weight}" for objective in config.trained)
         how = (config.loss, config.level, config.noon, config.whiten, config.options, config.stop_at_front)
         return cls(
@@ -101,38 +92,3 @@ class RunState(BaseModel):
         }
         if self.front == saved.front and not swapped:
             self.steps_at_front = saved.steps_at_front
-
-
-def identify(objective: Objective, agent: str | None = None) -> str:
-    """Kind, location and options, with a hash of what local files hold: the same text means the same scorer.
-
-    Of a model's weights the hash covers sizes, and the first and the last MiB, of each file. Where it runs is no part.
-
-    >>> from pama_plugin.settings.objective import parse_objective
-    >>> identify(parse_objective("length=builtin:length,scale=140,weight=2"))
-    'builtin:length scale=140'
-    """
-    only_how = () if objective.kind == "builtin" else HOW_IT_RUNS
-    options = sorted(f" {key}={value}" for key, value in objective.options.items() if key not in only_how)
-    location = objective.location
-    if objective.kind == "http":  # a URL's query may hold a key
-        location = re.sub(r"(?<=\?)[^|]+", lambda query: hashlib.sha256(query[0].encode()).hexdigest()[:16], location)
-    scorer = f"{objective.kind}:{location}{''.join(options)}"
-    files = []
-    if objective.kind == "py":
-        files = [split_location(objective.location)[0]]
-    elif objective.kind == "agent" and agent is not None:
-        files = [Path(agent)]
-    elif objective.kind in ("rm", "hf"):
-        folder = Path(objective.location)
-        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
-    if not files:
-        return scorer
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {size}".encode() + stream.read(_MIB))
-            stream.seek(max(size - _MIB, 0))
-            digest.update(stream.read(_MIB))
-    return f"{scorer} sha256:{digest.hexdigest()[:16]}"

@@ -247,7 +247,7 @@ def _tokenizers(args: Any) -> Iterator[Check]:
     except (ConfigError, OSError) as error:
         yield Check("tokenizers", "FAIL", str(error))
         return
-    models = args.pama.of_kind("rm") if hasattr(args, "pama") else ()
+    models = args.pama.scored_in("ranks") if hasattr(args, "pama") else ()
     readers = {objective.name: objective.location for objective in models}
     if args.critic.model_name_or_path:
         readers["critic"] = args.critic.model_name_or_path

@@ -18,15 +18,15 @@ def score_responses(
     objective: Objective, responses: list[Response], tokenizer: Any, advance: Callable[[int], Any]
 ) -> list[float]:
     """The rewards of the policy's tokens, as in training, without --reward.normalize_enable."""
-    settings: Any = objective.settings
-    check_value_head(f"--pama.objective {objective.name}", objective.location, settings.value_head_prefix)
+    prefix = objective.settings.value_head_prefix
+    check_value_head(f"--pama.objective {objective.name}", objective.location, prefix)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = get_llm_for_sequence_regression(
         objective.location,
         "reward",
         param_dtype="bf16" if device == "cuda" else "fp32",
         attn_implementation="sdpa",
-        value_head_prefix=settings.value_head_prefix or "score",
+        value_head_prefix=prefix or "score",
     )
     model.to(device).eval()
     rewards: list[float] = []

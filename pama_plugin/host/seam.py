@@ -84,10 +84,10 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     config, resume = prepare_resume(args, config, allow_other_objectives=allowed["other_objectives"])
 
     args.pama = config
-    if scored_by_models := config.of_kind("rm", "hf"):
+    if scored_by_models := config.scored_in("ranks", "replicas"):
         # Truthy, so that the host initialises the reward groups.
         setattr(args, "reward.model_name_or_path", scored_by_models[0].location)
-    models = [own for own in config.trained if own.kind == "rm"]
+    models = [objective for objective in config.scored_in("ranks") if objective in config.trained]
     if models and estimator == "gae" and getattr(args, "critic.model_name_or_path") is None:
         setattr(args, "critic.model_name_or_path", models[0].location)  # as the host does with its one reward model
     critic = getattr(args, "critic.model_name_or_path") or getattr(args, "actor.model_name_or_path")
@@ -129,10 +129,10 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
             "least 2, found 1"
         )
     if getattr(args, "algo.dynamic_filtering_enable"):
-        if late := config.of_kind("rm", "hf"):
+        if late := config.scored_in("ranks", "replicas"):
             raise ConfigError(
-                "--algo.dynamic_filtering_enable needs every reward in the rollout, where rm and hf objectives are not "
-                f"scored, found {', '.join(objective.name for objective in late)}"
+                "--algo.dynamic_filtering_enable needs every reward in the rollout, found "
+                f"{', '.join(f'{objective.name} of kind {objective.kind}' for objective in late)}, scored after it"
             )
         # Filtering comes before the failures are dealt with: a prompt whose responses have no reward has no rating.
         if tolerant := [own.name for own in config.trained if own.on_failure.action != "fail"]:
@@ -154,7 +154,7 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
                 )
     ranks_in_step = getattr(args, "ds.ring_attn_size") * getattr(args, "ds.tensor_parallel_size")
     evaluates = getattr(args, "train.async_enable") and getattr(args, "eval.dataset")
-    if evaluates and config.of_kind("rm") and ranks_in_step > 1:
+    if evaluates and config.scored_in("ranks") and ranks_in_step > 1:
         raise ConfigError(
             "--eval.dataset with --train.async_enable scores from two processes at once, which would mix the batches "
             "of rm objectives whose ranks work on one sequence together: leave out one of the two, or take "
@@ -168,7 +168,7 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
 
 
 def _check_agent(agent: str | None, config: PamaConfig) -> None:
-    names = ", ".join(objective.name for objective in config.of_kind("agent"))
+    names = ", ".join(objective.name for objective in config.scored_in("agent"))
     if names and not agent:
         raise ConfigError(f"objectives of kind agent need --train.agent_func_path, found none with {names}")
     if agent and not Path(agent).is_file():
@@ -178,26 +178,22 @@ def _check_agent(agent: str | None, config: PamaConfig) -> None:
 def _check_models(args: argparse.Namespace, config: PamaConfig) -> list[str]:
     """Warnings of what may be meant otherwise; ``ConfigError`` where a model cannot read the policy's token ids."""
     warnings = []
-    for objective in config.of_kind("http"):
-        from pama_plugin.rewards.http import check_http
-
-        warnings += [
-            f"objective {objective.name!r}: {line}" for line in check_http(objective.location, objective.settings)
-        ]
-    if getattr(args, "train.agent_func_path") and not config.of_kind("agent"):
+    for objective in config.objectives:
+        warnings += [f"objective {objective.name!r}: {line}" for line in objective.check()]
+    if getattr(args, "train.agent_func_path") and not config.scored_in("agent"):
         warnings.append(
             "--train.agent_func_path: what the agent rewards is no objective; NAME=agent:reward makes it one"
         )
     if args.use_ms:  # the host turns to another hub only after its flags are parsed
         return warnings
-    readers = {f"--pama.objective {objective.name}": objective.location for objective in config.of_kind("rm")}
+    readers = {f"--pama.objective {objective.name}": objective.location for objective in config.scored_in("ranks")}
     critic = getattr(args, "critic.model_name_or_path")
     if critic and getattr(args, "algo.advantage.estimator") == "gae":
         readers["--critic.model_name_or_path"] = critic
     warnings += check_vocabularies(getattr(args, "actor.model_name_or_path"), readers)
-    for objective in config.of_kind("rm"):
-        options: Any = objective.settings
-        check_value_head(f"--pama.objective {objective.name}", objective.location, options.value_head_prefix)
+    for objective in config.scored_in("ranks"):
+        prefix = objective.settings.value_head_prefix
+        check_value_head(f"--pama.objective {objective.name}", objective.location, prefix)
     return warnings
 
 
@@ -251,7 +247,7 @@ def _ready(
             print(f"[Warning] {error}", flush=True)
         if resume is not None:
             resume.point()
-        if config.of_kind("rm", "hf"):
+        if config.scored_in("ranks", "replicas"):
             args.reward.remote_url = None  # so that the host builds the reward-model groups
         return stock(args)
 

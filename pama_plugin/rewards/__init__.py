@@ -1,17 +1,18 @@
-"""Reward kinds that score text: pure functions of a response that know no host."""
+"""Kinds of reward: functions of a prompt and a response that know no host. Imports no library of any kind."""
 
-from pama_plugin.rewards.builtin import available_rewards, load_builtin, load_measure, register_reward
-from pama_plugin.rewards.py import check_location, load_function, split_location
-from pama_plugin.rewards.response import Response, Scorer
+from pama_plugin.rewards.builtin import available_rewards, load_measure, register_reward
+from pama_plugin.rewards.kinds import KINDS, RewardKind
+from pama_plugin.rewards.response import Conversation, Inspection, Response, Scorer, TextModel
 
 __all__ = [
+    "KINDS",
+    "Conversation",
+    "Inspection",
     "Response",
+    "RewardKind",
     "Scorer",
+    "TextModel",
     "available_rewards",
-    "check_location",
-    "load_builtin",
-    "load_function",
     "load_measure",
     "register_reward",
-    "split_location",
 ]

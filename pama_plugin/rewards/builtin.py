@@ -8,8 +8,6 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import validate_call
-
 from pama_plugin.registry import Registry
 from pama_plugin.rewards.response import Response, Scorer
 from pama_plugin.rewards.threads import Threads
@@ -58,6 +56,8 @@ def load_measure(name: str, options: dict[str, Any]) -> Measure:
     >>> load_measure("length", {"scale": "140", "min": "0.5", "max": "1.5"})(Response("", "", "", "", 280))
     1.5
     """
+    from pydantic import validate_call  # here: --help lists the names of rewards without it
+
     factory = REWARDS[name]
     known = list(inspect.signature(factory).parameters)
     unknown = sorted(set(options) - set(known))
@@ -67,8 +67,13 @@ def load_measure(name: str, options: dict[str, Any]) -> Measure:
     return validate_call(factory)(**options)
 
 
-def load_builtin(name: str, options: dict[str, Any]) -> Scorer:
-    """The same, to be awaited beside others."""
+def check_builtin(name: str, options: dict[str, Any]) -> None:
+    """Raise ``ValueError`` as ``load_measure`` does."""
+    load_measure(name, options)
+
+
+def load_builtin(name: str, options: dict[str, Any], *, patient: bool = False) -> Scorer:
+    """The measure as a coroutine, which runs in a thread."""
     return functools.partial(Threads(limit=16, timeout=SECONDS).call, load_measure(name, options))
 
 

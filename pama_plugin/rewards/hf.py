@@ -8,39 +8,19 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pama_plugin.rewards.options import HfOptions
+from pama_plugin.rewards.response import Conversation, Inspection
 
 logger = logging.getLogger(__name__)
 
 # Tokenizers that know no limit say 1e30, or another such number; no model reads as many tokens as this.
 _NO_LIMIT = 10**8
-
-
-class Conversation(NamedTuple):
-    """A prompt as messages, and the response to it as text.
-
-    Attributes:
-        messages: ``{"role": …, "content": …}`` each, as the data set has them.
-        response: without special tokens of the policy.
-    """
-
-    messages: Sequence[Mapping[str, Any]]
-    response: str
-
-
-class Inspection(NamedTuple):
-    """What the model sees of one conversation: the ``tail`` with special tokens, and what the limit cuts off."""
-
-    tail: str
-    length: int
-    truncated_prompt: bool
-    truncated_response: bool
 
 
 _Row = dict[str, list[int]]  # the model's inputs for one conversation, by name

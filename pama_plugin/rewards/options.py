@@ -1,9 +1,9 @@
-"""What the kinds ``py``, ``http`` and ``hf`` take besides: here, so that nobody needs their libraries to know it."""
+"""The options of each kind, and checks of a model's location: here, because they need none of the kinds' libraries."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 # Its square is finite in float32, in which rewards are whitened.
 LARGEST = 1e18
@@ -19,17 +19,71 @@ def refuse_bool(number: Any) -> Any:
 RejectBool = BeforeValidator(refuse_bool)
 
 
-def check_model(location: str) -> None:
-    """A folder must hold a model; what is no folder must read like a name on the hub, which whoever loads it resolves.
+def check_model(location: str, options: BaseModel) -> None:
+    """Refuse a folder without a model, and a text that is neither a folder nor looks like a name on the hub.
+
+    Names on the hub are resolved where the model is loaded.
 
     Raises:
-        ValueError: neither.
+        ValueError: it is refused.
     """
     folder = Path(location).expanduser()
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"no reward model in {location}: it has no config.json")
     if not folder.exists() and (location.startswith((".", "/", "~")) or location.count("/") > 1):
         raise ValueError(f"no such folder: {location}")
+
+
+def absolute_model(location: str) -> str:
+    """A folder's absolute path; a name on the hub as it is."""
+    folder = Path(location).expanduser()
+    return str(folder.absolute()) if folder.exists() else location
+
+
+def model_files(location: str) -> list[Path]:
+    """The weights in a folder; of a name on the hub, none."""
+    folder = Path(location)
+    return sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+
+
+class NoOptions(BaseModel):
+    """The options of a kind that takes none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RmOptions(BaseModel):
+    """The options of an ``rm`` objective; None means the value of the corresponding ``--reward.*`` flag.
+
+    Args:
+        gpus: ranks per node, or a fraction of one GPU for a single rank that shares it with other such objectives.
+        nodes: nodes with ``gpus`` ranks each.
+        offload: whether the parameters are kept in CPU memory between uses.
+        value_head_prefix: name of the value head in the model's weights.
+
+    >>> RmOptions.model_validate({"gpus": "0.5", "offload": "true"})
+    RmOptions(gpus=0.5, nodes=None, offload=True, value_head_prefix=None)
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gpus: Annotated[float | None, RejectBool] = None
+    nodes: Annotated[Annotated[int, Field(ge=1)] | None, RejectBool] = None
+    offload: bool | None = None
+    value_head_prefix: str | None = None
+
+    @field_validator("gpus")
+    @classmethod
+    def _is_whole_or_a_fraction(cls, gpus: float | None) -> float | None:
+        if gpus is None or gpus >= 1 and gpus.is_integer() or 0 < gpus < 1 and round(gpus, 4) == gpus:
+            return gpus
+        raise ValueError("must be a whole number of ranks per node, or a fraction of one GPU with up to 4 decimals")
+
+    @model_validator(mode="after")
+    def _is_one_rank_if_a_fraction(self) -> "RmOptions":
+        if self.gpus is not None and self.gpus < 1 and (self.nodes or 1) > 1:
+            raise ValueError(f"gpus={self.gpus} is one rank that shares a GPU, so nodes must be 1, found {self.nodes}")
+        return self
 
 
 class PyOptions(BaseModel):
@@ -67,7 +121,30 @@ class HttpOptions(BaseModel):
     token_env: str | None = Field(None, min_length=1)
 
 
-class HfOptions(BaseModel):
+class ReplicaOptions(BaseModel):
+    """The options of every kind that is scored in replicas.
+
+    Args:
+        batch_size: conversations that are scored at once.
+        replicas: copies of the model, which share the conversations of a rollout batch.
+        gpus: of each replica: 1, a fraction of one GPU, or 0 for the CPU.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_size: Annotated[int, RejectBool, Field(ge=1)] = 16
+    replicas: Annotated[int, RejectBool, Field(ge=1)] = 1
+    gpus: Annotated[float, RejectBool] = 1.0
+
+    @field_validator("gpus")
+    @classmethod
+    def _is_one_or_a_fraction(cls, gpus: float) -> float:
+        if gpus in (0, 1) or 0 < gpus < 1 and round(gpus, 4) == gpus:
+            return gpus
+        raise ValueError("must be 1, a fraction of one GPU with up to 4 decimals, or 0 for the CPU")
+
+
+class HfOptions(ReplicaOptions):
     """Which number of a classifier is the reward, and what text it reads.
 
     Args:
@@ -78,31 +155,16 @@ class HfOptions(BaseModel):
             text; ``pair``, both as the two texts of ``tokenizer(prompt, response)``; ``response`` alone. None is
             ``chat`` if the tokenizer has a template, else ``full``. But for ``chat``, messages are joined by newlines.
         max_length: tokens that the model reads at most; None is what model and tokenizer allow.
-        batch_size: conversations that are scored at once.
         dtype: of the weights; ``auto`` is what they were saved in.
         trust_remote_code: whether code that comes with the model may run.
-        replicas: how many copies of the model share the work.
-        gpus: for each of them: 1, a fraction of one GPU, or 0 for the CPU.
 
     >>> HfOptions.model_validate({"label": "1", "gpus": "0.5"}).label
     1
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     label: Annotated[Annotated[int | str | None, Field(union_mode="left_to_right")], RejectBool] = None
     output: Literal["logit", "probability", "log_odds"] = "logit"
     text: Literal["chat", "full", "pair", "response"] | None = None
     max_length: Annotated[Annotated[int, Field(ge=1)] | None, RejectBool] = None
-    batch_size: Annotated[int, RejectBool, Field(ge=1)] = 16
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: bool = False
-    replicas: Annotated[int, RejectBool, Field(ge=1)] = 1
-    gpus: Annotated[float, RejectBool] = 1.0
-
-    @field_validator("gpus")
-    @classmethod
-    def _is_one_or_a_fraction(cls, gpus: float) -> float:
-        if gpus in (0, 1) or 0 < gpus < 1 and round(gpus, 4) == gpus:
-            return gpus
-        raise ValueError("must be 1, a fraction of one GPU with up to 4 decimals, or 0 for the CPU")

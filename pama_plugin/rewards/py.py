@@ -33,7 +33,18 @@ def split_location(location: str) -> tuple[Path, str]:
     return Path(path).expanduser().absolute(), function
 
 
-def check_location(location: str) -> None:
+def absolute_function(location: str) -> str:
+    """``FILE.py:FUNCTION`` with the file's absolute path."""
+    path, function = split_location(location)
+    return f"{path}:{function}"
+
+
+def function_files(location: str) -> list[Path]:
+    """The user's file."""
+    return [split_location(location)[0]]
+
+
+def check_function(location: str, options: PyOptions) -> None:
     """Refuse a function that is not there or takes other arguments, without running its file: it may load models.
 
     Raises:
@@ -94,7 +105,7 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def load_function(location: str, options: PyOptions) -> Scorer:
+def load_function(location: str, options: PyOptions, *, patient: bool = False) -> Scorer:
     """Import the file and wrap ``function(queries, prompts, labels)``, called with lists of one.
 
     The function returns what the host's ``reward_func`` returns, a dict with ``rewards``, or the rewards themselves:

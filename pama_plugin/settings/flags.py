@@ -1,33 +1,35 @@
-"""The flags that the plugin adds to the host's command; ``config`` makes sense of them."""
+"""The flags that the plugin adds to OpenRLHF's command. A misspelt one is found without torch or pydantic."""
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pama_plugin.aggregation import LEVELS, available_rules, get_rule
-from pama_plugin.aggregation.registry import CONTEXT_PARAMETERS
 from pama_plugin.errors import ConfigError
-from pama_plugin.rewards import available_rewards
-from pama_plugin.rewards.kinds import OPTIONS
-from pama_plugin.settings.objective import COMMON_OPTIONS
-from pama_plugin.settings.run import PROBE_MODES, STOCK, PamaConfig, load_config
+from pama_plugin.rewards import KINDS, RewardKind, available_rewards
+from pama_plugin.settings.names import BEST_RULES, COMMON_OPTIONS, PROBE_MODES, STOCK
+
+if TYPE_CHECKING:
+    from pama_plugin.settings.run import PamaConfig
 
 
 def add_objective_flags(group: argparse._ActionsContainer) -> None:
     """The two ways to name objectives."""
-    takes = [f"{kind} {_keys(model.model_fields)}" for kind, model in OPTIONS.items() if model.model_fields]
+    kinds = _loadable_kinds()
+    takes = [f"{name} {_keys(kind.options)}" for name, kind in kinds.items() if kind.options]
     group.add_argument(
         "--pama.objective",
         action="append",
         default=[],
         metavar="NAME=KIND:LOCATION[,key=value...]",
-        help="a reward, once per objective. KIND: rm (a value-head reward model of the host, folder or hub name), hf "
-        "(any sequence classifier with a tokenizer of its own), py (FILE.py:FUNCTION with the host's reward_func "
-        "signature), http (a reward server's URL, replicas separated by |), builtin "
-        f"({', '.join(available_rewards())}), agent (what --train.agent_func_path returns: a key of extra_logs, reward "
-        "or scores). "
-        f"Every kind takes {_keys(COMMON_OPTIONS)}; {'; '.join(takes)}; "
-        "the README says what a builtin takes, and what all of them mean.",
+        help="a reward, once per objective. KIND and LOCATION: "
+        + "; ".join(f"{name}: {kind.summary}" for name, kind in kinds.items())
+        + f". Options of every kind: {_keys(COMMON_OPTIONS)}; of one kind: {'; '.join(takes)}. "
+        f"Builtin rewards: {', '.join(available_rewards())}. pama_plugin/rewards/README.md explains them all",
     )
     group.add_argument("--pama.config", metavar="FILE.yaml", help="the same settings as YAML; flags win over it")
 
@@ -36,18 +38,35 @@ def _keys(options: Iterable[str]) -> str:
     return ", ".join(f"{key}=" for key in options)
 
 
+def _loadable_kinds() -> dict[str, RewardKind]:
+    """Without those of other packages that cannot be loaded: an objective of such a kind is told so."""
+    kinds = {}
+    for name in KINDS.names():
+        with suppress(ValueError):
+            kinds[name] = KINDS[name]
+    return kinds
+
+
 def _options_of_rules() -> dict[str, list[str]]:
-    found = {}
+    """Rule → the options that ``--pama.option`` sets. Imports torch."""
+    from pama_plugin.aggregation import available_rules, get_rule
+    from pama_plugin.aggregation.registry import CONTEXT_PARAMETERS
+
+    options = {}
     for name in available_rules():
-        try:
-            found[name] = [key for key in get_rule(name).parameters if key not in CONTEXT_PARAMETERS]
-        except ValueError:  # a rule of another package that cannot be loaded; whoever asks for it is told
-            continue
-    return {name: keys for name, keys in found.items() if keys}
+        with suppress(ValueError):  # a rule of another package that cannot be loaded; a run with it is told so
+            options[name] = [key for key in get_rule(name).parameters if key not in CONTEXT_PARAMETERS]
+    return options
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the plugin's group to a parser, the host's or our own."""
+def add_flags(parser: argparse.ArgumentParser, rules: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Add the plugin's group to a parser, OpenRLHF's or our own.
+
+    Args:
+        parser: gets the group.
+        rules: the names of the rules and their options, for ``--help``; None: import the rules and list them all.
+    """
+    rules = _options_of_rules() if rules is None else rules
     group = parser.add_argument_group(
         "PAMA",
         "Multi-objective alignment (arXiv 2508.07768). One --pama.objective per reward; without --loss, or with "
@@ -57,13 +76,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--loss",
         dest="pama.loss",
         metavar="RULE",
-        help=f"how the advantages are combined: {STOCK} (stock, one reward), {', '.join(available_rules())}",
+        help=f"how the advantages are combined: {STOCK} (stock, one reward), {', '.join(rules)}",
     )
     add_objective_flags(group)
     group.add_argument(
         "--pama.level",
         metavar="LEVEL",
-        help=f"what pama projects: {', '.join(LEVELS)} (default: token with gae, sequence with any other estimator)",
+        help="what pama projects: token, sequence, batch (default: token with gae, sequence with any other estimator)",
     )
     noon = group.add_mutually_exclusive_group()
     noon.add_argument(
@@ -92,13 +111,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="an option of the rule, once per option: "
-        + "; ".join(f"{name}: {_keys(check)}" for name, check in _options_of_rules().items()),
+        + "; ".join(f"{name}: {_keys(options)}" for name, options in rules.items() if options),
     )
     group.add_argument(
         "--pama.best",
         metavar="RULE",
-        help="which evaluation's checkpoint is kept as the best: min (the objective that rose least; the default), "
-        "weighted (the sum of mean rewards times weights) or hypervolume",
+        help=f"which evaluation's checkpoint is kept as the best: {', '.join(BEST_RULES)} (min, the default: the "
+        "objective that rose least; weighted: the sum of mean rewards times weights)",
     )
     group.add_argument(
         "--pama.probe",
@@ -142,32 +161,47 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_flags(arguments: Sequence[str]) -> PamaConfig | None:
-    """What our flags among the arguments of the host's command say.
+def load_flags(arguments: Sequence[str]) -> "PamaConfig | None":
+    """The configuration that our flags among the arguments of OpenRLHF's command ask for.
 
-    None if they leave the host as it is, or are abbreviated, so that the host's own parser alone can tell.
+    None if they do not ask for the plugin, or are abbreviated, which only OpenRLHF's parser resolves.
 
     Raises:
-        ConfigError: the first thing that cannot be run, a misspelt flag of ours included.
+        ConfigError: the first setting that cannot be run, or a misspelt flag of ours. Misspelt flags and rules are
+            found before anything is imported that takes a second.
     """
     parser = argparse.ArgumentParser(prog="pama", add_help=False, allow_abbrev=False, exit_on_error=False)
-    add_flags(parser)
+    add_flags(parser, rules={})
     try:
-        known, others = parser.parse_known_args(arguments)
+        namespace, others = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from error
-    own = [option for action in parser._actions for option in action.option_strings]
+    flags_of_ours = [option for action in parser._actions for option in action.option_strings]
     unread = [word.partition("=")[0] for word in others if word.startswith(("--pama.", "--los"))]
     for flag in unread:
-        if not any(option.startswith(flag) for option in own):
-            hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(flag, own, n=1))
+        if not any(option.startswith(flag) for option in flags_of_ours):
+            hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(flag, flags_of_ours, n=1))
             raise ConfigError(f"there is no flag {flag}{hint}")
     if unread:  # abbreviations, which the host's parser takes: it is left to that
         return None
-    flags = vars(known)
+    flags = vars(namespace)
     loss, file = flags["pama.loss"], flags["pama.config"]
     if loss == STOCK or not (loss or file):
         return None
-    names = ("level", "noon", "best", "probe", "whiten", "option", "probe_gradients", "stop_at_front")
-    given = {name: flags[f"pama.{name}"] for name in names}
-    return load_config(loss, flags["pama.objective"], file, **given, default_level="token")
+    names = _names_of_rules()
+    if loss is not None and loss.partition(":")[0] not in names:
+        known = ", ".join(sorted(names))
+        raise ConfigError(f"--loss must be one of {known}, or {STOCK} without objectives, found {loss!r}")
+    from pama_plugin.settings.run import load_config
+
+    keys = ("level", "noon", "best", "probe", "whiten", "option", "probe_gradients", "stop_at_front")
+    settings = {key: flags[f"pama.{key}"] for key in keys}
+    return load_config(loss, flags["pama.objective"], file, **settings, default_level="token")
+
+
+def _names_of_rules() -> set[str]:
+    """Names up to a colon, without importing the rules: the file of a rule has its name."""
+    files = {path.stem for path in (Path(__file__).parents[1] / "aggregation" / "rules").glob("[!_]*.py")}
+    registry = sys.modules.get("pama_plugin.aggregation.registry")  # has rules that a script registered itself
+    registered = {name.partition(":")[0] for name in registry.available_rules()} if registry else set()
+    return files | registered | entry_points(group="pama_plugin.rules").names

@@ -1,18 +1,19 @@
 """One objective: a named reward, and what is done with it. Parsed and validated before Ray starts, then frozen."""
 
+import hashlib
 import re
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pama_plugin.errors import ConfigError
-from pama_plugin.rewards import check_location, load_measure, split_location
-from pama_plugin.rewards.kinds import OPTIONS, REQUIRED_PACKAGES, Kind
-from pama_plugin.rewards.options import RejectBool, check_model
+from pama_plugin.rewards.kinds import KINDS, RewardKind
+from pama_plugin.rewards.options import RejectBool
 from pama_plugin.rewards.probes import PAIRS
+from pama_plugin.rewards.response import Scorer
+from pama_plugin.settings.names import COMMON_OPTIONS
 from pama_plugin.settings.values import (
     UNIT_WEIGHT,
     Bounds,
@@ -26,6 +27,7 @@ from pama_plugin.settings.values import (
 Role = Literal["train", "monitor", "constraint"]
 # A name becomes a part of metric keys such as reward/NAME, which trackers split at "/".
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+_MIB = 2**20
 
 
 class Objective(BaseModel):
@@ -56,7 +58,7 @@ class Objective(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    kind: Kind
+    kind: str
     location: str = Field(min_length=1)
     weight: Annotated[Weight, BeforeValidator(parse_weight)] = UNIT_WEIGHT
     role: Role = "train"
@@ -77,11 +79,12 @@ class Objective(BaseModel):
             raise ValueError("must be a letter followed by letters, digits, '_', '.' or '-': it becomes a metric key")
         return name
 
-    @field_validator("kind", mode="before")
+    @field_validator("kind")
     @classmethod
-    def _is_known(cls, kind: Any) -> Any:
-        if kind not in get_args(Kind):
-            raise ValueError(f"unknown kind {kind!r}; known: {', '.join(get_args(Kind))}")
+    def _is_known(cls, kind: str) -> str:
+        if kind not in KINDS.names():
+            raise ValueError(f"must be one of {', '.join(KINDS.names())}")
+        KINDS[kind]  # an entry point that cannot be loaded raises ValueError
         return kind
 
     @model_validator(mode="after")
@@ -106,40 +109,66 @@ class Objective(BaseModel):
 
     @model_validator(mode="after")
     def _can_be_scored(self) -> "Objective":
-        if self.kind == "builtin":
-            load_measure(self.location, self.options)
-            return self
-        if missing := [name for name in REQUIRED_PACKAGES.get(self.kind, ()) if find_spec(name) is None]:
+        if missing := self.reward_kind.missing_packages():
             raise ValueError(f"kind {self.kind!r} needs pip install 'pama_plugin[rewards]', found no {missing[0]}")
-        settings = self.settings
-        if self.kind == "py":
-            check_location(self.location)
-        elif self.kind in ("rm", "hf"):
-            check_model(self.location)
-        elif self.kind == "http":
-            from pama_plugin.rewards.http import check_http
-
-            check_http(self.location, settings)  # type: ignore[arg-type]
+        self.check()
         return self
 
     @property
-    def settings(self) -> BaseModel:
-        """The options, validated, of a kind other than ``builtin``, whose rewards say themselves what they take."""
-        model = OPTIONS[self.kind]
-        unknown = sorted(set(self.options) - set(model.model_fields))
+    def reward_kind(self) -> RewardKind:
+        """The record of its kind."""
+        return KINDS[self.kind]
+
+    @property
+    def settings(self) -> Any:
+        """The options as the kind's own model; as a dict of a kind that has no model."""
+        model = self.reward_kind.resolve("model")
+        if model is None:
+            return self.options
+        unknown = sorted(set(self.options) - set(self.reward_kind.options))
         if unknown:
-            takes = ", ".join((*COMMON_OPTIONS, *model.model_fields))
+            takes = ", ".join((*COMMON_OPTIONS, *self.reward_kind.options))
             raise ValueError(f"kind {self.kind!r} has no option {', '.join(unknown)}; it takes {takes}")
         return model.model_validate(self.options)
 
+    def check(self) -> list[str]:
+        """Warnings about the reward, from the check of its kind; ``ValueError`` if it cannot be computed."""
+        settings, check = self.settings, self.reward_kind.resolve("check")
+        return list(check(self.location, settings) or ()) if check else []
+
+    def load_scorer(self, *, patient: bool) -> Scorer:
+        """The scorer of an objective that is scored in the rollout; ``patient`` asks it to wait for a server."""
+        scorer: Scorer = self.reward_kind.resolve("load")(self.location, self.settings, patient=patient)
+        return scorer
+
     def absolute(self) -> "Objective":
         """The same objective with local paths made absolute: workers need not share the driver's folder."""
-        if self.kind == "py":
-            path, function = split_location(self.location)
-            return self.model_copy(update={"location": f"{path}:{function}"})
-        if self.kind in ("rm", "hf") and (folder := Path(self.location).expanduser()).exists():
-            return self.model_copy(update={"location": str(folder.absolute())})
-        return self
+        absolute = self.reward_kind.resolve("absolute")
+        return self.model_copy(update={"location": absolute(self.location)}) if absolute else self
+
+    def identity(self, agent: str | None = None) -> str:
+        """Kind, location and options, with a hash of local files: equal texts mean that equal responses score the same.
+
+        Of each file the hash covers the size, and the first and the last MiB. Options that do not change the reward of
+        a response are left out, and what a URL has after its "?" is hashed: it may hold a key.
+
+        Args:
+            agent: the file of the user's agent.
+
+        >>> parse_objective("length=builtin:length,scale=140,weight=2").identity()
+        'builtin:length scale=140'
+        """
+        kind = self.reward_kind
+        options = [f" {key}={value}" for key, value in self.options.items() if key not in kind.runtime_options]
+        location = self.location
+        if re.match("https?://", location):
+            location = re.sub(r"(?<=\?)[^|]+", lambda query: _digest(query[0].encode()), location)
+        text = f"{self.kind}:{location}{''.join(sorted(options))}"
+        files = kind.resolve("files")
+        paths = files(self.location) if files else []
+        if kind.scored_in == "agent" and agent is not None:
+            paths = [Path(agent)]
+        return f"{text} sha256:{_digest(*map(_sample, paths))}" if paths else text
 
     def dump(self) -> dict[str, Any]:
         """What a configuration file says of it, without the defaults."""
@@ -153,8 +182,16 @@ class Objective(BaseModel):
         return given | self.options
 
 
-# What every kind takes.
-COMMON_OPTIONS = tuple(key for key in Objective.model_fields if key not in ("name", "kind", "location", "options"))
+def _sample(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_MIB)
+        file.seek(max(size - _MIB, 0))
+        return f"{path.name} {size}".encode() + start + file.read(_MIB)
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def parse_objective(text: str) -> Objective:

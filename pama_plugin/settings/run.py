@@ -12,7 +12,7 @@ The same settings come from flags or from YAML, and flags win:
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -28,14 +28,9 @@ from pydantic import (
 
 from pama_plugin.aggregation import LEVELS, Aggregation, aggregate, available_rules, check_options, get_rule
 from pama_plugin.errors import ConfigError
-from pama_plugin.rewards.kinds import Kind
+from pama_plugin.settings.names import BEST_RULES, PROBE_MODES, STOCK
 from pama_plugin.settings.objective import Objective, describe_error, make_objective, parse_objective
 
-STOCK = "ppo"
-BestRule = Literal["min", "weighted", "hypervolume"]
-BEST_RULES = get_args(BestRule)
-ProbeMode = Literal["off", "warn", "strict"]
-PROBE_MODES = get_args(ProbeMode)
 CHOICES: dict[str, tuple[str, ...]] = {"level": LEVELS, "best": BEST_RULES, "probe": PROBE_MODES}
 
 # From so many objectives on, pama warns: independent ones agree on a share of 2^(1−K), 3 % of six.
@@ -78,8 +73,8 @@ class PamaConfig(BaseModel):
     noon: bool | None = None  # None is replaced by what the rule does, if it knows Noon
     whiten: bool = False
     options: dict[str, Any] = {}
-    best: BestRule | None = None
-    probe: ProbeMode = "warn"
+    best: Literal["min", "weighted", "hypervolume"] | None = None
+    probe: Literal["off", "warn", "strict"] = "warn"
     probe_gradients: int | None = None
     stop_at_front: StopAtFront | None = None
 
@@ -206,8 +201,9 @@ class PamaConfig(BaseModel):
             **{key: given for key, given in duals.items() if key in get_rule(self.loss).parameters},
         )
 
-    def of_kind(self, *kinds: Kind) -> tuple[Objective, ...]:
-        return tuple(objective for objective in self.objectives if objective.kind in kinds)
+    def scored_in(self, *places: str) -> tuple[Objective, ...]:
+        """The objectives that are scored in one of these places, see ``RewardKind.scored_in``."""
+        return tuple(objective for objective in self.objectives if objective.reward_kind.scored_in in places)
 
 
 def load_config(

@@ -31,7 +31,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from hosttools import host_args  # noqa: E402  (needs the path above)
+from hosttools import as_reward_groups, host_args  # noqa: E402  (needs the path above)
 from one_process import Done  # noqa: E402
 
 QUICKSTART = ROOT / "runs" / "quickstart"
@@ -148,7 +148,7 @@ def on_the_driver(samples: int = 64, tokens: int = 1024, rounds: int = 15) -> No
             locations = [f"{name}=rm:org/{name}" for name in names]
             args.pama = load_config("linear", locations, None, None, None, default_level="token")
             kind: Any = MultiObjectiveExperienceMaker
-            rewards: Any = SimpleNamespace(groups={name: Immediate(0) for name in names})
+            rewards: Any = as_reward_groups(args.pama, {name: Immediate(0) for name in names})
         else:
             kind, rewards = RemoteExperienceMaker, Immediate(0)
         strategy, controller = SimpleNamespace(args=args), SimpleNamespace(value=0.01)

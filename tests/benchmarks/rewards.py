@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from faultserver import FaultServer  # noqa: E402  (needs the path above)
-from hosttools import fixed_group, host_args, make_rollout  # noqa: E402
+from hosttools import as_reward_groups, fixed_group, host_args, make_rollout  # noqa: E402
 from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup  # noqa: E402
 
 from pama_plugin.host.actors import replicas  # noqa: E402
@@ -79,7 +79,7 @@ def models(rounds: int) -> None:
     groups: dict[str, Any] = {name: waiting_group(seconds) for name, seconds in SECONDS.items()}
     config = load_config("linear", ["hf=hf:org/hf,gpus=0"], None, None, None, default_level="token")
     replicas.Replica = WaitingReplica
-    groups["hf"] = replicas.HfGroup(config.objectives[0], Role("reward/hf", 1, 1, 0.0), None)
+    groups["hf"] = replicas.ReplicaGroup(config.objectives[0], Role("reward/hf", 1, 1, 0.0), None)
 
     def run(*names: str) -> float:
         args = host_args("--algo.kl.init_coef", "0", "--rollout.micro_batch_size", str(MICRO_BATCH))
@@ -88,7 +88,7 @@ def models(rounds: int) -> None:
         maker = MultiObjectiveExperienceMaker(
             actor,
             None,
-            SimpleNamespace(groups=groups),
+            as_reward_groups(args.pama, groups),
             None,
             SimpleNamespace(value=0.0),
             SimpleNamespace(args=args),

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hosttools import host_args, make_rollout
+from hosttools import as_reward_groups, host_args, make_rollout
 
 from pama_plugin.batch.state import RunState
+from pama_plugin.batch.table import RewardTable
 from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
@@ -92,20 +93,20 @@ def test_held_out_samples_get_every_objective_and_their_weighted_sum(groups) -> 
     args = host_args("--algo.advantage.estimator", "reinforce", "--rollout.micro_batch_size", "2")
     objectives = ["helpful=rm:org/a,weight=2", "length=builtin:length"]
     args.pama = load_config("pama", objectives, None, None, None, default_level="token")
-    rewards = SimpleNamespace(groups={"helpful": groups["helpful"]})
+    rewards = as_reward_groups(args.pama, groups)
     maker = MultiObjectiveExperienceMaker(
         None, None, rewards, None, None, SimpleNamespace(args=args), SimpleNamespace(pad_token_id=0)
     )
     samples = make_rollout(5, names=("length",))
     stock = SamplesGenerator(SimpleNamespace(args=args), None, [(["d"], ["prompt 0"])], None, None)
-    generator = ScoredSamplesGenerator(stock, maker)
+    generator = ScoredSamplesGenerator(stock, maker.collector)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SamplesGenerator, "generate_eval_samples", lambda self, **_: samples)
         found = generator.generate_eval_samples(n_samples_per_prompt=1)
 
-    alone = torch.cat([maker.score([sample])["helpful"] for sample in make_rollout(5, names=("length",))])
+    alone = torch.cat([maker.collector.score([sample]).row("helpful") for sample in make_rollout(5, names=("length",))])
     lengths = torch.cat([sample.info["reward/length"] for sample in make_rollout(5, names=("length",))])
-    torch.testing.assert_close(torch.cat([sample.rewards for sample in found]), 2 * alone + lengths)
+    torch.testing.assert_close(torch.cat([sample.rewards for sample in found]), (2 * alone + lengths).float())
     metrics = generator.pop_metrics()
     assert metrics["eval_all/helpful"] == pytest.approx(alone.mean().item(), rel=1e-5)
     assert {key.partition("/")[0] for key in metrics} == {"eval_d", "eval_unknown", "eval_all"}
@@ -125,7 +126,7 @@ def test_reward_models_score_while_the_engines_sleep(monkeypatch) -> None:
 
     def score(samples):
         order.append("score")
-        return {"length": torch.ones(len(samples))}
+        return RewardTable(("length",), torch.ones(1, len(samples)), {}, torch.arange(len(samples)), 1, (len(samples),))
 
     def generate(self, **_):
         order.append("generate")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosttools import host_args, make_rollout
+from hosttools import as_reward_groups, host_args, make_rollout
 
 from pama_plugin import aggregate, available_rules
 from pama_plugin.batch.state import RunState
@@ -29,7 +29,7 @@ def build(groups: dict[str, Any], *flags: str, objectives=OBJECTIVES, loss="pama
     return MultiObjectiveExperienceMaker(
         groups["actor"],
         None,
-        SimpleNamespace(groups={name: groups[name] for name in models}),
+        as_reward_groups(args.pama, groups),
         groups["reference"] if args.algo.kl.init_coef > 0 else None,
         SimpleNamespace(value=args.algo.kl.init_coef),
         SimpleNamespace(args=args),

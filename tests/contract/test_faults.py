@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from faultserver import FaultServer, reward_of
-from hosttools import BROKEN, host_args
+from hosttools import BROKEN, as_reward_groups, host_args
 
 from pama_plugin.errors import RewardError
 from pama_plugin.settings.run import PamaConfig, load_config
@@ -89,10 +89,9 @@ def train_on(
     args = host_args(*flags, "--rollout.n_samples_per_prompt", str(n_samples), "--algo.kl.init_coef", "0")
     args.pama = config
     strategy = SimpleNamespace(args=args)
-    readers = SimpleNamespace(groups=models)
+    readers = as_reward_groups(config, models)
     parts = (groups["actor"], None, readers, None, SimpleNamespace(value=0.0), strategy, Words())
-    maker = MultiObjectiveExperienceMaker(*parts)
-    maker.vllm_engines = list(engines)
+    maker = MultiObjectiveExperienceMaker(*parts, vllm_engines=engines)
     experiences = maker.make_experience_batch(samples)
     gradients = []
     for experience in experiences:
@@ -226,11 +225,12 @@ def test_a_reward_outside_its_range(policy, groups) -> None:
 class ShakyReader:
     """A group of the kind hf whose model fails as that of ``groups["shaky"]`` does."""
 
-    def score(self, conversations: list[Any], *, one_by_one: bool) -> Any:
+    def request(self, conversations: list[Any], *, one_by_one: bool) -> Any:
         return SimpleNamespace(seconds=lambda: 0.1)
 
-    def collect(self, _: Any) -> torch.Tensor:
-        return torch.tensor([BROKEN.get((5 + index) % 8, 0.5 * index) for index in range(RESPONSES)])
+    def collect(self, _: Any, sizes: list[int]) -> list[torch.Tensor]:
+        rewards = [BROKEN.get((5 + index) % 8, 0.5 * index) for index in range(RESPONSES)]
+        return list(torch.tensor(rewards).split(sizes))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

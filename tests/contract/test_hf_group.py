@@ -104,15 +104,15 @@ def test_replicas_that_do_not_fit_a_gpu_are_refused() -> None:
 def test_replicas_on_the_cpu_share_its_cores(count, threads, monkeypatch) -> None:
     """Without a word of ours each would have one thread."""
     from pama_plugin.host.actors import replicas
-    from pama_plugin.rewards.options import HfOptions
+    from pama_plugin.settings.objective import parse_objective
 
     seen: list[int] = []
-    monkeypatch.setattr(replicas, "HfScorer", lambda *_: None)
+    monkeypatch.setattr("pama_plugin.rewards.hf.HfScorer", lambda *_: None)
     monkeypatch.setattr(replicas.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
-    replicas.Replica("org/a", HfOptions(gpus=0, replicas=count))
+    replicas.Replica(parse_objective(f"a=hf:org/a,gpus=0,replicas={count}"))
     assert seen == threads
-    replicas.Replica("org/a", HfOptions(gpus=1))
+    replicas.Replica(parse_objective("a=hf:org/a,gpus=1"))
     assert seen == threads
 
 
@@ -135,8 +135,8 @@ def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
             return [float(len(own.response)) for own in conversations]
 
     class Stub(Replica):
-        def __init__(self, location, options):
-            self.scorer = Length()
+        def __init__(self, objective):
+            self.model = Length()
 
     monkeypatch.setattr("pama_plugin.host.actors.replicas.Replica", Stub)
     config, own = plan(f"a=hf:org/a,replicas={replicas},gpus={gpus}")
@@ -147,17 +147,20 @@ def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
     group = groups.groups["a"]
     texts = ["x" * length for length in (3, 1, 4, 1, 5, 9, 2)]
     for one_by_one in (True, False):
-        scored = group.score([Conversation([], text) for text in texts], one_by_one=one_by_one)
-        assert group.collect(scored).tolist() == [3, 1, 4, 1, 5, 9, 2] and len(group.replicas) == replicas
-        assert 0 < scored.seconds() < 60
+        pending = group.request([Conversation([], text) for text in texts], one_by_one=one_by_one)
+        rewards = [part.tolist() for part in group.collect(pending, [4, 3])]
+        assert rewards == [[3, 1, 4, 1], [5, 9, 2]] and len(group.replicas) == replicas
+        assert 0 < pending.seconds() < 60
 
     # One that a template cannot take costs its own reward alone; a dead replica those of its share.
     texts[2] = "bad"
-    rewards = group.collect(group.score([Conversation([], text) for text in texts], one_by_one=False))
+    pending = group.request([Conversation([], text) for text in texts], one_by_one=False)
+    (rewards,) = group.collect(pending, [len(texts)])
     assert torch.equal(rewards.isnan(), torch.tensor([text == "bad" for text in texts]))
     for replica in group.replicas:
         ray.kill(replica)
         with pytest.raises(ray.exceptions.RayActorError):
             while True:
                 ray.get(replica.ready.remote())
-    assert group.collect(group.score([Conversation([], "x")], one_by_one=False)).isnan().all()
+    (rewards,) = group.collect(group.request([Conversation([], "x")], one_by_one=False), [1])
+    assert rewards.isnan().all()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosttools import host_args, make_rollout
+from hosttools import as_reward_groups, host_args, make_rollout
 
 from pama_plugin.settings.run import load_config
 
@@ -56,7 +56,7 @@ def test_one_objective_is_the_stock_run(estimator, n_samples, setting, groups) -
     args = host_args(*flags, *SETTINGS[setting], "--rollout.micro_batch_size", "3")
     stock = build(RemoteExperienceMaker, copy.deepcopy(args), groups, groups["helpful"])
     args.pama = load_config("linear", ["helpful=rm:org/model"], None, None, None, default_level="token")
-    ours = build(MultiObjectiveExperienceMaker, args, groups, SimpleNamespace(groups={"helpful": groups["helpful"]}))
+    ours = build(MultiObjectiveExperienceMaker, args, groups, as_reward_groups(args.pama, groups))
 
     expected = stock.make_experience_batch(make_rollout(8))
     found = ours.make_experience_batch(make_rollout(8))

@@ -80,7 +80,7 @@ def run_host(flags: list[str], config: PamaConfig | None = None, plan: Plan | No
 
     from pama_plugin.host.actors import reward_groups
 
-    names = tuple(f"reward/{objective.name}" for objective in config.of_kind("rm")) if config else ("reward/only",)
+    names = tuple(f"reward/{objective.name}" for objective in config.scored_in("ranks")) if config else ("reward/only",)
     ledger = Ledger(names)
     args = hierarchize(parse_host_flags(*flags))
     # As the host's validation, which comes before ``train``.
@@ -232,7 +232,7 @@ def test_ray_reserves_what_the_plan_says(options, gpus, local_ray, monkeypatch) 
     before = free_gpus()
     build = reward_groups.group_builder(config, plan, launcher.RayActorGroup, Rank, None)
     groups = build(1, 2, Rank, pg=None, num_gpus_per_actor=1, duplicate_actors=1).groups
-    used = {name: sum(ray.get(group.async_run_method("gpus"), timeout=60), []) for name, group in groups.items()}
+    used = {name: sum(ray.get(group.actors.async_run_method("gpus"), timeout=60), []) for name, group in groups.items()}
     assert free_gpus() == pytest.approx(before - gpus)  # others hold shares of one
     for block in blocks:
         names = [role.name.removeprefix("reward/") for role in block.roles]

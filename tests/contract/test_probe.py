@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosttools import host_args, make_rollout
+from hosttools import as_reward_groups, host_args, make_rollout
 
 from pama_plugin.errors import ProbeError
 from pama_plugin.rewards.probes import PAIRS, judge
@@ -56,10 +56,10 @@ def maker(groups: dict[str, Any], mode: str, *objectives: str) -> Any:
 
     args = host_args("--algo.advantage.estimator", "reinforce", "--rollout.micro_batch_size", "5")
     args.pama = load_config("pama", objectives, None, None, None, None, mode, default_level="token")
-    rewards = SimpleNamespace(groups=groups)
+    rewards = as_reward_groups(args.pama, groups)
     strategy = SimpleNamespace(args=args)
     parts = (groups["actor"], None, rewards, None, SimpleNamespace(value=0.0), strategy)
-    return MultiObjectiveExperienceMaker(*parts, Letters())
+    return MultiObjectiveExperienceMaker(*parts, Letters(), vllm_engines=[Rollouts(args.pama)])
 
 
 class Rollouts:
@@ -82,8 +82,7 @@ class Rollouts:
 def probe(groups: dict[str, Any], mode: str, *objectives: str) -> None:
     from pama_plugin.host.actors.probe import probe_pairs
 
-    ours = maker(groups, mode, *objectives)
-    probe_pairs(ours, [Rollouts(ours.config)])
+    probe_pairs(maker(groups, mode, *objectives).collector)
 
 
 def test_every_kind_is_asked_and_what_it_sees_is_shown(groups, capsys) -> None:
@@ -120,13 +119,7 @@ def test_the_first_rollout_is_looked_at_before_it_is_trained_on(groups) -> None:
     assert not fine.probing
 
     constant = maker(groups, "strict", *objectives)
-    collect = constant._collect_rewards
-
-    def collect_constants(scored: Any, experiences: Any) -> None:
-        collect(scored, experiences)
-        for experience in experiences:
-            experience.info["reward/helpful"] = torch.ones(len(experience.sequences))
-
-    constant._collect_rewards = collect_constants
+    group = constant.collector.groups["helpful"]
+    group.collect = lambda pending, sizes: [torch.ones(size) for size in sizes]
     with pytest.raises(ProbeError, match="in the first rollout 'helpful' gives 1 to all 4 texts"):
         constant.make_experience_batch(make_rollout(4))

@@ -9,7 +9,7 @@ import torch
 from pama_plugin.batch.combine import combine
 from pama_plugin.batch.metrics import name_metrics, reduce_columns
 from pama_plugin.batch.outcome import code_of, judge_column
-from pama_plugin.batch.shaping import apply_failure_policy, fill_in, measure, shape
+from pama_plugin.batch.shaping import apply_failure_policy, fill_in, measure, shape_trained
 from pama_plugin.batch.state import Moments, RunState
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.errors import RewardError
@@ -71,16 +71,17 @@ def test_the_commonest_reason_is_named() -> None:
 
 def test_what_is_missing_is_imputed_or_left_out() -> None:
     table = make_table([1.0, NAN, 3.0, NAN])
-    seen = Moments()
-    seen.update(torch.tensor([4.0, 6.0]))
+    moments = Moments()
+    moments.update(torch.tensor([4.0, 6.0]))
     (masked,), (imputed,), (mean,) = (objectives(f",on_failure={how}") for how in ("mask", "impute:7", "impute:mean"))
-    assert fill_in(masked, table, seen).isnan().tolist() == [False, True, False, True]
-    assert fill_in(imputed, table, seen).tolist() == [1, 7, 3, 7]
-    assert fill_in(mean, table, seen).tolist() == [1, 5, 3, 5]
-    assert fill_in(mean, table, Moments()).isnan().any(), "nothing was measured to impute"
-    filled_B = fill_in(masked, table, seen)
-    assert shape(masked, table, filled_B, seen, by_group=True).tolist() == [1, 1, 3, 3]
-    assert shape(masked, table, filled_B, seen, by_group=False).tolist() == [1, 2, 3, 2]
+    assert fill_in(masked, moments, table).isnan().tolist() == [False, True, False, True]
+    assert fill_in(imputed, moments, table).tolist() == [1, 7, 3, 7]
+    assert fill_in(mean, moments, table).tolist() == [1, 5, 3, 5]
+    assert fill_in(mean, Moments(), table).isnan().any(), "nothing was measured to impute"
+    for by_group, expected in ((True, [1, 1, 3, 3]), (False, [1, 2, 3, 2])):
+        state = RunState.start(PamaConfig(loss="linear", objectives=(masked,)))
+        shaped_KB, present_KB = shape_trained([masked], table, state, by_group=by_group)
+        assert shaped_KB.tolist() == [expected] and present_KB.tolist() == [[True, False, True, False]]
 
 
 def test_nothing_missing_is_measured_and_statistics_freeze() -> None:

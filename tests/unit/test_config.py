@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pama_plugin.errors import ConfigError
-from pama_plugin.rewards.kinds import RmOptions
+from pama_plugin.rewards.options import RmOptions
 from pama_plugin.settings.objective import parse_objective
 from pama_plugin.settings.run import PamaConfig, dump_config, load_config, warn_of_many_objectives
 from pama_plugin.settings.values import Bounds, OnFailure
@@ -156,7 +156,7 @@ BAD_OBJECTIVES = {
     "=builtin:length": "name: must be a letter.*found ''",
     "a/b=builtin:length": "must be a letter followed by.*metric key, found 'a/b'",
     "a b=builtin:length": "metric key",
-    "x=gpt:length": "unknown kind 'gpt'; known: rm, hf, py, http, builtin, agent",
+    "x=gpt:length": "kind: must be one of agent, builtin, hf, http, py, rm, found 'gpt'",
     "x=builtin:": "location: .*at least 1 character",
     "x=builtin:len": "unknown builtin reward 'len'; known: json, length, regex, repetition",
     "x=builtin:length,sclae=1": "no option sclae; it takes scale, min, max, unit, preset",

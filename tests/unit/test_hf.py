@@ -506,13 +506,13 @@ def test_options_out_of_range(option) -> None:
 
 
 def test_where_a_model_may_be(bert, tmp_path) -> None:
-    check_model(bert)
-    check_model("lvwerra/distilbert-imdb")
+    check_model(bert, HfOptions())
+    check_model("lvwerra/distilbert-imdb", HfOptions())
     with pytest.raises(ValueError, match="no reward model in .*: it has no config.json"):
-        check_model(str(tmp_path))
+        check_model(str(tmp_path), HfOptions())
     for location in ("./missing", "/missing", "~/missing", "a/b/c"):
         with pytest.raises(ValueError, match=f"no such folder: {location}"):
-            check_model(location)
+            check_model(location, HfOptions())
 
 
 def test_transformers_is_imported_for_nothing_else() -> None:

@@ -1,5 +1,6 @@
 """Everything outside ``host/`` imports without the host; who may import whom is in pyproject.toml."""
 
+import re
 import subprocess
 import sys
 
@@ -32,9 +33,33 @@ def test_what_is_imported_late_is_all_there() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["sweep", "--help"], ["--version"], []])
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["score", "--help"], ["--version"], []])
 def test_the_command_line_answers_without_torch(arguments) -> None:
     hidden = ["torch", "pydantic", "yaml"]
     code = HIDE_AND_IMPORT.format(hidden=hidden, module="pama_plugin.cli") + f"pama_plugin.cli.main({arguments!r})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == (0 if arguments else 2) and "Traceback" not in found.stderr
+
+
+MISTAKES = {
+    "--pama.levle token": "there is no flag --pama.levle; did you mean --pama.level",
+    "--loss pamma --pama.objective a=builtin:length": "--loss must be one of .*pama, .*found 'pamma'",
+    "--loss pama --pama.noon --pama.no_noon": "not allowed with",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_misspelt_flag_or_rule_is_found_without_torch(mistake) -> None:
+    hidden = ["torch", "pydantic", "yaml", *HOST_PACKAGES]
+    code = HIDE_AND_IMPORT.format(hidden=hidden, module="pama_plugin.cli")
+    code += f"pama_plugin.cli.main(['train', *{mistake.split()!r}])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 2 and re.search(MISTAKES[mistake], found.stderr), found.stderr
+
+
+def test_the_file_of_a_rule_has_its_name() -> None:
+    """By which a misspelt one is found."""
+    from pama_plugin import available_rules
+    from pama_plugin.settings.flags import _names_of_rules
+
+    assert {name.partition(":")[0] for name in available_rules()} == _names_of_rules()

@@ -9,15 +9,10 @@ import pytest
 import torch
 
 from pama_plugin.errors import PamaError
-from pama_plugin.rewards import (
-    Response,
-    available_rewards,
-    check_location,
-    load_builtin,
-    load_function,
-    load_measure,
-)
+from pama_plugin.rewards import Response, available_rewards, load_measure
+from pama_plugin.rewards.builtin import load_builtin
 from pama_plugin.rewards.options import PyOptions
+from pama_plugin.rewards.py import check_function, load_function
 
 
 def response(num_tokens: int = 7, text: str = " more, please") -> Response:
@@ -71,7 +66,7 @@ def test_a_signature_that_the_host_could_not_call_is_refused(tmp_path, definitio
     file = tmp_path / "rewards.py"
     file.write_text(f"{definition}:\n    return 0.0\n")
     with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="must be def f.queries.*, found"):
-        check_location(f"{file}:f")
+        check_function(f"{file}:f", PyOptions())
 
 
 def test_an_error_says_where_in_the_users_file(tmp_path) -> None:

@@ -5,27 +5,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pama_plugin.batch.state import Moments, identify
+from pama_plugin.batch.state import Moments
 from pama_plugin.settings.objective import parse_objective
 
 
 def test_where_and_how_it_is_written_is_no_part_of_a_scorer(tmp_path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    first = identify(parse_objective(f"a=rm:{tmp_path},gpus=1,weight=2"))
-    assert first == identify(parse_objective(f"b=rm:{tmp_path},gpus=2,offload=false"))
-    assert first != identify(parse_objective(f"a=rm:{tmp_path},value_head_prefix=h"))
+    first = parse_objective(f"a=rm:{tmp_path},gpus=1,weight=2").identity()
+    assert first == parse_objective(f"b=rm:{tmp_path},gpus=2,offload=false").identity()
+    assert first != parse_objective(f"a=rm:{tmp_path},value_head_prefix=h").identity()
     (tmp_path / "model.safetensors").write_bytes(b"retrained")
-    assert first != identify(parse_objective(f"a=rm:{tmp_path}"))
+    assert first != parse_objective(f"a=rm:{tmp_path}").identity()
 
 
 def test_an_agents_scorer_is_the_file_it_is_in(tmp_path) -> None:
     agent, style = tmp_path / "agent.py", parse_objective("style=agent:style")
     agent.write_text("first")
-    first = identify(style, str(agent))
-    assert first == identify(style, str(agent)) and first.startswith("agent:style sha256:")
+    first = style.identity(str(agent))
+    assert first == style.identity(str(agent)) and first.startswith("agent:style sha256:")
     agent.write_text("second")
-    assert first != identify(style, str(agent))
+    assert first != style.identity(str(agent))
 
 
 @pytest.mark.property
@@ -46,5 +46,6 @@ def test_moments_are_those_of_all_batches_together_even_through_json(batches, of
 
 @pytest.mark.needs_extras
 def test_a_key_in_a_url_is_no_part_of_a_checkpoint_but_another_one_is_another_scorer() -> None:
-    one, other = (identify(parse_objective(f"a=http:http://judge/?key={key}|http://b/")) for key in ("pa55", "pa56"))
+    keys = ("pa55", "pa56")
+    one, other = (parse_objective(f"a=http:http://judge/?key={key}|http://b/").identity() for key in keys)
     assert one != other and "pa5" not in one + other and one.startswith("http:http://judge/?")

@@ -152,9 +152,9 @@ def load_value_heads(pretrain: str, names: tuple[str, ...]) -> Tensor | None:
 
 
 def objective_of(objectives: tuple[Objective, ...], pretrain: str) -> Objective | None:
-    """The first ``rm`` objective whose model ``pretrain`` is."""
+    """The first objective scored in ranks whose model ``pretrain`` is."""
     place = os.path.realpath(pretrain)
-    models = (objective for objective in objectives if objective.kind == "rm")
+    models = (objective for objective in objectives if objective.reward_kind.scored_in == "ranks")
     return next((objective for objective in models if os.path.realpath(objective.location) == place), None)
 
 

@@ -7,16 +7,17 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
 from pama_plugin.batch.rating import summarise
+from pama_plugin.host.actors.collector import RewardCollector
 
 
 class ScoredSamplesGenerator(SamplesGenerator):
     """The host's generator, whose evaluation samples come with the rewards of all objectives, ``rm`` ones too."""
 
-    def __init__(self, stock: SamplesGenerator, experience_maker: Any) -> None:
+    def __init__(self, stock: SamplesGenerator, collector: RewardCollector) -> None:
         super().__init__(
             stock.strategy, stock.prompts_dataloader, stock.eval_dataloader, stock.tokenizer, stock.vllm_engines
         )
-        self.experience_maker = experience_maker
+        self.collector = collector
         self.metrics: dict[str, float] = {}
         self.batches = 0
         self.ended = False
@@ -35,9 +36,10 @@ class ScoredSamplesGenerator(SamplesGenerator):
     def generate_eval_samples(self, **generate_kwargs: Any) -> list[Experience]:
         """As the host's; the one reward per sample, which its metrics show, sums ours, times their last weights."""
         samples: list[Experience] = super().generate_eval_samples(**generate_kwargs)
-        rewards = self.experience_maker.score(samples)
-        config = self.experience_maker.config
-        weighted = torch.stack([rewards[objective.name] * objective.weight.end for objective in config.trained])
+        table = self.collector.score(samples)
+        rewards = {name: table.row(name).float() for name in table.names}
+        trained = self.collector.config.trained
+        weighted = torch.stack([rewards[objective.name] * objective.weight.end for objective in trained])
         totals = weighted.sum(0)  # NaN where one of them is missing
         for sample, total in zip(samples, totals):
             sample.rewards = total.reshape(1)

@@ -1,4 +1,4 @@
-"""Reward models with a tokenizer of their own, each replica in an actor of its own."""
+"""Models that read text, with a tokenizer of their own: each replica in an actor of its own."""
 
 import logging
 import math
@@ -14,46 +14,45 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pama_plugin.host.actors.pending import PendingRewards
 from pama_plugin.host.preflight.placement import Role
-from pama_plugin.rewards.hf import Conversation, HfScorer, Inspection
-from pama_plugin.rewards.options import HfOptions
+from pama_plugin.rewards import Conversation, Inspection, TextModel
 from pama_plugin.settings.objective import Objective
 
 logger = logging.getLogger(__name__)
 
 
 class Replica:
-    """One copy of the model. Ray starts an actor that died anew, and the model is loaded again."""
+    """One copy of the model. Ray restarts an actor that died, and the model is loaded again."""
 
-    def __init__(self, location: str, options: HfOptions) -> None:
-        device = "cpu"
+    def __init__(self, objective: Objective) -> None:
+        options, device = objective.settings, "cpu"
         if options.gpus > 0 and torch.cuda.is_available():
             device = f"cuda:{ray.get_gpu_ids()[0]}" if ray_noset_visible_devices() else "cuda"
         if options.gpus == 0:  # Ray gives one thread to an actor that reserves no CPU
             torch.set_num_threads(max((os.cpu_count() or 1) // options.replicas, 1))
-        self.scorer = HfScorer(location, options, device)
+        self.model: TextModel = objective.reward_kind.resolve("load")(objective.location, options, device)
 
     def ready(self) -> None:
         """Returns when the model is loaded."""
 
     def score(self, conversations: list[Conversation], free_memory: bool) -> list[float]:
         """One reward each; NaN for a conversation that the model or its template cannot read."""
-        rewards = self.scorer.score_each(conversations)
+        rewards = self.model.score_each(conversations)
         if free_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
         return rewards
 
     def inspect(self, conversation: Conversation) -> Inspection:
-        return self.scorer.inspect(conversation)
+        return self.model.inspect(conversation)
 
 
-class HfGroup:
-    """The replicas of one ``hf`` objective, which share out every batch."""
+class ReplicaGroup:
+    """The replicas of one objective, which share the conversations of every batch."""
 
     def __init__(self, objective: Objective, role: Role, pg: PlacementGroup | None) -> None:
         self.name, self.on_gpus = objective.name, role.share > 0
         self.replicas = []
         for rank in range(role.ranks):
-            # The host's group has a bundle for each rank; replicas that share a GPU of their own share its one bundle.
+            # OpenRLHF's group has a bundle for each rank; replicas that share a GPU of their own share its one bundle.
             bundle = PlacementGroupSchedulingStrategy(pg, rank % pg.bundle_count) if pg else "DEFAULT"
             actor = ray.remote(
                 num_gpus=role.share,
@@ -62,34 +61,39 @@ class HfGroup:
                 max_restarts=3,
                 max_task_retries=3,
             )(Replica)
-            self.replicas.append(actor.remote(objective.location, objective.settings))
+            self.replicas.append(actor.remote(objective))
 
-    def async_ready(self) -> list[Any]:
+    def load(self, strategy: Any) -> list[Any]:
+        """References to wait for until every model is loaded."""
         return [replica.ready.remote() for replica in self.replicas]
 
-    def score(self, conversations: list[Conversation], *, one_by_one: bool) -> PendingRewards:
+    def request(self, conversations: list[Conversation], *, one_by_one: bool) -> PendingRewards:
         """Start to score them; ``one_by_one``, and wait, where another model needs the GPU next."""
         start = time.perf_counter()
         share = -(-len(conversations) // len(self.replicas))
         parts = [conversations[first : first + share] for first in range(0, len(conversations), share)]
         alone = one_by_one and self.on_gpus
         refs = [replica.score.remote(part, alone) for replica, part in zip(self.replicas, parts)]
-        scored = PendingRewards(start, refs, [len(part) for part in parts])
+        pending = PendingRewards(start, refs, [len(part) for part in parts])
         if alone:
-            ray.wait(scored.refs, num_returns=len(scored.refs))
-        return scored
+            ray.wait(pending.refs, num_returns=len(pending.refs))
+        return pending
 
-    def collect(self, scored: PendingRewards) -> torch.Tensor:
-        """The rewards in the order of the conversations; NaN for those of a replica that died."""
+    def collect(self, pending: PendingRewards, sizes: list[int]) -> list[torch.Tensor]:
+        """The rewards (b,) of each micro-batch; NaN for those of a replica that died."""
         rewards: list[float] = []
-        for ref, size in zip(scored.refs, scored.sizes):
+        for ref, size in zip(pending.refs, pending.sizes):
             try:
                 rewards += ray.get(ref)
             except ray.exceptions.RayError as error:
                 logger.warning("objective %r: a replica scored nothing: %s", self.name, error)
                 rewards += [math.nan] * size
-        return torch.tensor(rewards)
+        return list(torch.tensor(rewards).split(sizes))
 
-    def inspect(self, conversation: Conversation) -> Inspection:
-        found: Inspection = ray.get(self.replicas[0].inspect.remote(conversation))
-        return found
+    def inspect(self, conversation: Conversation) -> Inspection | None:
+        """What the model reads of it; None if it cannot read it, which its missing reward reports too."""
+        try:
+            inspection: Inspection = ray.get(self.replicas[0].inspect.remote(conversation))
+        except ray.exceptions.RayError:
+            return None
+        return inspection

@@ -1,6 +1,12 @@
-"""K groups of reward models where the host's driver and trainer expect one."""
+"""K groups of reward models where OpenRLHF's driver and trainer expect one.
+
+``RankGroup`` and ``ReplicaGroup`` (in ``replicas``) are the two kinds of group. Both load their models, take requests
+for rewards, and collect them; only replicas read text.
+"""
 
 import copy
+import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,18 +14,66 @@ import ray
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ray.launcher import RayActorGroup
 from ray.util.placement_group import PlacementGroup, placement_group
+from torch import Tensor
 
 from pama_plugin.host.actors.critic import restore_normalization
+from pama_plugin.host.actors.pending import PendingRewards
 from pama_plugin.host.preflight.placement import Plan, Role, reward_role
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
 
 
-class RewardGroups:
-    """A group per ``rm`` and ``hf`` objective, keyed by name; stands in for the host's single reward group.
+class RankGroup:
+    """OpenRLHF's own group of reward-model actors, with one objective's model: a data-parallel world of its own.
 
-    Those of ``rm`` are groups of stock ``RewardModelActor``, each a world of its own; those of ``hf`` are replicas.
-    Each has the size and the share of a GPU that the plan says: in the placement group that the host gives (``pg``),
+    Args:
+        objective: scored in ranks.
+        actors: of OpenRLHF's ``RewardModelActor``.
+    """
+
+    def __init__(self, objective: Objective, actors: RayActorGroup) -> None:
+        self.objective, self.actors = objective, actors
+
+    def load(self, strategy: Any) -> list[Any]:
+        """Load the model on every rank; references to wait for."""
+        refs = self.actors.async_init_model_from_pretrained(
+            _strategy_of(self.objective, strategy), self.objective.location
+        )
+        return refs + self.actors.async_run_method(
+            "__ray_call__", lambda rank: restore_normalization(rank.model.module)
+        )
+
+    def run(self, call: Callable[[Any], Any]) -> list[Any]:
+        """Call a function with every rank's actor; references to the results."""
+        return self.actors.async_run_method("__ray_call__", call)
+
+    def request(self, samples_list: list[Experience], *, one_by_one: bool) -> PendingRewards:
+        """Start to score the micro-batches; with ``one_by_one``, wait and free the GPU cache for the next model."""
+        start = time.perf_counter()
+        # Copies of the last micro-batch fill up: with ZeRO-3 all ranks must be asked equally often, or they hang.
+        ranks = len(self.actors._actor_handlers) // self.actors.duplicate_actors
+        filled = samples_list + samples_list[-1:] * (-len(samples_list) % ranks)
+        refs = self.actors.async_run_method_batch(
+            method_name="forward",
+            sequences=[samples.sequences for samples in filled],
+            attention_mask=[samples.attention_mask for samples in filled],
+            pad_sequence=[True] * len(filled),
+        )
+        if one_by_one:
+            ray.get(refs)
+            ray.get(self.actors.async_run_method(method_name="empty_cache"))
+        return PendingRewards(start, refs)
+
+    def collect(self, pending: PendingRewards, sizes: list[int]) -> list[Tensor]:
+        """The rewards (b,) of each micro-batch; ranks of one ring or tensor-parallel group return copies."""
+        parts = ray.get(pending.refs)[:: self.actors.duplicate_actors]
+        return list(itertools.chain.from_iterable(parts))[: len(sizes)]
+
+
+class RewardGroups:
+    """A group per objective that a model scores, by name, in the place of OpenRLHF's single reward group.
+
+    Each has the size and the share of a GPU that the plan says: in the placement group that OpenRLHF passes (``pg``),
     else on whole GPUs of its own, or, with a fraction, on one that several objectives share.
     """
 
@@ -32,7 +86,6 @@ class RewardGroups:
     ) -> None:
         homes = {role.name: (role, block) for block in plan.blocks for role in block.roles}
         gpus: dict[Any, PlacementGroup] = {}
-        self.objectives = objectives
         self.groups = {}
         for objective in objectives:
             role, block = homes[reward_role(objective)]
@@ -42,35 +95,26 @@ class RewardGroups:
             self.groups[objective.name] = make_group(objective, role, gpus.get(block, pg))
 
     def async_init_model_from_pretrained(self, strategy: Any, pretrain: str) -> list[Any]:
-        """Load every objective's own model; ``pretrain`` is the first one's location, which the host passes."""
-        refs = []
-        for objective in self.objectives:
-            group = self.groups[objective.name]
-            if objective.kind == "hf":
-                refs += group.async_ready()
-                continue
-            own = _strategy_of(objective, strategy)
-            refs += group.async_init_model_from_pretrained(own, objective.location)
-            refs += group.async_run_method("__ray_call__", lambda rank: restore_normalization(rank.model.module))
-        return refs
+        """Load every objective's own model. OpenRLHF passes the first one's location as ``pretrain``."""
+        return list(itertools.chain.from_iterable(group.load(strategy) for group in self.groups.values()))
 
 
 def _strategy_of(objective: Objective, strategy: Any) -> Any:
-    """The strategy with this objective's own settings. Copies are shallow: no rank sees another objective's."""
-    own = copy.copy(strategy)
-    own.args = copy.copy(strategy.args)
-    settings = objective.settings
-    if settings.value_head_prefix is not None:
-        own.args.ds = copy.copy(strategy.args.ds)
-        own.args.ds.value_head_prefix = settings.value_head_prefix
-    if settings.offload is not None:
-        own.args.reward = copy.copy(strategy.args.reward)
-        own.args.reward.offload = settings.offload
-    return own
+    """The strategy with this objective's options. Copies are shallow: no rank sees another objective's."""
+    changed = copy.copy(strategy)
+    changed.args = copy.copy(strategy.args)
+    options = objective.settings
+    if options.value_head_prefix is not None:
+        changed.args.ds = copy.copy(strategy.args.ds)
+        changed.args.ds.value_head_prefix = options.value_head_prefix
+    if options.offload is not None:
+        changed.args.reward = copy.copy(strategy.args.reward)
+        changed.args.reward.offload = options.offload
+    return changed
 
 
 class PolicyGroup(RayActorGroup):
-    """The host's, which sends no values and returns along with the rollouts: only the critic reads them."""
+    """OpenRLHF's group of policy actors, without values and returns in what it sends: only the critic reads them."""
 
     def async_run_method_batch(self, method_name: str, **kwargs: Any) -> list[Any]:
         if method_name == "append":
@@ -82,7 +126,7 @@ class PolicyGroup(RayActorGroup):
 def group_builder(
     config: PamaConfig, plan: Plan, stock: type[RayActorGroup], reward_actor: Any, policy_actor: Any
 ) -> Callable[..., Any]:
-    """What the host's driver calls instead of ``RayActorGroup``."""
+    """The function that OpenRLHF's driver calls in place of ``RayActorGroup``."""
 
     def build(num_nodes: int, num_gpus_per_node: int, ray_actor_type: Any, **placement: Any) -> Any:
         if ray_actor_type is policy_actor:
@@ -91,13 +135,13 @@ def group_builder(
             return stock(num_nodes, num_gpus_per_node, ray_actor_type, **placement)
 
         def make_group(objective: Objective, role: Role, pg: PlacementGroup | None) -> Any:
-            if objective.kind == "hf":
-                from pama_plugin.host.actors.replicas import HfGroup
+            if objective.reward_kind.scored_in == "replicas":
+                from pama_plugin.host.actors.replicas import ReplicaGroup  # reads data sets: nothing else needs them
 
-                return HfGroup(objective, role, pg)
-            own = placement | {"pg": pg, "num_gpus_per_actor": role.share}
-            return stock(role.nodes, role.gpus_per_node, ray_actor_type, **own)
+                return ReplicaGroup(objective, role, pg)
+            where = placement | {"pg": pg, "num_gpus_per_actor": role.share}
+            return RankGroup(objective, stock(role.nodes, role.gpus_per_node, ray_actor_type, **where))
 
-        return RewardGroups(config.of_kind("rm", "hf"), plan, make_group, placement["pg"])
+        return RewardGroups(config.scored_in("ranks", "replicas"), plan, make_group, placement["pg"])
 
     return build

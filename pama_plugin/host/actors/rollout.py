@@ -14,10 +14,9 @@ from openrlhf.trainer.ray import vllm_engine
 from openrlhf.utils.agent import AgentExecutorBase
 
 from pama_plugin.batch.metrics import PROBLEM, REWARD, SECONDS
-from pama_plugin.batch.outcome import Outcome, attempt, code_of, load_scorer
+from pama_plugin.batch.outcome import Outcome, attempt, code_of
 from pama_plugin.errors import PamaError, RewardError
 from pama_plugin.rewards import Response, Scorer
-from pama_plugin.rewards.kinds import IN_THE_ROLLOUT
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
 
@@ -36,8 +35,8 @@ class ObjectiveExecutor(AgentExecutorBase):
 
     def __init__(self, config: PamaConfig, base: AgentExecutorBase, scalar_reward: bool) -> None:
         self.config, self.base, self.scalar_reward = config, base, scalar_reward
-        self.scored = config.of_kind(*IN_THE_ROLLOUT)
-        self.scorers = {own.name: _load(own) for own in self.scored if own.kind != "agent"}
+        self.scored = config.scored_in("rollout", "agent")
+        self.scorers = {objective.name: _load(objective) for objective in config.scored_in("rollout")}
         self.failures = dict.fromkeys(config.names, 0)
         self.problems: dict[int, str] = {}
         self.steps_done = 0
@@ -62,7 +61,7 @@ class ObjectiveExecutor(AgentExecutorBase):
         for own, (outcome, seconds) in zip(self.scored, outcomes):
             columns |= {f"{REWARD}{own.name}": outcome.reward, f"{SECONDS}{own.name}": seconds}
             columns |= {f"{PROBLEM}{own.name}": self._remember(outcome.problem)}
-            if own.kind == "agent" and outcome.problem is not None:
+            if own.name not in self.scorers and outcome.problem is not None:
                 # The host makes a column of every key, which all responses must have, as a number. These two are not.
                 columns |= {own.location: math.nan} if own.location not in ("reward", "scores") else {}
         output["extra_logs"] = logs | columns
@@ -75,9 +74,7 @@ class ObjectiveExecutor(AgentExecutorBase):
     async def score_texts(self, responses: list[Response]) -> dict[str, list[float]]:
         """What each objective but an agent's gives; NaN, and a line in the log, where it gives nothing."""
         found = {}
-        for own in self.scored:
-            if own.kind == "agent":
-                continue
+        for own in self.config.scored_in("rollout"):
             outcomes = await asyncio.gather(*(attempt(own, self.scorers[own.name](each)) for each in responses))
             for problem in [outcome.problem for outcome in outcomes if outcome.problem is not None][:1]:
                 logger.warning("PAMA: objective %r, asked before the first step: %s", own.name, problem)
@@ -97,7 +94,7 @@ class ObjectiveExecutor(AgentExecutorBase):
     async def _score(self, own: Objective, response: Response, given: dict[str, Any]) -> tuple[Outcome, float]:
         """The reward, or why there is none, and the seconds it took."""
         start = time.perf_counter()
-        reward = _read(given, own.location) if own.kind == "agent" else self.scorers[own.name](response)
+        reward = self.scorers[own.name](response) if own.name in self.scorers else _read(given, own.location)
         outcome = await attempt(own, reward)
         if outcome.problem is not None:
             if own.on_failure.action == "fail":
@@ -122,7 +119,7 @@ def _load(own: Objective) -> Scorer:
     An engine that died while it starts would leave the host waiting for it.
     """
     try:
-        return load_scorer(own, patient=own.on_failure.action == "fail")
+        return own.load_scorer(patient=own.on_failure.action == "fail")
     except Exception as error:  # of the user's own file, too
         problem = f"cannot be loaded: {type(error).__name__}: {error}"
 

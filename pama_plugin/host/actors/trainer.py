@@ -36,8 +36,8 @@ class MultiObjectiveTrainer:
             self.kl_ctl,
             self.strategy,
             self.tokenizer,
+            vllm_engines=self.vllm_engines,
         )
-        self.experience_maker.vllm_engines = self.vllm_engines
         self.config = self.experience_maker.config
         self.state = self.experience_maker.state
         self.best_eval_metric_key = self.best_eval_metric_key or BEST
@@ -47,7 +47,7 @@ class MultiObjectiveTrainer:
         """Shake hands with every actor, probe every reward, train; a reward that fails is reported with its step."""
         print(self.shake_hands(), flush=True)
         if self.config.probe != "off":
-            probe_pairs(self.experience_maker, self.vllm_engines)
+            probe_pairs(self.experience_maker.collector)
         try:
             super().fit(*args, **kwargs)
         except RewardError as error:
@@ -57,13 +57,14 @@ class MultiObjectiveTrainer:
         def reports(group: Any) -> list[Any]:
             return group.async_run_method("__ray_call__", report) if group is not None else []
 
-        models = [own.name for own in self.config.of_kind("rm")]  # ranks of the host's; replicas of hf load no strategy
+        groups = self.experience_maker.collector.groups
+        in_ranks = [groups[objective.name] for objective in self.config.scored_in("ranks")]  # replicas run our code
         return shake_hands(
             self.config,
             {
                 "policy": [[rank] for rank in reports(self.actor_model_group)],
                 "critic": [[rank] for rank in reports(self.critic_model_group)],
-                "reward groups": [reports(self.reward_model_group.groups[name]) for name in models],
+                "reward groups": [group.run(report) for group in in_ranks],
                 "reference": [[rank] for rank in reports(self.reference_model_group)],
                 "rollout": [[engine.__ray_call__.remote(report)] for engine in self.vllm_engines],
             },
@@ -179,7 +180,7 @@ class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.
         if strategy.args.train.full_determinism_enable:
             set_seed(strategy.args.train.seed)  # the prompts are shuffled here, with a seed that the host leaves open
         super().__init__(pretrain, strategy, *args, **kwargs)
-        self.samples_generator = ScoredSamplesGenerator(self.samples_generator, self.experience_maker)
+        self.samples_generator = ScoredSamplesGenerator(self.samples_generator, self.experience_maker.collector)
 
     def end_run(self) -> None:
         """After this step's logs, checkpoint and evaluation; then the host saves the model, as at any end."""

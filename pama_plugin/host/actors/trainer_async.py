@@ -72,9 +72,10 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
 
     def begin(self, strategy: Any, reward_model_group: Any, steps_done: int) -> None:
         tokenizer = self.samples_generator.tokenizer
-        maker = MultiObjectiveExperienceMaker(None, None, reward_model_group, None, None, strategy, tokenizer)
-        maker.vllm_engines = self.samples_generator.vllm_engines
-        self.samples_generator = ScoredSamplesGenerator(self.samples_generator, maker)
+        engines = self.samples_generator.vllm_engines
+        parts = (None, None, reward_model_group, None, None, strategy, tokenizer)
+        maker = MultiObjectiveExperienceMaker(*parts, vllm_engines=engines)
+        self.samples_generator = ScoredSamplesGenerator(self.samples_generator, maker.collector)
         self.rollout_slots = WatchedSlots(self.rollout_slots, self.samples_generator)
         self.steps_done = steps_done
 

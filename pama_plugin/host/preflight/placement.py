@@ -9,7 +9,7 @@ import argparse
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pama_plugin.errors import ConfigError
 from pama_plugin.settings.objective import Objective
@@ -79,7 +79,7 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
 
     Args:
         args: the host's flags, flat: ``getattr(args, "actor.num_nodes")``.
-        config: the objectives; each of kind ``rm`` is a group of ranks, each of kind ``hf`` one of replicas.
+        config: its objectives that are scored in ranks or replicas are roles of their own.
 
     Raises:
         ConfigError: flags that no cluster can serve, which the host would refuse or wait for once Ray has started.
@@ -95,11 +95,12 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
     references = [_role(args, "reference", "ref")] if getattr(args, "algo.kl.init_coef") > 0 else []
     critics = [_role(args, "critic", "critic")] if getattr(args, "algo.advantage.estimator") == "gae" else []
     critic_shares = bool(critics) and getattr(args, "train.colocate_critic_reward")
-    rewards = _reward_roles(args, config.of_kind("rm", "hf"), colocated=colocate_all or critic_shares)
+    rewards = _reward_roles(args, config.scored_in("ranks", "replicas"), colocated=colocate_all or critic_shares)
     engines = getattr(args, "vllm.num_engines") or 0
     rollouts = [Role("rollout", engines, getattr(args, "vllm.tensor_parallel_size"))] if engines > 0 else []
 
-    independent = {reward_role(objective) for objective in config.of_kind("hf")}  # of batches, and of each other
+    # Replicas need no equal shares of a batch.
+    independent = {reward_role(objective) for objective in config.scored_in("replicas")}
     for role in (policy, *references, *critics, *rewards):
         if role.name not in independent:
             _check_batches(args, role)
@@ -139,30 +140,30 @@ def _reward_roles(args: argparse.Namespace, objectives: Sequence[Objective], *, 
     share = math.floor(HOST_SHARE / max(1, len(on_gpus)) * GPU_STEPS) / GPU_STEPS if colocated else 1.0
     roles = []
     for objective in objectives:
-        own: Any = objective.settings
-        if objective.kind == "rm" and own.offload and getattr(args, "ds.zero_stage") != 3:
+        options, in_ranks = objective.settings, objective.reward_kind.scored_in == "ranks"
+        if in_ranks and options.offload and getattr(args, "ds.zero_stage") != 3:
             raise ConfigError(
                 f"objective {objective.name!r}: offload=true needs --ds.zero_stage 3, without which DeepSpeed keeps "
                 f"parameters on the GPU, found {getattr(args, 'ds.zero_stage')}"
             )
-        if colocated and own.gpus is not None and 0 < own.gpus < 1:
+        if colocated and options.gpus is not None and 0 < options.gpus < 1:
             raise ConfigError(
                 f"objective {objective.name!r}: gpus must be a whole number where reward models are colocated "
-                f"(they split one share of a GPU anyway), found {own.gpus}"
+                f"(they split one share of a GPU anyway), found {options.gpus}"
             )
         default = _role(args, reward_role(objective), "reward")
-        if objective.kind == "hf":
-            if 0 < own.gpus < 1 < own.gpus * own.replicas:
+        if not in_ranks:
+            if 0 < options.gpus < 1 < options.gpus * options.replicas:
                 raise ConfigError(
                     f"objective {objective.name!r}: replicas with a fraction of a GPU share one, so replicas × gpus "
-                    f"must be at most 1, found {own.replicas} × {own.gpus}"
+                    f"must be at most 1, found {options.replicas} × {options.gpus}"
                 )
-            roles.append(Role(default.name, 1, own.replicas, min(own.gpus, share)))
-        elif own.gpus is not None and own.gpus < 1:
-            roles.append(Role(default.name, 1, 1, own.gpus))
+            roles.append(Role(default.name, 1, options.replicas, min(options.gpus, share)))
+        elif options.gpus is not None and options.gpus < 1:
+            roles.append(Role(default.name, 1, 1, options.gpus))
         else:
-            gpus_per_node = int(own.gpus or default.gpus_per_node)
-            roles.append(Role(default.name, own.nodes or default.nodes, gpus_per_node, share))
+            gpus_per_node = int(options.gpus or default.gpus_per_node)
+            roles.append(Role(default.name, options.nodes or default.nodes, gpus_per_node, share))
     return roles
 
 

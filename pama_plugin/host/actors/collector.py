@@ -1,0 +1,160 @@
+"""From rollouts to the table of rewards: what the rollout scored, and what reward models are asked for."""
+
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+from openrlhf.trainer.ppo_utils.experience import Experience
+from torch import Tensor
+
+from pama_plugin.batch.metrics import FAILURES, PROBLEM, REWARD, SECONDS
+from pama_plugin.batch.outcome import judge_column
+from pama_plugin.batch.shaping import apply_failure_policy
+from pama_plugin.batch.table import RewardTable
+from pama_plugin.errors import RewardError
+from pama_plugin.host.actors.pending import PendingRewards
+from pama_plugin.settings.objective import Objective
+from pama_plugin.settings.run import PamaConfig
+
+logger = logging.getLogger(__name__)
+
+SECONDS_FOR_REASONS = 60  # to wait for the engines before a run ends
+
+
+class RewardCollector:
+    """Requests the rewards of the models, and makes one table of all objectives' rewards.
+
+    Args:
+        strategy: OpenRLHF's, whose ``args`` hold its flags and our configuration.
+        tokenizer: the policy's.
+        groups: a ``RankGroup`` or ``ReplicaGroup`` per objective that a model scores.
+        vllm_engines: they know why a reward of the rollout is missing.
+    """
+
+    def __init__(self, strategy: Any, tokenizer: Any, groups: dict[str, Any], vllm_engines: Sequence[Any]) -> None:
+        self.strategy, self.args, self.tokenizer = strategy, strategy.args, tokenizer
+        self.groups, self.vllm_engines = groups, vllm_engines
+        self.config: PamaConfig = self.args.pama
+
+    @functools.cached_property
+    def conversations(self) -> Any:
+        """Rollouts as text, for the models that read text."""
+        from pama_plugin.host.actors.conversations import Conversations  # imports what other runs do not need
+
+        return Conversations(self.strategy, self.tokenizer)
+
+    def request(self, samples_list: list[Experience]) -> dict[str, PendingRewards]:
+        """Ask every model for the rewards of all micro-batches, without waiting for them."""
+        # Models that share a GPU run one after the other and free the cache in between, as OpenRLHF's own do.
+        shared_with_critic = self.args.train.colocate_critic_reward and self.args.algo.advantage.estimator == "gae"
+        one_by_one = self.args.train.colocate_all or shared_with_critic
+        pending = {
+            objective.name: self.groups[objective.name].request(samples_list, one_by_one=one_by_one)
+            for objective in self.config.scored_in("ranks")
+        }
+        if readers := self.config.scored_in("replicas"):
+            conversations = self.conversations.of(samples_list)
+            for objective in readers:
+                group = self.groups[objective.name]
+                pending[objective.name] = group.request(conversations, one_by_one=one_by_one)
+        return pending
+
+    def collect(self, pending: dict[str, PendingRewards], experiences: list[Experience]) -> RewardTable:
+        """Wait for the models' rewards and make the table; apply each objective's failure policy.
+
+        Columns of the rewards, failures and seconds go into ``info``, for the logs: NaN where there is no reward.
+
+        Raises:
+            RewardError: the failure policy of an objective ends the run.
+        """
+        self._receive(pending, experiences)
+        sizes = tuple(len(experience.sequences) for experience in experiences)
+        rows, problems = [], {}
+        for objective in self.config.objectives:
+            name = objective.name
+            for first, experience in zip(itertools.accumulate(sizes, initial=0), experiences):
+                if f"{REWARD}{name}" not in experience.info:  # no failure of the reward: a rollout that does not score
+                    raise RewardError(name, "returned nothing", self._text(experiences, first))
+            rewards_B = torch.cat([experience.info[f"{REWARD}{name}"] for experience in experiences])
+            reasons = self._explain(objective, rewards_B, experiences)
+            failed_B = torch.zeros(len(rewards_B), dtype=torch.bool)
+            failed_B[list(reasons)] = True
+            rewards_B = rewards_B.masked_fill(failed_B, math.nan)
+            for experience, rewards_b, failed_b in zip(experiences, rewards_B.split(sizes), failed_B.split(sizes)):
+                experience.info[f"{REWARD}{name}"] = rewards_b
+                experience.info[f"{FAILURES}{name}"] = failed_b.float()
+            rows.append(rewards_B.double())
+            problems |= {(name, response): why for response, why in reasons.items()}
+        order = [experience.index for experience in experiences if experience.index is not None]
+        # Samples that are not trained on have no index: they are in the order of their prompts.
+        order_B = torch.tensor(list(itertools.chain.from_iterable(order)) or range(len(rows[0])))
+        group_size = self.args.rollout.n_samples_per_prompt
+        table = RewardTable(self.config.names, torch.stack(rows), problems, order_B, group_size, sizes)
+        apply_failure_policy(self.config.objectives, table, lambda response: self._text(experiences, response))
+        return table
+
+    def score(self, samples: list[Experience]) -> RewardTable:
+        """The rewards of B single samples that are not trained on."""
+        micro_batches = self._in_micro_batches(samples)
+        return self.collect(self.request(micro_batches), micro_batches)
+
+    def score_with_models(self, samples: list[Experience]) -> dict[str, Tensor]:
+        """The rewards (B,) that the models alone give to B single samples, before any failure policy."""
+        micro_batches = self._in_micro_batches(samples)
+        self._receive(self.request(micro_batches), micro_batches)
+        return {
+            objective.name: torch.cat([batch.info[f"{REWARD}{objective.name}"] for batch in micro_batches])
+            for objective in self.config.scored_in("ranks", "replicas")
+        }
+
+    def _in_micro_batches(self, samples: list[Experience]) -> list[Experience]:
+        size = self.args.rollout.micro_batch_size
+        return [
+            Experience.concat_experiences(samples[start : start + size], self.tokenizer.pad_token_id)
+            for start in range(0, len(samples), size)
+        ]
+
+    def _receive(self, pending: dict[str, PendingRewards], experiences: list[Experience]) -> None:
+        """Wait for the models' rewards, and make columns of them as the rollout does of its own."""
+        sizes = [len(experience.sequences) for experience in experiences]
+        for name, requested in pending.items():
+            rewards = self.groups[name].collect(requested, sizes)
+            seconds = requested.seconds()
+            for experience, rewards_b in zip(experiences, rewards, strict=True):
+                experience.info[f"{REWARD}{name}"] = rewards_b.float()
+                experience.info[f"{SECONDS}{name}"] = torch.full((len(rewards_b),), seconds)
+
+    def _explain(self, objective: Objective, rewards_B: Tensor, experiences: list[Experience]) -> dict[int, str]:
+        """Response → why it has no reward. The rollout has judged its rewards itself, and sent codes of the reasons."""
+        if objective.reward_kind.scored_in in ("ranks", "replicas"):
+            return judge_column(objective, rewards_B)
+        codes_B = torch.cat([experience.info.pop(f"{PROBLEM}{objective.name}") for experience in experiences]).long()
+        failed = (~rewards_B.isfinite()).nonzero().flatten().tolist()
+        codes = {response: int(codes_B[response]) for response in failed}
+        reasons = {
+            response: "no reward" if code else f"returned {float(rewards_B[response])}"
+            for response, code in codes.items()
+        }
+        if objective.on_failure.action != "fail" and len(failed) <= objective.max_failures * len(rewards_B):
+            return reasons  # the run goes on: nobody reads the texts, and engines that generate need not be asked
+        texts: dict[int, str] = {}
+        asked = [engine.problems.remote(sorted({*codes.values()} - {0})) for engine in self.vllm_engines]
+        try:
+            for known in ray.get(asked, timeout=SECONDS_FOR_REASONS):
+                texts |= known
+        except ray.exceptions.RayError as error:  # an engine that is dead or busy: the run ends all the same
+            logger.warning("the reasons of missing rewards could not be asked for: %s", error)
+        return {response: texts.get(code, reasons[response]) for response, code in codes.items()}
+
+    def _text(self, experiences: list[Experience], response: int) -> str:
+        for experience in experiences:
+            if response < len(experience.sequences):
+                tokens = experience.sequences[response][experience.attention_mask[response].bool()]
+                return str(self.tokenizer.decode(tokens))
+            response -= len(experience.sequences)
+        raise IndexError(response)

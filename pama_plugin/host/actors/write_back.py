@@ -1,0 +1,73 @@
+"""From K runs of the estimator and one combination to what OpenRLHF trains on and logs."""
+
+from collections.abc import Sequence
+
+import torch
+from openrlhf.trainer.ppo_utils.experience import Experience
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pama_plugin.batch.metrics import explained_variance
+from pama_plugin.host.actors.critic import flatten_objectives
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """Micro-batches (B_i, A_i) → (ΣB_i, max A_i), padded on the right with 0."""
+    length = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([pad(tensor, (0, length - tensor.shape[1])) for tensor in tensors])
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """In the order of the tensors, starting from the first: of one tensor of weight 1 the tensor, bit for bit."""
+    total, *rest = (tensor * weight for tensor, weight in zip(tensors, weights, strict=True))
+    for term in rest:
+        total = total + term
+    return total
+
+
+def write_back(
+    experiences: Sequence[Experience],
+    runs: Sequence[Sequence[Experience]],
+    shown: Sequence[Sequence[Experience]],
+    weights: Sequence[float],
+    advantages: Sequence[Tensor],
+    metrics: dict[str, float],
+) -> list[Experience]:
+    """One advantage per token for the actor, K columns of values and returns for the critic, metrics for the logs.
+
+    Args:
+        experiences: as OpenRLHF made them, one per micro-batch.
+        runs: what the estimator made of each objective; the copies of the first run are changed and returned.
+        shown: the runs whose rewards and returns OpenRLHF shows as its own, summed with ``weights``.
+        weights: one for each of these.
+        advantages: the combination, (b, A) or longer for each micro-batch.
+        metrics: of the whole rollout batch.
+    """
+    for stock, advantages_BA, copies, parts in zip(experiences, advantages, zip(*runs), zip(*shown), strict=True):
+        combined = copies[0]
+        if combined.values is not None:
+            combined.values, combined.returns = (
+                flatten_objectives(torch.stack([getattr(experience, field) for experience in copies], -1))
+                for field in ("values", "returns")
+            )
+        valid_BA = combined.action_mask.bool()
+        advantages_BA = advantages_BA[:, : valid_BA.shape[1]]
+        combined.advantages = torch.where(valid_BA, advantages_BA, combined.advantages)  # padding stays OpenRLHF's
+        combined.rewards = weighted_sum([experience.rewards for experience in parts], weights)
+        for key in [key for key, value in combined.info.items() if value is not stock.info.get(key)]:
+            combined.info[key] = weighted_sum([experience.info[key] for experience in parts], weights)
+        if len(parts) > 1:  # a sum of standard deviations is not one
+            combined.info.pop("group_reward_std", None)
+        # A column like any other of ``info``, because that is what OpenRLHF carries; the trainer takes it out again.
+        combined.info |= {key: torch.full((len(valid_BA),), value) for key, value in metrics.items()}
+    return list(runs[0])
+
+
+def explain_variance(run: Sequence[Experience], present: Sequence[Tensor]) -> float:
+    """``explained_variance`` of the values at the valid tokens of the responses with a reward, (b,) per micro-batch."""
+    masks = [
+        experience.action_mask.bool() & present_b.unsqueeze(-1)
+        for experience, present_b in zip(run, present, strict=True)
+    ]
+    returns_N = torch.cat([experience.returns[mask] for experience, mask in zip(run, masks)])
+    return explained_variance(returns_N, torch.cat([experience.values[mask] for experience, mask in zip(run, masks)]))

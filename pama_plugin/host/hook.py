@@ -38,7 +38,7 @@ def arm(start: Callable[[Any], None] | None = None) -> None:
     def parse_args(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         if not _is_host_parser(parser):
             return stock(parser, args, namespace)
-        argparse.ArgumentParser.parse_args = stock
+        argparse.ArgumentParser.parse_args = stock  # type: ignore[method-assign]
         from pama_plugin.errors import ConfigError
         from pama_plugin.host.seam import install
         from pama_plugin.settings.flags import add_flags
@@ -50,10 +50,10 @@ def arm(start: Callable[[Any], None] | None = None) -> None:
         except ConfigError as error:
             parser.exit(2, f"{parser.prog}: error: {error}\n")  # without the host's 170 lines of usage
         if start is not None:
-            sys.modules["__main__"].train = start
+            vars(sys.modules["__main__"])["train"] = start
         return parsed
 
-    argparse.ArgumentParser.parse_args = parse_args
+    argparse.ArgumentParser.parse_args = parse_args  # type: ignore[assignment, method-assign]
     if start is None:
         sys.meta_path.insert(0, FlagCheck())
 

@@ -20,7 +20,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pama_plugin.aggregation import get_rule
 from pama_plugin.errors import ConfigError
@@ -29,7 +29,9 @@ from pama_plugin.host.preflight.placement import Node, Plan, check_cluster, form
 from pama_plugin.host.preflight.resume import Resume, prepare_resume
 from pama_plugin.host.preflight.tokenizers import check_vocabularies
 from pama_plugin.host.preflight.weights import check_value_head
-from pama_plugin.settings.run import STOCK, PamaConfig, dump_config, load_config, warn_of_many_objectives
+from pama_plugin.host.protocols import Command, Strategy
+from pama_plugin.settings.names import STOCK
+from pama_plugin.settings.run import PamaConfig, dump_config, load_config, warn_of_many_objectives
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +215,7 @@ def _swap(
     ppo_trainer_async.PPOTrainerAsync = trainer_async.PPOTrainerAsync
     ppo_trainer_async.TrainingActor = trainer_async.TrainingActor
     ppo_trainer_async.GenerateSamplesActor = trainer_async.GenerateSamplesActor
-    main = sys.modules["__main__"]
+    main = cast(Command, sys.modules["__main__"])
     main.CriticModelActor = critic.CriticModelActor
     main.RayActorGroup = reward_groups.group_builder(
         config, plan, main.RayActorGroup, main.RewardModelActor, main.PolicyModelActor
@@ -222,14 +224,14 @@ def _swap(
 
 
 def _ready(
-    stock: Callable[[Any], Any], config: PamaConfig, plan: Plan, resume: Resume | None, *, allow_waiting: bool
-) -> Callable[[Any], Any]:
+    stock: Callable[[Any], Strategy], config: PamaConfig, plan: Plan, resume: Resume | None, *, allow_waiting: bool
+) -> Callable[[Any], Strategy]:
     """What the host calls first of all in ``train``: Ray is up, the arguments are validated, nothing is reserved.
 
     The plan is shown and held against the nodes that Ray has.
     """
 
-    def get_strategy(args: Any) -> Any:
+    def get_strategy(args: Any) -> Strategy:
         import ray
 
         cluster = [

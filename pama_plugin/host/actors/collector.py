@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 import torch
-from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.experience import Experience as HostExperience
 from torch import Tensor
 
 from pama_plugin.batch.metrics import FAILURES, PROBLEM, REWARD, SECONDS
@@ -18,6 +18,7 @@ from pama_plugin.batch.shaping import apply_failure_policy
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.errors import RewardError
 from pama_plugin.host.actors.pending import PendingRewards
+from pama_plugin.host.protocols import Experience, Strategy, Tokenizer
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
 
@@ -36,7 +37,9 @@ class RewardCollector:
         vllm_engines: they know why a reward of the rollout is missing.
     """
 
-    def __init__(self, strategy: Any, tokenizer: Any, groups: dict[str, Any], vllm_engines: Sequence[Any]) -> None:
+    def __init__(
+        self, strategy: Strategy, tokenizer: Tokenizer, groups: dict[str, Any], vllm_engines: Sequence[Any]
+    ) -> None:
         self.strategy, self.args, self.tokenizer = strategy, strategy.args, tokenizer
         self.groups, self.vllm_engines = groups, vllm_engines
         self.config: PamaConfig = self.args.pama
@@ -73,8 +76,9 @@ class RewardCollector:
             RewardError: the failure policy of an objective ends the run.
         """
         self._receive(pending, experiences)
-        sizes = tuple(len(experience.sequences) for experience in experiences)
-        rows, problems = [], {}
+        sizes = [len(experience.sequences) for experience in experiences]
+        rows: list[Tensor] = []
+        problems: dict[tuple[str, int], str] = {}
         for objective in self.config.objectives:
             name = objective.name
             for first, experience in zip(itertools.accumulate(sizes, initial=0), experiences):
@@ -85,7 +89,9 @@ class RewardCollector:
             failed_B = torch.zeros(len(rewards_B), dtype=torch.bool)
             failed_B[list(reasons)] = True
             rewards_B = rewards_B.masked_fill(failed_B, math.nan)
-            for experience, rewards_b, failed_b in zip(experiences, rewards_B.split(sizes), failed_B.split(sizes)):
+            for experience, rewards_b, failed_b in zip(
+                experiences, torch.split(rewards_B, sizes), torch.split(failed_B, sizes)
+            ):
                 experience.info[f"{REWARD}{name}"] = rewards_b
                 experience.info[f"{FAILURES}{name}"] = failed_b.float()
             rows.append(rewards_B.double())
@@ -94,7 +100,7 @@ class RewardCollector:
         # Samples that are not trained on have no index: they are in the order of their prompts.
         order_B = torch.tensor(list(itertools.chain.from_iterable(order)) or range(len(rows[0])))
         group_size = self.args.rollout.n_samples_per_prompt
-        table = RewardTable(self.config.names, torch.stack(rows), problems, order_B, group_size, sizes)
+        table = RewardTable(self.config.names, torch.stack(rows), problems, order_B, group_size, tuple(sizes))
         apply_failure_policy(self.config.objectives, table, lambda response: self._text(experiences, response))
         return table
 
@@ -115,7 +121,7 @@ class RewardCollector:
     def _in_micro_batches(self, samples: list[Experience]) -> list[Experience]:
         size = self.args.rollout.micro_batch_size
         return [
-            Experience.concat_experiences(samples[start : start + size], self.tokenizer.pad_token_id)
+            HostExperience.concat_experiences(samples[start : start + size], self.tokenizer.pad_token_id)
             for start in range(0, len(samples), size)
         ]
 
@@ -155,6 +161,6 @@ class RewardCollector:
         for experience in experiences:
             if response < len(experience.sequences):
                 tokens = experience.sequences[response][experience.attention_mask[response].bool()]
-                return str(self.tokenizer.decode(tokens))
+                return self.tokenizer.decode(tokens)
             response -= len(experience.sequences)
         raise IndexError(response)

@@ -5,9 +5,9 @@ from typing import Any
 
 from openrlhf.datasets.prompts_dataset import preprocess_data
 from openrlhf.datasets.utils import blending_datasets
-from openrlhf.trainer.ppo_utils.experience import Experience
 
-from pama_plugin.rewards.hf import Conversation
+from pama_plugin.host.protocols import Experience
+from pama_plugin.rewards import Conversation
 
 logger = logging.getLogger(__name__)
 

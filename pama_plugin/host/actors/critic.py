@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from pama_plugin.errors import ConfigError
+from pama_plugin.host.protocols import Strategy
 from pama_plugin.settings.objective import Objective
 
 HEADS = "value_heads"
@@ -29,7 +30,7 @@ HEADS_FILE = "value_heads.safetensors"
 class CriticModelActor(ppo_critic.CriticModelActor.__ray_metadata__.modified_class):
     """The host's critic; with more than one objective its value head gives way to one head per objective."""
 
-    def init_model_from_pretrained(self, strategy: Any, pretrain: str, max_steps: int) -> None:
+    def init_model_from_pretrained(self, strategy: Strategy, pretrain: str, max_steps: int) -> None:
         objectives = strategy.args.pama.trained
         own = objective_of(objectives, pretrain)
         if own is not None:  # the strategy, and so its arguments, are this rank's own copy
@@ -84,12 +85,13 @@ def add_value_heads(critic: nn.Module, objectives: tuple[Objective, ...], pretra
     Returns:
         ``critic``, which now gives values (K, B, A), so that the host's (B, A) masks broadcast against them.
     """
-    stock = getattr(critic, critic.value_head_prefix)
+    model: Any = critic  # OpenRLHF's class, which it makes anew for every architecture
+    stock = getattr(model, model.value_head_prefix)
     with deepspeed.zero.GatheredParameters([stock.weight]):
         stock_1H = stock.weight.detach().float().cpu()
-    if critic.normalize_reward:  # the model's own scale; one model's mean and std are not the other objectives'
-        stock_1H = stock_1H / getattr(critic.config, "std", 1.0)
-        critic.normalize_reward = False
+    if model.normalize_reward:  # the model's own scale; one model's mean and std are not the other objectives'
+        stock_1H = stock_1H / getattr(model.config, "std", 1.0)
+        model.normalize_reward = False
     saved = load_value_heads(pretrain, tuple(objective.name for objective in objectives))
     if saved is None:
         hidden = stock_1H.shape[1]
@@ -104,10 +106,10 @@ def add_value_heads(critic: nn.Module, objectives: tuple[Objective, ...], pretra
 
     heads = nn.Linear(saved.shape[1], len(objectives), bias=False)
     heads.weight.data = saved.to(stock.weight)
-    delattr(critic, critic.value_head_prefix)
+    delattr(model, model.value_head_prefix)
     critic.add_module(HEADS, heads)
-    critic.value_head_prefix = HEADS
-    missing_axes = (None,) * (2 if critic.packing_samples else 1)  # the host's unpacking leaves an axis of size 1
+    model.value_head_prefix = HEADS
+    missing_axes = (None,) * (2 if model.packing_samples else 1)  # the host's unpacking leaves an axis of size 1
 
     def mask_every_head(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         sequences, *rest = args
@@ -164,8 +166,9 @@ def restore_normalization(model: nn.Module) -> None:
     The host sets them in the constructor; transformers 5 then loads through the meta device, which leaves buffers that
     are not saved uninitialised. Remove when every supported release has https://github.com/OpenRLHF/OpenRLHF/pull/1343.
     """
-    model.mean.fill_(getattr(model.config, "mean", 0.0))
-    model.std.fill_(getattr(model.config, "std", 1.0))
+    buffers: Any = model
+    buffers.mean.fill_(getattr(model.config, "mean", 0.0))
+    buffers.std.fill_(getattr(model.config, "std", 1.0))
 
 
 class MultiObjectiveValueLoss(nn.Module):
@@ -204,4 +207,5 @@ def flatten_objectives(values_BAK: Tensor) -> Tensor:
 def unflatten_objectives(flat: Tensor, like_KBA: Tensor) -> Tensor:
     """What ``flatten_objectives`` made, after the host's buffers → (K, B, A)."""
     num_objectives, _, num_tokens = like_KBA.shape
-    return flat[:, : num_tokens * num_objectives].unflatten(1, (num_tokens, num_objectives)).movedim(-1, 0)
+    values_BAK = flat[:, : num_tokens * num_objectives].reshape(-1, num_tokens, num_objectives)
+    return values_BAK.movedim(-1, 0)

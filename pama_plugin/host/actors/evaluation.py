@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
 from pama_plugin.batch.rating import summarise
 from pama_plugin.host.actors.collector import RewardCollector
+from pama_plugin.host.protocols import Experience
 
 
 class ScoredSamplesGenerator(SamplesGenerator):

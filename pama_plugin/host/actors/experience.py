@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.experience import Experience as HostExperience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.utils.logging_utils import init_logger
 from torch import Tensor
@@ -21,6 +22,7 @@ from pama_plugin.host.actors.estimators import Estimator
 from pama_plugin.host.actors.gradients import gradient_cosines
 from pama_plugin.host.actors.probe import probe_rollout
 from pama_plugin.host.actors.write_back import explain_variance, join, weighted_sum, write_back
+from pama_plugin.host.protocols import Experience
 from pama_plugin.settings.run import PamaConfig
 
 logger = init_logger(__name__)
@@ -76,7 +78,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         config, state, table, weights = self.config, self.state, self.table, self.config.weights_at(self.steps_done)
         shaped_KB, present_KB = shape_trained(config.trained, table, state, by_group=self.estimator.by_group)
         runs = [
-            self._estimate(rewards_B, present_B, experiences, lambda values, head=head: values[..., head])
+            self._estimate(rewards_B, present_B, experiences, partial(torch.select, dim=-1, index=head))
             for head, (rewards_B, present_B) in enumerate(zip(shaped_KB, present_KB))
         ]
         advantages_KBA = torch.stack([join([experience.advantages for experience in run]) for run in runs])
@@ -127,7 +129,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
                 "info": experience.info | {"reward": rewards_b},
                 "values": values if values is None or values.dim() == 2 else pick(values),
             }
-            copies.append(Experience(**vars(experience) | changed))
+            copies.append(HostExperience(**vars(experience) | changed))
         if present_B.all():
             return super().compute_advantages_and_returns(copies)
 

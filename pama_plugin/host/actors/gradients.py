@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import ray
 import torch
-from openrlhf.trainer.ppo_utils.experience import Experience
 from torch import Tensor
 
 from pama_plugin.errors import PamaError
+from pama_plugin.host.protocols import Experience
 
 RESPONSES = 16  # at least so many are looked at, in whole micro-batches spread evenly over the rollout
 
@@ -57,7 +57,7 @@ def gradient_cosines(
         K numbers, NaN where one of the two gradients is 0.
     """
     sizes = [len(experience.sequences) for experience in experiences]
-    advantages = torch.cat([combined_BA.unsqueeze(0), advantages_KBA]).split(sizes, dim=1)
+    advantages = torch.split(torch.cat([combined_BA.unsqueeze(0), advantages_KBA]), sizes, dim=1)
     for count in range(1, len(sizes) + 1):
         chosen = [position * len(sizes) // count for position in range(count)]
         if sum(sizes[index] for index in chosen) >= RESPONSES:
@@ -68,9 +68,10 @@ def gradient_cosines(
         advantages_JbA = advantages[index][..., : own.action_mask.shape[1]]
         if mean_per_response:
             advantages_JbA = advantages_JbA / own.action_mask.sum(-1, keepdim=True).clamp(min=1)
-        split = [column.split(size) for column in (own.sequences, own.attention_mask, own.action_mask)]
-        split.append(advantages_JbA.split(size, dim=1))
-        parts += [Part(*columns) for columns in zip(*split)]
+        columns = (own.sequences, own.attention_mask, own.action_mask)
+        split = [torch.split(column, size) for column in columns]
+        split.append(torch.split(advantages_JbA, size, dim=1))
+        parts += [Part(*part) for part in zip(*split)]
     ranks = group._actor_handlers if all_ranks else group._actor_handlers[:1]
     cosines: list[float] = ray.get([rank.__ray_call__.remote(cosines_on_rank, parts) for rank in ranks])[0]
     return cosines

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -14,7 +15,7 @@ class PendingRewards:
         sizes: rewards in each part, where whoever collects them needs to know.
     """
 
-    def __init__(self, start: float, refs: list[Any], sizes: list[int] | None = None) -> None:
+    def __init__(self, start: float, refs: list[Any], sizes: Sequence[int] = ()) -> None:
         self.start, self.refs, self.sizes = start, refs, sizes
         self.pending, self.lock = len(refs), threading.Lock()
         self.arrived = threading.Event()

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 import ray
 import torch
-from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.experience import Experience as HostExperience
 from openrlhf.utils.logging_utils import init_logger
 
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.errors import ProbeError
 from pama_plugin.host.actors.collector import RewardCollector
+from pama_plugin.host.protocols import Experience
 from pama_plugin.rewards import Response
 from pama_plugin.rewards.probes import PAIRS, Finding, judge
 from pama_plugin.settings.objective import Objective
@@ -106,7 +107,7 @@ def _as_sample(collector: RewardCollector, prompt: str, text: str) -> Experience
     sequences = torch.tensor([[*before, *after]])
     action_mask = torch.zeros_like(sequences)
     action_mask[:, len(before) :] = 1
-    return Experience(
+    return HostExperience(
         sequences=sequences,
         attention_mask=torch.ones_like(sequences),
         action_mask=action_mask[:, 1:],

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pama_plugin.host.actors.pending import PendingRewards
 from pama_plugin.host.preflight.placement import Role
+from pama_plugin.host.protocols import Strategy
 from pama_plugin.rewards import Conversation, Inspection, TextModel
 from pama_plugin.settings.objective import Objective
 
@@ -63,7 +64,7 @@ class ReplicaGroup:
             )(Replica)
             self.replicas.append(actor.remote(objective))
 
-    def load(self, strategy: Any) -> list[Any]:
+    def load(self, strategy: Strategy) -> list[Any]:
         """References to wait for until every model is loaded."""
         return [replica.ready.remote() for replica in self.replicas]
 
@@ -88,7 +89,7 @@ class ReplicaGroup:
             except ray.exceptions.RayError as error:
                 logger.warning("objective %r: a replica scored nothing: %s", self.name, error)
                 rewards += [math.nan] * size
-        return list(torch.tensor(rewards).split(sizes))
+        return list(torch.split(torch.tensor(rewards), sizes))
 
     def inspect(self, conversation: Conversation) -> Inspection | None:
         """What the model reads of it; None if it cannot read it, which its missing reward reports too."""

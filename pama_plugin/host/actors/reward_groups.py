@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ppo_utils.experience import Experience as HostExperience
 from openrlhf.trainer.ray.launcher import RayActorGroup
 from ray.util.placement_group import PlacementGroup, placement_group
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from pama_plugin.host.actors.critic import restore_normalization
 from pama_plugin.host.actors.pending import PendingRewards
 from pama_plugin.host.preflight.placement import Plan, Role, reward_role
+from pama_plugin.host.protocols import ActorGroup, Experience, Strategy
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
 
@@ -31,10 +32,10 @@ class RankGroup:
         actors: of OpenRLHF's ``RewardModelActor``.
     """
 
-    def __init__(self, objective: Objective, actors: RayActorGroup) -> None:
+    def __init__(self, objective: Objective, actors: ActorGroup) -> None:
         self.objective, self.actors = objective, actors
 
-    def load(self, strategy: Any) -> list[Any]:
+    def load(self, strategy: Strategy) -> list[Any]:
         """Load the model on every rank; references to wait for."""
         refs = self.actors.async_init_model_from_pretrained(
             _strategy_of(self.objective, strategy), self.objective.location
@@ -94,12 +95,12 @@ class RewardGroups:
                 ray.get(gpus[block].ready())
             self.groups[objective.name] = make_group(objective, role, gpus.get(block, pg))
 
-    def async_init_model_from_pretrained(self, strategy: Any, pretrain: str) -> list[Any]:
+    def async_init_model_from_pretrained(self, strategy: Strategy, pretrain: str) -> list[Any]:
         """Load every objective's own model. OpenRLHF passes the first one's location as ``pretrain``."""
         return list(itertools.chain.from_iterable(group.load(strategy) for group in self.groups.values()))
 
 
-def _strategy_of(objective: Objective, strategy: Any) -> Any:
+def _strategy_of(objective: Objective, strategy: Strategy) -> Strategy:
     """The strategy with this objective's options. Copies are shallow: no rank sees another objective's."""
     changed = copy.copy(strategy)
     changed.args = copy.copy(strategy.args)
@@ -118,7 +119,7 @@ class PolicyGroup(RayActorGroup):
 
     def async_run_method_batch(self, method_name: str, **kwargs: Any) -> list[Any]:
         if method_name == "append":
-            lean = [Experience(**vars(full) | {"values": None, "returns": None}) for full in kwargs["experience"]]
+            lean = [HostExperience(**vars(full) | {"values": None, "returns": None}) for full in kwargs["experience"]]
             kwargs["experience"] = lean
         return super().async_run_method_batch(method_name, **kwargs)
 

@@ -57,7 +57,7 @@ class ObjectiveExecutor(AgentExecutorBase):
         logs = output.get("extra_logs") or {}
         given = {"reward": output.get("reward"), "scores": output.get("scores")} | logs
         outcomes = await asyncio.gather(*(self._score(own, response, given) for own in self.scored))
-        columns = {}
+        columns: dict[str, float] = {}
         for own, (outcome, seconds) in zip(self.scored, outcomes):
             columns |= {f"{REWARD}{own.name}": outcome.reward, f"{SECONDS}{own.name}": seconds}
             columns |= {f"{PROBLEM}{own.name}": self._remember(outcome.problem)}
@@ -155,7 +155,10 @@ def rollout_actor(config: PamaConfig, scalar_reward: bool, seed: int | None) -> 
     """
 
     class RolloutRayActor(vllm_engine.RolloutRayActor.__ray_metadata__.modified_class):
-        async def __init__(self, *args: Any, remote_rm_url: Any = None, **kwargs: Any) -> None:
+        executor: Any
+
+        # Ray awaits the constructor of an asynchronous actor.
+        async def __init__(self, *args: Any, remote_rm_url: Any = None, **kwargs: Any) -> None:  # type: ignore[misc]
             await super().__init__(*args, **kwargs)
             self.executor = ObjectiveExecutor(config, self.executor, scalar_reward)
 

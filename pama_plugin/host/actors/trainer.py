@@ -1,6 +1,6 @@
 """The host's trainer, in its Ray actor, with our experience maker and state in place."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -17,14 +17,23 @@ from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 from pama_plugin.host.actors.handshake import report, shake_hands
 from pama_plugin.host.actors.probe import probe_pairs
 from pama_plugin.host.preflight.resume import STATE
+from pama_plugin.host.protocols import Strategy
+from pama_plugin.settings.run import StopAtFront
+
+if TYPE_CHECKING:
+    from pama_plugin.host.protocols import Trainer as Host
+else:  # at run time ``BasePPOTrainer`` comes after this mixin
+    Host = object
 
 
-class MultiObjectiveTrainer:
+class MultiObjectiveTrainer(Host):
     """What is ours in a trainer of the host, synchronous or not: a mixin before ``BasePPOTrainer``.
 
     It swaps the experience maker, shakes hands before the first step, knows which step failed, keeps the objectives'
     state in the checkpoints, and rates evaluations.
     """
+
+    best_eval_metric_key: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -95,17 +104,22 @@ class MultiObjectiveTrainer:
         for name, own in self.state.objectives.items():
             if own.rewards.count:
                 status |= {f"reward_mean/{name}": own.rewards.mean, f"reward_std/{name}": own.rewards.std}
-        if self.config.stop_at_front is not None and self._has_stayed_at_the_front(status, steps_done):
+        stop = self.config.stop_at_front
+        if stop is not None and self._has_stayed_at_the_front(stop, status, steps_done):
             self.end_run()
         self._begin_step(steps_done)
         return status, steps_done
 
-    def _has_stayed_at_the_front(self, status: dict[str, Any], steps_done: int) -> bool:
+    def end_run(self) -> None:
+        """Let the run end after this step as at the end of its prompts: with checkpoint, evaluation and saved model."""
+        raise NotImplementedError
+
+    def _has_stayed_at_the_front(self, stop: StopAtFront, status: dict[str, Any], steps_done: int) -> bool:
         """Count the steps in a row in which hardly a token has an advantage, and say when to end.
 
         Most tokens must be in conflict: else they have none because nothing differs.
         """
-        stop, active = self.config.stop_at_front, status["pama/active_fraction"]
+        active = status["pama/active_fraction"]
         there = active < stop.share and status["pama/conflict_rate"] > 0.5
         self.state.steps_at_front = self.state.steps_at_front + 1 if there else 0
         status["pama/steps_at_front"] = self.state.steps_at_front
@@ -176,7 +190,9 @@ class MultiObjectiveTrainer:
 class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.modified_class):
     """The synchronous trainer."""
 
-    def __init__(self, pretrain: str, strategy: Any, *args: Any, **kwargs: Any) -> None:
+    samples_generator: Any
+
+    def __init__(self, pretrain: str, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         if strategy.args.train.full_determinism_enable:
             set_seed(strategy.args.train.seed)  # the prompts are shuffled here, with a seed that the host leaves open
         super().__init__(pretrain, strategy, *args, **kwargs)

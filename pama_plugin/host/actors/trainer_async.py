@@ -9,6 +9,7 @@ from pama_plugin.errors import RewardError
 from pama_plugin.host.actors.evaluation import ScoredSamplesGenerator
 from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 from pama_plugin.host.actors.trainer import MultiObjectiveTrainer
+from pama_plugin.host.protocols import Strategy
 
 # What stands in a slot instead of the trainer's step once the run is to end.
 END = "end"
@@ -60,6 +61,9 @@ class WatchedSlots:
 class TrainingActor(MultiObjectiveTrainer, ppo_trainer_async.TrainingActor.__ray_metadata__.modified_class):
     """The half that trains."""
 
+    rollout_slots: Any
+    rollout_queue: Any
+
     def end_run(self) -> None:
         """Let the generator come to its end, which ends this half too; nothing that it still sends is trained on."""
         self.rollout_slots = EndingSlots(self.rollout_slots)
@@ -70,7 +74,10 @@ class TrainingActor(MultiObjectiveTrainer, ppo_trainer_async.TrainingActor.__ray
 class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata__.modified_class):
     """The half that generates, and evaluates: so it needs the reward models, which the host does not give it."""
 
-    def begin(self, strategy: Any, reward_model_group: Any, steps_done: int) -> None:
+    rollout_slots: Any
+    samples_generator: Any
+
+    def begin(self, strategy: Strategy, reward_model_group: Any, steps_done: int) -> None:
         tokenizer = self.samples_generator.tokenizer
         engines = self.samples_generator.vllm_engines
         parts = (None, None, reward_model_group, None, None, strategy, tokenizer)
@@ -95,7 +102,7 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
 class PPOTrainerAsync(ppo_trainer_async.PPOTrainerAsync.__ray_metadata__.modified_class):
     """Starts the two halves, and gives the generator what it scores evaluations with."""
 
-    def __init__(self, pretrain: str, strategy: Any, *groups_and_engines: Any, **generate_kwargs: Any) -> None:
+    def __init__(self, pretrain: str, strategy: Strategy, *groups_and_engines: Any, **generate_kwargs: Any) -> None:
         super().__init__(pretrain, strategy, *groups_and_engines, **generate_kwargs)
         self.strategy = strategy
         _, _, self.reward_model_group, *_ = groups_and_engines

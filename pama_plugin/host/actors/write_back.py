@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from openrlhf.trainer.ppo_utils.experience import Experience
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pama_plugin.batch.metrics import explained_variance
 from pama_plugin.host.actors.critic import flatten_objectives
+from pama_plugin.host.protocols import Experience
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:

@@ -111,7 +111,8 @@ def mean(values: Tensor, mask: Tensor) -> float:
     return float((values * mask).sum() / mask.sum())
 
 
-def test_dual_clip_bounds_the_loss_of_a_token_that_is_worse_than_average_and_stops_its_gradient(step) -> None:
+def test_dual_clip_bounds_the_loss_and_stops_the_gradient(step) -> None:
+    """Of tokens that are worse than average, and far more likely than they were."""
     plain, clipped = step(), step("--actor.dual_clip", "3")
     bounded = (plain.advantages < 0) & (plain.ratio > 3) & plain.mask
     others = (plain.advantages >= 0) & (plain.ratio > 3) & plain.mask

@@ -141,7 +141,7 @@ def test_a_run_that_ends_at_the_front_lets_both_halves_end(size, last, empty, mo
 
 @pytest.mark.parametrize("partial", [False, True], ids=["whole", "partial"])
 def test_partial_rollouts_go_on_while_weights_are_sent(partial, monkeypatch) -> None:
-    """The halves take turns under a lock; with partial rollouts generation takes none, and the engines pause instead."""
+    """The halves take turns under a lock; with partial rollouts generation takes none, and the engines pause."""
     from types import SimpleNamespace
     from unittest import mock
 

@@ -117,12 +117,7 @@ def test_dynamic_filtering_muon_and_ema_do_what_they_say(run_host, models, tmp_p
         assert not torch.allclose(averaged[name], policies[-1][name], rtol=0, atol=2e-6), name
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [[], ["--train.async_enable", "--train.partial_rollout_enable"]],
-    ids=["synchronous", "asynchronous with partial rollouts"],
-)
-def test_a_run_at_the_front_ends_and_is_saved(mode, run_host, models, tmp_path) -> None:
+def test_a_run_at_the_front_ends_and_is_saved(run_host, models, tmp_path) -> None:
     """A reward and its opposite disagree on every response, so that the first steps are at the front."""
     (tmp_path / "rewards.py").write_text(
         "def shorter(queries, prompts, labels):\n    return [-len(query) for query in queries]\n"
@@ -130,7 +125,7 @@ def test_a_run_at_the_front_ends_and_is_saved(mode, run_host, models, tmp_path) 
     )
     run = run_host(
         *GROUPS,
-        *mode,
+        *("--train.async_enable", "--train.partial_rollout_enable"),
         *f"--eval.dataset {models}/held_out.jsonl --eval.steps 1".split(),
         *("--loss", "pama", "--pama.stop_at_front", "0.1:3"),
         *("--pama.objective", f"shorter=py:{tmp_path}/rewards.py:shorter"),

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 # Before anything imports the hub's client: made-up names of models must not be looked up, let alone with retries.
@@ -17,17 +16,26 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("default")
 
 
-# Each has a Ray and models that its tests share, and the end-to-end tests take turns: with `-n 2 --dist loadgroup` one
-# process takes all of one folder, and the other folders' tests go to whoever is free.
-ONE_PROCESS_EACH = {Path(__file__).with_name(name) for name in ("contract", "e2e")}
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which tests/light.sh does without
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n 2`` one process takes tests/contract, another tests/e2e, and whoever is done first all the rest.
+
+    Each of the two folders has a Ray and models that its tests share, and the end-to-end runs take turns. The two come
+    first because xdist begins with the largest scopes; any other test is a scope of its own.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folder = "/".join(nodeid.split("/")[:2])
+            return folder if folder in ("tests/contract", "tests/e2e") else nodeid
+
+    return ByFolder(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Some rules and kinds need libraries, wherever a test takes all of them."""
     for item in items:
-        if item.path.parent in ONE_PROCESS_EACH:
-            item.add_marker(pytest.mark.xdist_group(item.path.parent.name))
         if any(name in item.nodeid for name in ("gram:", "=http:", "=hf:", "builtin:regex")):
             item.add_marker(pytest.mark.needs_extras)
 

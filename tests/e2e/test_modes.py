@@ -66,7 +66,6 @@ def test_asynchronous_training_and_evaluation(run_host, models, tmp_path) -> Non
     # While a step is trained the next rollout is made, by the policy of the step before: the two then differ about its
     # tokens. In synchronous training they agree, as the run of all six kinds shows. The first rollout is of the start.
     behind = [step["vllm_kl"] for step in run.steps]
-    print("BEHIND", behind, [s["is_filter_ratio"] for s in run.steps])
     assert abs(behind[0]) < 1e-3 < max(map(abs, behind[1:]))
     logged = evaluations(tmp_path)
     assert len(logged["eval_default/helpful"]) == len(logged["eval_pama_best"]) >= 2

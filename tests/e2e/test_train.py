@@ -87,12 +87,13 @@ def test_all_six_kinds_with_the_literal_command(run_host, models, serve_rm, tmp_
         assert all(math.isfinite(step[f"reward/{name}"]) and step[f"pama/failures/{name}"] == 0 for name in objectives)
         assert all(step[f"seconds/{name}"] > 0 for name in objectives)
         assert all(f"{stem}/{name}" in step for stem in ("pama/coefficient", "pama/gain") for name in trained)
-        print("TURNS", step["turns"], step["vllm_kl"], step["is_filter_ratio"])
-        assert "pama/gain/form" not in step and 1 < step["turns"] <= 2
+        assert "pama/gain/form" not in step and 1 <= step["turns"] <= 2
         assert step["is_filter_ratio"] == 1
         assert sum(step[f"pama/coefficient/{name}"] for name in trained) == pytest.approx(1, abs=1e-5)
         # vLLM and the trained policy agree on every token: the weights of each step did arrive, the tied head's too
         assert abs(step["vllm_kl"]) < 1e-3
+    # The host ends a conversation whose turn is cut off by its length, as most are here.
+    assert max(step["turns"] for step in run.steps) > 1
     assert run.steps[-1]["kl"] > 1e-4, "the policy did not move, so the agreement above shows nothing"
     assert (tmp_path / "model" / "model.safetensors").exists()
 

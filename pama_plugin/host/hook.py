@@ -1,8 +1,8 @@
-"""Both ways in: the literal host command (armed by ``pama_plugin.pth`` at interpreter start) and ``pama train``.
+"""Ways to start: the stock OpenRLHF command (``pama_plugin.pth`` arms it at interpreter start) and ``pama train``.
 
-The host has neither a registry nor an entry point, and builds its parser inside ``if __name__ == "__main__"``. What
-every run does pass through is ``ArgumentParser.parse_args``: wrapped once, for the host's parser alone, it is where our
-flags are added and, the host's modules being imported by then, where ``seam.install`` swaps what has to be swapped.
+OpenRLHF has neither a registry nor an entry point, and builds its parser inside ``if __name__ == "__main__"``. But
+every run calls ``ArgumentParser.parse_args``. We wrap it once, for OpenRLHF's parser only: the wrapper adds our flags
+and, because OpenRLHF's modules are imported by then, calls ``seam.install`` to replace its classes.
 """
 
 import argparse
@@ -16,7 +16,7 @@ HOST_COMMAND = "openrlhf.cli.train_ppo_ray"
 
 
 class FlagCheck(importlib.abc.MetaPathFinder):
-    """Looks at our own flags when ``runpy`` imports the command's package, before the half minute of its imports."""
+    """Checks our flags when ``runpy`` imports the command's package, before its imports, which take half a minute."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         if fullname == HOST_COMMAND.rpartition(".")[0]:
@@ -25,11 +25,11 @@ class FlagCheck(importlib.abc.MetaPathFinder):
 
 
 def arm(start: Callable[[Any], None] | None = None) -> None:
-    """Wrap ``ArgumentParser.parse_args`` until the host's parser has used it.
+    """Wrap ``ArgumentParser.parse_args`` until OpenRLHF's parser has used it.
 
-    With ``start``, that is what the host calls with its validated arguments, instead of starting Ray and training.
+    OpenRLHF calls ``start``, if given, with its validated arguments, instead of starting Ray and training.
 
-    Once only: in a virtual environment the interpreter runs the lines of a ``.pth`` file more than once.
+    A second call does nothing: in a virtual environment the interpreter runs the lines of a ``.pth`` file repeatedly.
     """
     stock = argparse.ArgumentParser.parse_args
     if stock.__module__ == __name__:
@@ -48,7 +48,7 @@ def arm(start: Callable[[Any], None] | None = None) -> None:
         try:
             parsed = install(parsed)
         except ConfigError as error:
-            parser.exit(2, f"{parser.prog}: error: {error}\n")  # without the host's 170 lines of usage
+            parser.exit(2, f"{parser.prog}: error: {error}\n")  # without OpenRLHF's 170 lines of usage
         if start is not None:
             vars(sys.modules["__main__"])["train"] = start
         return parsed
@@ -59,7 +59,7 @@ def arm(start: Callable[[Any], None] | None = None) -> None:
 
 
 def check_flags(program: str, arguments: Sequence[str]) -> None:
-    """End the process with status 2 and one line if our flags among these ask for what cannot be run."""
+    """End the process with status 2 and one line if our flags in ``arguments`` cannot be run."""
     from pama_plugin.errors import ConfigError
     from pama_plugin.settings.flags import load_flags
 
@@ -78,7 +78,7 @@ def _is_host_parser(parser: argparse.ArgumentParser) -> bool:
 
 
 def train(arguments: Sequence[str], start: Callable[[Any], None] | None = None) -> None:
-    """Run the host's command in this process, armed, exactly as ``python -m openrlhf.cli.train_ppo_ray`` would."""
+    """Run OpenRLHF's command in this process, armed, exactly as ``python -m openrlhf.cli.train_ppo_ray`` would."""
     check_flags("pama train", arguments)
     sys.argv = [HOST_COMMAND, *arguments]
     arm(start)

@@ -1,6 +1,6 @@
-"""OpenRLHF's objects as far as the plugin touches them, for the type checker: OpenRLHF itself has no types.
+"""Protocols of OpenRLHF's objects, for the type checker: the parts that the plugin uses. OpenRLHF has no types.
 
-``tests/contract`` holds each of them against the real wheels.
+``tests/contract`` checks each of them against the real wheels.
 """
 
 import argparse
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class Experience(Protocol):
-    """A micro-batch of b responses, padded to S tokens; everything behind the first token is A = S − 1 long.
+    """A micro-batch of b responses, padded to S tokens; tensors per token start at the second: A = S − 1.
 
-    One that was generated but not made yet (a sample) has no values, returns, advantages and log-probabilities.
+    A sample (generated, not an experience yet) has no values, returns, advantages and log-probabilities.
     """
 
     index: list[int] | None
@@ -21,7 +21,7 @@ class Experience(Protocol):
     attention_mask: Tensor  # (b, S)
     action_mask: Tensor  # (b, A)
     rewards: Tensor  # (b,)
-    values: Tensor  # (b, A), or (b, A, K) of K value heads; None without a critic
+    values: Tensor  # (b, A), or (b, A, K) from K value heads; None without a critic
     returns: Tensor  # as values; flat where they pass through OpenRLHF's buffers
     advantages: Tensor  # (b, A)
     action_log_probs: Tensor  # (b, A)
@@ -31,7 +31,7 @@ class Experience(Protocol):
 
 
 class Tokenizer(Protocol):
-    """The policy's, of transformers."""
+    """The policy's tokenizer, from transformers."""
 
     pad_token_id: int
     eos_token_id: int | None
@@ -44,10 +44,10 @@ class Tokenizer(Protocol):
 
 
 class Strategy(Protocol):
-    """DeepSpeed's set-up; every rank has a copy of its own."""
+    """DeepSpeed's set-up; every rank has its own copy."""
 
     args: Any  # the flags, nested: --ckpt.path is args.ckpt.path; our PamaConfig is args.pama
-    prepare: Callable[..., Any]  # hands (model, optimizer) over to DeepSpeed
+    prepare: Callable[..., Any]  # passes (model, optimizer) to DeepSpeed
 
     def is_rank_0(self) -> bool: ...
 
@@ -57,7 +57,7 @@ class Strategy(Protocol):
 class ActorGroup(Protocol):
     """``RayActorGroup``: the ranks of one model."""
 
-    duplicate_actors: int  # ranks that are given the same sequences: of one ring or tensor-parallel group
+    duplicate_actors: int  # ranks that receive the same sequences: one ring or tensor-parallel group
     _actor_handlers: list[Any]
 
     def async_init_model_from_pretrained(self, strategy: Strategy, pretrain: str) -> list[Any]: ...
@@ -68,7 +68,7 @@ class ActorGroup(Protocol):
 
 
 class RewardGroupsLike(Protocol):
-    """Our ``RewardGroups``, in the place of OpenRLHF's single group of reward models."""
+    """Our ``RewardGroups``, in place of OpenRLHF's single group of reward models."""
 
     groups: dict[str, Any]
 
@@ -84,7 +84,7 @@ class SamplesGenerator(Protocol):
 
 
 class Trainer(Protocol):
-    """What the synchronous and the asynchronous trainer share, ``BasePPOTrainer``."""
+    """``BasePPOTrainer``, which the synchronous and the asynchronous trainer share."""
 
     args: Any
     strategy: Strategy

@@ -1,4 +1,4 @@
-"""A value-head reward model of the host in this process, for ``pama score``."""
+"""Runs a value-head reward model of OpenRLHF in this process, for ``pama score``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ BATCH = 8
 def score_responses(
     objective: Objective, responses: list[Response], tokenizer: Any, advance: Callable[[int], Any]
 ) -> list[float]:
-    """The rewards of the policy's tokens, as in training, without --reward.normalize_enable."""
+    """Return the rewards of the policy's tokens, as in training without --reward.normalize_enable."""
     prefix = objective.settings.value_head_prefix
     check_value_head(f"--pama.objective {objective.name}", objective.location, prefix)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,8 +32,8 @@ def score_responses(
     rewards: list[float] = []
     for start in range(0, len(responses), BATCH):
         part = responses[start : start + BATCH]
-        rows = [torch.tensor(tokenizer(own.query, add_special_tokens=False)["input_ids"]) for own in part]
-        sequences = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # masked, so that any token will do
+        rows = [torch.tensor(tokenizer(each.query, add_special_tokens=False)["input_ids"]) for each in part]
+        sequences = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # masked, so any token will do
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         rewards += model(sequences.to(device), mask.to(device), pad_sequence=True).float().tolist()
         advance(len(part))

@@ -1,18 +1,18 @@
-"""What of OpenRLHF is swapped, and when the plugin refuses to run.
+"""Replaces OpenRLHF's classes with ours, and refuses runs that cannot work.
 
-Relied on (``fingerprints`` guards it, ``tests/contract/test_seam.py`` checks it against the real wheels):
+The plugin relies on (``fingerprints`` guards it, ``tests/contract/test_seam.py`` checks it against the real wheels):
 
-- ``openrlhf.cli.train_ppo_ray`` as ``__main__``: calls ``parse_args`` once; ``train`` looks ``RayActorGroup``,
-  ``PolicyModelActor``, ``CriticModelActor`` and ``RewardModelActor`` up in its globals, builds one group of reward
-  models unless ``args.reward.remote_url`` is set, imports ``PPOTrainer`` or ``PPOTrainerAsync`` where it needs it, and
-  calls ``get_strategy``, another global, when Ray is up and nothing is reserved yet: what ``placement`` says;
-- ``openrlhf.trainer.ppo_trainer_async``: ``PPOTrainerAsync`` looks its two halves up in its module's globals;
-- ``openrlhf.trainer.ray.vllm_engine``: ``create_vllm_engines`` looks ``RolloutRayActor`` up in its module's globals;
+- ``openrlhf.cli.train_ppo_ray`` as ``__main__``: calls ``parse_args`` once. ``train`` looks up ``RayActorGroup``,
+  ``PolicyModelActor``, ``CriticModelActor`` and ``RewardModelActor`` in its globals, builds one group of reward models
+  unless ``args.reward.remote_url`` is set, imports ``PPOTrainer`` or ``PPOTrainerAsync`` in its body, and calls
+  ``get_strategy``, another global, after Ray has started and before it reserves what ``placement`` computes;
+- ``openrlhf.trainer.ppo_trainer_async``: ``PPOTrainerAsync`` looks up its two halves in its module's globals;
+- ``openrlhf.trainer.ray.vllm_engine``: ``create_vllm_engines`` looks up ``RolloutRayActor`` in its module's globals;
 - the classes that ``critic``, ``evaluation``, ``experience``, ``reward_groups``, ``rollout`` and the trainers subclass.
 
-Ray sends an importable class to its actors by reference, so patching a method here would be lost there. An actor class
-travels by value, with the globals that it refers to: but for the driver's own ``get_strategy`` and ``RayActorGroup``,
-actor classes are all that this module swaps.
+Ray sends an importable class to its actors by reference, so a method patched here would be lost there. An actor class
+travels by value, with the globals that it refers to. So this module replaces actor classes only, and the driver's
+``get_strategy`` and ``RayActorGroup``.
 """
 
 import argparse
@@ -35,17 +35,17 @@ from pama_plugin.settings.run import PamaConfig, dump_config, load_config, warn_
 
 logger = logging.getLogger(__name__)
 
-# Each of these gives the host its one reward; with objectives there is no place for it.
+# The flags of OpenRLHF's single reward, which objectives replace.
 STOCK_REWARD_FLAGS = ("reward.model_name_or_path", "reward.remote_url")
 
-# Seen with LoRA: OpenRLHF sends a policy's parameters to vLLM under the names of the adapted model, which vLLM's does
-# not know, and the run dies at its first weight sync. Remove an entry when the host runs it.
+# Seen with LoRA: OpenRLHF sends the policy's parameters to vLLM under the names of the adapted model, which vLLM does
+# not know, and the run dies at its first weight sync. Remove an entry when OpenRLHF supports it.
 BROKEN_IN_THE_HOST = {
     "ds.lora.rank": "OpenRLHF's PPO cannot send a policy with LoRA adapters to vLLM",
-    "ds.load_in_4bit": "it trains through LoRA adapters alone, which OpenRLHF's PPO cannot send to vLLM",
+    "ds.load_in_4bit": "it trains LoRA adapters only, which OpenRLHF's PPO cannot send to vLLM",
 }
 
-# What the gradient probe needs; reentrant checkpoints do not know ``torch.autograd.grad``.
+# The gradient probe needs these values; reentrant checkpoints do not support ``torch.autograd.grad``.
 WHOLE_POLICY = {
     "ds.ring_attn_size": 1,
     "ds.tensor_parallel_size": 1,
@@ -54,19 +54,19 @@ WHOLE_POLICY = {
 
 
 def install(args: argparse.Namespace) -> argparse.Namespace:
-    """Turn the parsed flags into a ``PamaConfig`` at ``args.pama`` and put our classes in the host's place.
+    """Turn the parsed flags into a ``PamaConfig`` at ``args.pama`` and replace OpenRLHF's classes with ours.
 
-    With ``--pama.plan`` it prints what would run where, and ends the command.
+    With ``--pama.plan``, print the plan and the settings, and end the command.
 
     Raises:
-        ConfigError: the run cannot work; nothing has been swapped.
+        ConfigError: the run cannot work; nothing has been replaced.
     """
     flags = {key.removeprefix("pama."): vars(args).pop(key) for key in list(vars(args)) if key.startswith("pama.")}
-    allowed = {what: flags.pop(f"allow_{what}") for what in ("unsupported_host", "other_objectives", "waiting")}
-    objectives, file, loss, stated = (flags.pop(name) for name in ("objective", "config", "loss", "plan"))
-    asked = objectives or file or stated is not None or any(value not in (None, []) for value in flags.values())
+    allowed = {name: flags.pop(f"allow_{name}") for name in ("unsupported_host", "other_objectives", "waiting")}
+    objectives, file, loss, plan_for = (flags.pop(name) for name in ("objective", "config", "loss", "plan"))
+    any_flag = objectives or file or plan_for is not None or any(value not in (None, []) for value in flags.values())
     if loss == STOCK or not (loss or file):
-        if asked:
+        if any_flag:
             raise ConfigError(f"--pama.* flags need --loss RULE other than {STOCK}, found --loss {loss}")
         return args
 
@@ -76,8 +76,8 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     warnings = check_host(allowed["unsupported_host"])
     _check_host_flags(args, config)
     plan = make_plan(args, config)
-    if stated is not None:
-        cluster = parse_cluster(stated)
+    if plan_for is not None:
+        cluster = parse_cluster(plan_for)
         print(f"{format_plan(plan, cluster)}\n\n{dump_config(config)}", end="")
         check_cluster(plan, cluster)
         sys.exit()
@@ -87,85 +87,85 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
 
     args.pama = config
     if scored_by_models := config.scored_in("ranks", "replicas"):
-        # Truthy, so that the host initialises the reward groups.
+        # Truthy, so that OpenRLHF initialises the reward groups.
         setattr(args, "reward.model_name_or_path", scored_by_models[0].location)
     models = [objective for objective in config.scored_in("ranks") if objective in config.trained]
     if models and estimator == "gae" and getattr(args, "critic.model_name_or_path") is None:
-        setattr(args, "critic.model_name_or_path", models[0].location)  # as the host does with its one reward model
+        setattr(args, "critic.model_name_or_path", models[0].location)  # as in OpenRLHF
     critic = getattr(args, "critic.model_name_or_path") or getattr(args, "actor.model_name_or_path")
     if estimator == "gae" and critic:
-        from pama_plugin.host.actors.critic import load_value_heads  # as late as what it imports
+        from pama_plugin.host.actors.critic import load_value_heads  # late: imports DeepSpeed
 
-        load_value_heads(critic, config.trained_names)  # refuses those of other objectives
-    # Truthy while the host validates its arguments: evaluation has its rewards. ``_ready`` takes it back where the host
-    # must build reward-model groups; our rollout actor does not pass it on.
+        load_value_heads(critic, config.trained_names)  # refuses the heads of other objectives
+    # Truthy, so that OpenRLHF's validation accepts --eval.dataset. ``_ready`` resets it where OpenRLHF must build
+    # reward-model groups; our rollout actor does not pass it on.
     setattr(args, "reward.remote_url", "pama")
     _swap(args, config, plan, resume, allow_waiting=allowed["waiting"])
     return args
 
 
 def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
-    given = [f"--{flag} {value}" for flag in STOCK_REWARD_FLAGS if (value := getattr(args, flag))]
-    if given:
-        raise ConfigError(f"with objectives, every reward is a --pama.objective, found the stock {', '.join(given)}")
+    stock = [f"--{flag} {value}" for flag in STOCK_REWARD_FLAGS if (value := getattr(args, flag))]
+    if stock:
+        raise ConfigError(f"with objectives, every reward must be a --pama.objective, found {', '.join(stock)}")
     for flag, why in BROKEN_IN_THE_HOST.items():
         if getattr(args, flag):
-            raise ConfigError(f"--{flag} cannot be used: {why}; leave it out, found {getattr(args, flag)}")
+            raise ConfigError(f"--{flag} must be left out: {why}; found {getattr(args, flag)}")
     _check_agent(getattr(args, "train.agent_func_path"), config)
     with_heads = getattr(args, "algo.advantage.estimator") == "gae" and len(config.trained) > 1
     if with_heads and getattr(args, "ds.tensor_parallel_size") > 1:
         raise ConfigError(
-            "--ds.tensor_parallel_size must be 1 with gae and several objectives, whose value heads were never split "
-            f"over ranks, found {getattr(args, 'ds.tensor_parallel_size')}: use another estimator or ZeRO-3"
+            "--ds.tensor_parallel_size must be 1 with gae and several objectives (value heads split over ranks are "
+            f"untested), found {getattr(args, 'ds.tensor_parallel_size')}: use another estimator or ZeRO-3"
         )
     rule = get_rule(config.loss)
     if rule.combines == "rewards" and not rule.linear and getattr(args, "algo.advantage.estimator") == "gae":
         raise ConfigError(
-            f"--loss {config.loss} makes one reward of all, of which no value head knows the value: use an estimator "
-            "without a critic, found --algo.advantage.estimator gae"
+            f"--loss {config.loss} makes one reward of all, whose value no value head predicts: "
+            "--algo.advantage.estimator must be one without a critic, found gae"
         )
     needs_groups = "groups_B" in rule.parameters
     if needs_groups and getattr(args, "rollout.n_samples_per_prompt") == 1:
         raise ConfigError(
-            f"--loss {config.loss} compares the responses to one prompt: --rollout.n_samples_per_prompt must be at "
-            "least 2, found 1"
+            f"--rollout.n_samples_per_prompt must be at least 2 with --loss {config.loss}, which compares the "
+            "responses to one prompt, found 1"
         )
     if getattr(args, "algo.dynamic_filtering_enable"):
         if late := config.scored_in("ranks", "replicas"):
             raise ConfigError(
-                "--algo.dynamic_filtering_enable needs every reward in the rollout, found "
+                "--algo.dynamic_filtering_enable needs every objective scored in the rollout, found "
                 f"{', '.join(f'{objective.name} of kind {objective.kind}' for objective in late)}, scored after it"
             )
-        # Filtering comes before the failures are dealt with: a prompt whose responses have no reward has no rating.
-        if tolerant := [own.name for own in config.trained if own.on_failure.action != "fail"]:
+        # Filtering comes before failures are handled: a prompt whose responses have no reward has no rating.
+        if tolerant := [objective.name for objective in config.trained if objective.on_failure.action != "fail"]:
             raise ConfigError(
-                "--algo.dynamic_filtering_enable rates prompts by their rewards, so each needs on_failure=fail, found "
-                f"another in {', '.join(tolerant)}"
+                "--algo.dynamic_filtering_enable rates prompts by their rewards: on_failure must be fail, found "
+                f"another policy for {', '.join(tolerant)}"
             )
-    grouped = [own.name for own in config.objectives if own.normalize == "group"]
+    grouped = [objective.name for objective in config.objectives if objective.normalize == "group"]
     if grouped and getattr(args, "rollout.n_samples_per_prompt") == 1:
         raise ConfigError(
-            f"normalize=group needs --rollout.n_samples_per_prompt of at least 2, found 1 with {', '.join(grouped)}"
+            f"--rollout.n_samples_per_prompt must be at least 2 with normalize=group ({', '.join(grouped)}), found 1"
         )
     if config.probe_gradients is not None:
         for flag, whole in WHOLE_POLICY.items():
             if getattr(args, flag) != whole:
                 raise ConfigError(
-                    f"--pama.probe_gradients runs the policy on each rank by itself: --{flag} must be {whole}, found "
-                    f"{getattr(args, flag)}"
+                    f"--{flag} must be {whole} with --pama.probe_gradients, which runs the policy on each rank by "
+                    f"itself, found {getattr(args, flag)}"
                 )
     ranks_in_step = getattr(args, "ds.ring_attn_size") * getattr(args, "ds.tensor_parallel_size")
     evaluates = getattr(args, "train.async_enable") and getattr(args, "eval.dataset")
     if evaluates and config.scored_in("ranks") and ranks_in_step > 1:
         raise ConfigError(
-            "--eval.dataset with --train.async_enable scores from two processes at once, which would mix the batches "
-            "of rm objectives whose ranks work on one sequence together: leave out one of the two, or take "
-            f"--ds.ring_attn_size and --ds.tensor_parallel_size 1, found {ranks_in_step} ranks together"
+            "--ds.ring_attn_size × --ds.tensor_parallel_size must be 1 with both --eval.dataset and "
+            "--train.async_enable, where two processes score at once and would mix the batches of rm objectives, "
+            f"found {ranks_in_step}"
         )
     if getattr(args, "ckpt.best_metric_key") and config.best is not None:
         raise ConfigError(
-            f"--pama.best rates evaluations where --ckpt.best_metric_key names one metric: give one of the two, found "
-            f"{config.best} and {getattr(args, 'ckpt.best_metric_key')}"
+            f"only one of --pama.best and --ckpt.best_metric_key may be given, found {config.best} and "
+            f"{getattr(args, 'ckpt.best_metric_key')}"
         )
 
 
@@ -178,15 +178,15 @@ def _check_agent(agent: str | None, config: PamaConfig) -> None:
 
 
 def _check_models(args: argparse.Namespace, config: PamaConfig) -> list[str]:
-    """Warnings of what may be meant otherwise; ``ConfigError`` where a model cannot read the policy's token ids."""
+    """Return warnings of likely mistakes; raise ``ConfigError`` if a model cannot read the policy's token ids."""
     warnings = []
     for objective in config.objectives:
         warnings += [f"objective {objective.name!r}: {line}" for line in objective.check()]
     if getattr(args, "train.agent_func_path") and not config.scored_in("agent"):
         warnings.append(
-            "--train.agent_func_path: what the agent rewards is no objective; NAME=agent:reward makes it one"
+            "--train.agent_func_path: the agent's reward is no objective; --pama.objective NAME=agent:reward adds it"
         )
-    if args.use_ms:  # the host turns to another hub only after its flags are parsed
+    if args.use_ms:  # OpenRLHF switches to another hub only after its flags are parsed
         return warnings
     readers = {f"--pama.objective {objective.name}": objective.location for objective in config.scored_in("ranks")}
     critic = getattr(args, "critic.model_name_or_path")
@@ -202,13 +202,13 @@ def _check_models(args: argparse.Namespace, config: PamaConfig) -> list[str]:
 def _swap(
     args: argparse.Namespace, config: PamaConfig, plan: Plan, resume: Resume | None, *, allow_waiting: bool
 ) -> None:
-    import openrlhf.trainer.ray.vllm_engine as vllm_engine  # first: importing deepspeed before vLLM spoils its set-up
+    import openrlhf.trainer.ray.vllm_engine as vllm_engine  # first: importing deepspeed before vLLM breaks vLLM
     from openrlhf.trainer import ppo_trainer, ppo_trainer_async
 
     from pama_plugin.host.actors import critic, reward_groups, rollout, trainer, trainer_async
 
     seed = getattr(args, "train.seed") if getattr(args, "train.full_determinism_enable") else None
-    # Dynamic filtering alone reads a reward in the rollout; elsewhere a stock trainer would find none to train on.
+    # Only dynamic filtering reads a reward in the rollout; elsewhere a stock trainer must find none to train on.
     scalar_reward = getattr(args, "algo.dynamic_filtering_enable")
     vllm_engine.RolloutRayActor = rollout.rollout_actor(config, scalar_reward, seed)
     ppo_trainer.PPOTrainer = trainer.PPOTrainer
@@ -226,9 +226,9 @@ def _swap(
 def _ready(
     stock: Callable[[Any], Strategy], config: PamaConfig, plan: Plan, resume: Resume | None, *, allow_waiting: bool
 ) -> Callable[[Any], Strategy]:
-    """What the host calls first of all in ``train``: Ray is up, the arguments are validated, nothing is reserved.
+    """Wrap ``get_strategy``, the first call in ``train``: Ray is up, the arguments are validated, no GPU is reserved.
 
-    The plan is shown and held against the nodes that Ray has.
+    It prints the plan and compares it with the nodes that Ray has.
     """
 
     def get_strategy(args: Any) -> Strategy:
@@ -250,7 +250,7 @@ def _ready(
         if resume is not None:
             resume.point()
         if config.scored_in("ranks", "replicas"):
-            args.reward.remote_url = None  # so that the host builds the reward-model groups
+            args.reward.remote_url = None  # so that OpenRLHF builds the reward-model groups
         return stock(args)
 
     return get_strategy

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import zipfile
 
@@ -87,8 +88,7 @@ def test_a_swapped_objective_starts_anew_and_says_so(configure, save, tmp_path, 
     old, new = configure(*TWO), configure("helpful=py:{folder}/b.py:score", TWO[1])
     save(3, state_of(old, helpful=1.0, length=2.0))
     resume(tmp_path, new)
-    said = "PAMA: 'helpful' is not what the checkpoint saw: its statistics start anew, the others' go on\n"
-    assert capsys.readouterr().out == said
+    assert re.fullmatch("PAMA: .*'helpful' .*checkpoint: its statistics start anew.*\n", capsys.readouterr().out)
     state = RunState.start(new)
     state.resume(RunState.model_validate_json(state_of(old, helpful=1.0, length=2.0)))
     assert state.objectives["helpful"].rewards.count == 0
@@ -101,18 +101,22 @@ def test_a_changed_file_is_a_swapped_objective_and_another_weight_is_none(config
     assert capsys.readouterr().out == ""
     (tmp_path / "a.py").write_text("def score(queries, prompts, labels):\n    return [1.0]\n")
     resume(tmp_path, configure(*TWO))
-    assert "PAMA: 'helpful' is not what the checkpoint saw" in capsys.readouterr().out
+    assert re.fullmatch("PAMA: .*'helpful' .*checkpoint: its statistics start anew.*\n", capsys.readouterr().out)
 
 
 def test_other_objectives_are_refused_unless_asked_for(configure, save, tmp_path) -> None:
     save(3, state_of(configure(*TWO)))
     three = configure(*TWO, "more=builtin:length")
-    with pytest.raises(ConfigError, match=r"helpful, length \(--pama.allow_other_objectives resumes\), found .*more"):
+    with pytest.raises(
+        ConfigError, match="helpful, length, found helpful, length, more; --pama.allow_other_objectives"
+    ):
         resume(tmp_path, three, estimator="reinforce")
     assert resume(tmp_path, three, estimator="reinforce", allow=True).names == ("helpful", "length", "more")
-    with pytest.raises(ConfigError, match="its critic has one value head for each"):
+    with pytest.raises(
+        ConfigError, match="--ckpt.load_enable: .*value heads.*, helpful, length, found helpful, length, more"
+    ):
         resume(tmp_path, three, allow=True)
-    with pytest.raises(ConfigError, match="found helpful"):
+    with pytest.raises(ConfigError, match="--ckpt.load_enable: .*value heads.*, helpful, length, found helpful$"):
         resume(tmp_path, configure(TWO[0]), allow=True)
 
 
@@ -120,7 +124,7 @@ def test_a_stock_checkpoint_resumes_with_a_critic_of_one_head(configure, save, t
     save(3, None)
     assert resume(tmp_path, configure(TWO[0])).names == ("helpful",)
     assert "is a stock checkpoint" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="has one value head, found the objectives helpful, length"):
+    with pytest.raises(ConfigError, match="--ckpt.load_enable: .*value head.*helpful, length, found one"):
         resume(tmp_path, configure(*TWO))
 
 
@@ -197,13 +201,13 @@ def test_no_whole_checkpoint(saved, configure, save, tmp_path) -> None:
     (tmp_path / "_actor").mkdir()
     if saved:
         save(1, state_of(config), roles=saved)
-    with pytest.raises(ConfigError, match="must each name a saved step in latest, found"):
+    with pytest.raises(ConfigError, match="--ckpt.load_enable: .*latest, found"):
         resume(tmp_path, config)
 
 
 def test_a_universal_checkpoint_is_refused(configure, save, tmp_path) -> None:
     save(1, state_of(configure(*TWO)))
-    with pytest.raises(ConfigError, match="cannot read a universal checkpoint"):
+    with pytest.raises(ConfigError, match="--ds.use_universal_ckpt .*--ckpt.load_enable.*found True"):
         resume(tmp_path, configure(*TWO), universal=True)
 
 
@@ -218,7 +222,7 @@ def test_a_universal_checkpoint_is_refused(configure, save, tmp_path) -> None:
 def test_a_state_that_cannot_be_read_is_refused(state, message, configure, save, tmp_path) -> None:
     config = configure(*TWO)
     save(3, state(state_of(config)))
-    with pytest.raises(ConfigError, match=f"must hold a state that can be read, found (.|\n)*{message}"):
+    with pytest.raises(ConfigError, match=f"(?s)--ckpt.load_enable: .*state, found .*{message}"):
         resume(tmp_path, config)
 
 
@@ -231,7 +235,7 @@ def test_a_truncated_file_is_refused_and_nothing_is_changed(file, size, configur
     path = tmp_path / "_critic" / "global_step3" / file
     path.write_bytes(path.read_bytes()[:size])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match=f"found .*{file} corrupt or truncated; to resume from an earlier step"):
+    with pytest.raises(ConfigError, match=f"--ckpt.load_enable: .*found .*{file} corrupt or truncated.*latest"):
         resume(tmp_path, config)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -247,5 +251,5 @@ def test_a_damaged_file_never_gets_past(configure, save, tmp_path) -> None:
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in content.items():
                 archive.writestr(name, data[: len(data) - cut - 1] if name.endswith("data.pkl") else data)
-        with pytest.raises(ConfigError, match="must hold a checkpoint that can be read"):
+        with pytest.raises(ConfigError, match="--ckpt.load_enable: .*mp_rank_00_model_states.pt .*, found"):
             resume(tmp_path, config)

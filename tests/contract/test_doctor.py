@@ -67,7 +67,7 @@ def test_a_run_that_could_start(models, cluster) -> None:
         "flags          ok       OpenRLHF and the plugin take them",
         "the run asks Ray for 5, there are 16 and",
         "tokenizers     ok       a reads the policy's 20 token ids as the policy does",
-        "tokenizers     warning  20 of the policy's 20 token ids are another token to b: 0 is 't0', there 'u0'",
+        "tokenizers     warning  20 of the policy's 20 token ids are other tokens to b: 0 is 't0', to b 'u0'",
     ):
         assert line in out
 
@@ -104,7 +104,7 @@ def test_this_site(monkeypatch) -> None:
     assert code == 0 and {check.status for check in checks} == {"ok", "warning"}
     names = [check.name for check in checks]
     assert names[:7] == ["pama_plugin", "torch", "transformers", "ray", "deepspeed", "vllm", "openrlhf"]
-    assert names[7:] == ["seams", "way in", "Ray", "device", "flash-attn"]
+    assert names[7:] == ["seams", "launch", "Ray", "device", "flash-attn"]
 
 
 def test_one_failure_is_exit_code_1(monkeypatch, capsys) -> None:
@@ -129,21 +129,21 @@ def test_a_host_that_drifted(monkeypatch) -> None:
 
     monkeypatch.setattr(fingerprints, "version", lambda _: "0.12.0")
     (refused,) = doctor._seams(allow_unsupported=False)
-    assert refused.status == "FAIL" and "found 0.12.0" in refused.found
+    assert refused.status == "FAIL" and "found 0.12.0" in refused.detail
     unsupported, bodies = doctor._seams(allow_unsupported=True)
-    assert (unsupported.status, bodies.status) == ("warning", "warning") and "found 0.12.0" in unsupported.found
-    assert "OpenRLHF 0.12.0 differs from release 0.11.2" in bodies.found  # by our patch
+    assert (unsupported.status, bodies.status) == ("warning", "warning") and "found 0.12.0" in unsupported.detail
+    assert "OpenRLHF 0.12.0 differs from release 0.11.2" in bodies.detail  # by our patch
 
 
 def test_the_ways_in(monkeypatch) -> None:
     from pama_plugin.host import pth
 
     monkeypatch.setattr(pth, "installed", lambda: ["site-packages/pama_plugin.pth"])
-    assert "the literal command, through site-packages" in doctor._way_in().found
+    assert "site-packages/pama_plugin.pth, the stock OpenRLHF command" in doctor._way_in().detail
     monkeypatch.setattr(sys, "version_info", (3, 18, 0))
-    assert "pama train alone: this Python ignores" in doctor._way_in().found
+    assert "pama train only: this Python ignores" in doctor._way_in().detail
     monkeypatch.setattr(pth, "installed", lambda: [])
-    assert "not the literal command, which `pama enable` switches on" in doctor._way_in().found
+    assert "`pama enable` adds the stock OpenRLHF command" in doctor._way_in().detail
 
 
 def test_a_cluster_that_does_not_answer(monkeypatch) -> None:
@@ -159,7 +159,7 @@ def test_a_cluster_that_does_not_answer(monkeypatch) -> None:
     [
         ("null", "", 4, "ok", "the run will start one on this machine, with 4 GPUs"),
         ("null", "", 0, "FAIL", "with 0 GPUs; on CPUs, ray start --head --num-gpus N"),
-        ("null", "host:6379", 4, "FAIL", "RAY_ADDRESS is host:6379, and no cluster is there"),
+        ("null", "host:6379", 4, "FAIL", "found none at host:6379"),
         ('{"nodes": 2, "gpus": 16, "free": 3}', "host:6379", 0, "ok", "2 nodes with 16 GPUs, 3 of them free"),
         ("", "host:6379", 0, "FAIL", "cannot connect to the cluster at host:6379: no output"),
     ],
@@ -171,7 +171,7 @@ def test_what_ray_has(printed, address, gpus, status, found, monkeypatch) -> Non
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=printed, stderr=""))
     check, _ = doctor._ray()
-    assert check.status == status and found in check.found
+    assert check.status == status and found in check.detail
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_the_device(cuda, gpus, patched, status, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
     check = doctor._device(gpus, runs_without_cuda=patched)
-    assert check.status == status and (not cuda or check.found == "2 GPUs: H100")
+    assert check.status == status and (not cuda or check.detail == "2 GPUs: H100")
 
 
 def test_flash_attn(monkeypatch) -> None:
@@ -202,7 +202,7 @@ def test_the_room_for_it(asked, status) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "found"),
-    [(["--loss", "pama", "--pama.config", "{bad}"], "is not valid YAML: "), (["--help"], "they start nothing")],
+    [(["--loss", "pama", "--pama.config", "{bad}"], "is not valid YAML: "), (["--help"], "they start no run")],
 )
 def test_flags_that_end_the_command_in_many_lines_or_none(flags, found, tmp_path) -> None:
     (tmp_path / "bad.yaml").write_text("objectives: [\n  a: b\n c")

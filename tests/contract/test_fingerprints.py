@@ -141,7 +141,7 @@ def test_a_changed_signature_is_refused_with_both_unless_overridden(installed) -
     installed("0.11.2", **SIGNATURE)
     with pytest.raises(ConfigError) as error:
         check_host(allow_unsupported=False)
-    assert str(error.value) == f"{BOTH}; --pama.allow_unsupported_host runs it all the same"
+    assert str(error.value).startswith(f"{BOTH}; --pama.allow_unsupported_host ")
     assert check_host(allow_unsupported=True) == [BOTH]
 
 
@@ -181,7 +181,7 @@ def test_an_unknown_release_is_refused_and_compared_with_the_nearest(found, near
     unsupported = f"OpenRLHF must be one of 0.11.0, 0.11.1, 0.11.2, found {found}"
     with pytest.raises(ConfigError) as error:
         check_host(allow_unsupported=False)
-    assert str(error.value) == f"{unsupported}; --pama.allow_unsupported_host runs it all the same"
+    assert str(error.value).startswith(f"{unsupported}; --pama.allow_unsupported_host ")
     assert check_host(allow_unsupported=True) == [unsupported]
 
 

@@ -118,4 +118,4 @@ def test_the_real_command_prints_the_plan_and_starts_nothing() -> None:
         assert process.returncode == code, stderr
         assert f"PAMA plan: 8 of {cluster[2:]} GPUs" in stdout and "objectives:\n  helpful:\n" in stdout
         assert "Ray instance" not in stdout + stderr
-    assert "error: the run needs 8 GPUs and a CPU beside each" in stderr
+    assert "error: the run needs 8 GPUs" in stderr and "found 7 GPUs" in stderr

@@ -49,7 +49,7 @@ FAILS_VALIDATION = ["--algo.advantage.estimator", "rloo", "--rollout.n_samples_p
 
 
 def observe(folder: Path, **commands: list[str]) -> dict[str, dict]:
-    """Run the literal command with each set of flags, side by side, and say what was loaded when it ended."""
+    """Run the stock OpenRLHF command with each set of flags, side by side; return what was loaded when it ended."""
     (folder / "sitecustomize.py").write_text(OBSERVER)
     running = {}
     for name, flags in commands.items():
@@ -91,7 +91,7 @@ def test_the_literal_command_shows_our_flags_and_refuses_before_ray_starts() -> 
     for flag in ("--loss", "--pama.objective", "--pama.config", "--pama.level", "--pama.noon", "--actor.adam.lr"):
         assert flag in shown
     assert [process.returncode for process in running] == [0, 2]
-    assert re.search("error: --loss must be one of .*pama, .* or ppo without objectives, found 'pareto'", refused)
+    assert re.search("error: --loss .*pama, .*ppo.*, found 'pareto'", refused)
     assert "Started a local Ray instance" not in refused and "usage:" not in refused
 
 
@@ -100,7 +100,7 @@ def test_the_launcher_refuses_before_it_loads_the_host(capsys, monkeypatch) -> N
     with mock.patch("runpy.run_module") as host, pytest.raises(SystemExit) as end:
         main(["train", "--loss", "pama", "--pama.objective", "a=py:none.py:f", "--actor.adam.lr", "1e-6"])
     assert end.value.code == 2 and not host.called
-    assert capsys.readouterr().err.startswith("pama train: error: --pama.objective 'a=py:none.py:f': no such file")
+    assert capsys.readouterr().err.startswith("pama train: error: --pama.objective 'a=py:none.py:f': ")
     with mock.patch("runpy.run_module") as host, mock.patch("pama_plugin.host.hook.arm"):
         for flags in (["--pama.obj", "whatever"], ["--help"], ["--loss", "pama", "--pama.objective", LENGTH]):
             main(["train", *flags])
@@ -211,21 +211,21 @@ def test_stock_flags_come_through_untouched(flags) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--pama.objective", LENGTH), r"--pama.\* flags need --loss RULE other than ppo, found --loss None"),
-        (("--loss", "ppo", "--pama.level", "token"), "found --loss ppo"),
+        (("--pama.objective", LENGTH), r"--pama\.\*.*--loss.*other than ppo, found --loss None"),
+        (("--loss", "ppo", "--pama.level", "token"), r"--pama\.\*.*other than ppo, found --loss ppo"),
         (("--loss", "pama"), "at least one --pama.objective"),
-        ((*TWO, *GROUPS, "--reward.model_name_or_path", "x"), "found the stock --reward.model_name_or_path x"),
-        ((*TWO, *GROUPS, "--reward.remote_url", "http://h"), "found the stock --reward.remote_url http://h"),
+        ((*TWO, *GROUPS, "--reward.model_name_or_path", "x"), "--pama.objective, found --reward.model_name_or_path x"),
+        ((*TWO, *GROUPS, "--reward.remote_url", "http://h"), "--pama.objective, found --reward.remote_url http://h"),
         ((*TWO, *GROUPS, "--train.agent_func_path", "a.py"), "--train.agent_func_path must be a file, found a.py"),
+        ((*TWO, *GROUPS, "--pama.objective", "s=agent:k"), "agent.*--train.agent_func_path, found none .*s$"),
         (
-            (*TWO, *GROUPS, "--pama.objective", "s=agent:k"),
-            "kind agent need --train.agent_func_path, found none with s",
+            (*TWO, *GROUPS, "--algo.dynamic_filtering_enable"),
+            "--algo.dynamic_filtering_enable.*in the rollout, found r of kind rm",
         ),
-        ((*TWO, *GROUPS, "--algo.dynamic_filtering_enable"), "--algo.dynamic_filtering_enable needs every reward"),
         (
             ("--loss", "pama", "--pama.objective", f"{LENGTH},on_failure=mask", *GROUPS)
             + ("--algo.dynamic_filtering_enable", "--rollout.n_samples_per_prompt", "4"),
-            "rates prompts by their rewards, so each needs on_failure=fail, found another in length",
+            "--algo.dynamic_filtering_enable.*on_failure.*fail, found .*length$",
         ),
         (
             (
@@ -235,33 +235,36 @@ def test_stock_flags_come_through_untouched(flags) -> None:
                 f"{LENGTH},normalize=group",
                 *"--algo.advantage.estimator reinforce".split(),
             ),
-            "normalize=group needs --rollout.n_samples_per_prompt of at least 2, found 1 with length",
+            "--rollout.n_samples_per_prompt.*at least 2.*normalize=group.*length.*found 1$",
         ),
-        ((*TWO, *GROUPS, "--pama.probe", "maybe"), "--pama.probe must be one of off, warn, strict, found 'maybe'"),
-        ((*TWO, *GROUPS, "--pama.probe_gradients", "0"), "--pama.probe_gradients must be a whole number .*found '0'"),
-        ((*TWO, *GROUPS, "--pama.stop_at_front", "2"), "--pama.stop_at_front must be SHARE.*found '2'"),
+        ((*TWO, *GROUPS, "--pama.probe", "maybe"), "--pama.probe.*off, warn, strict, found 'maybe'"),
+        ((*TWO, *GROUPS, "--pama.probe_gradients", "0"), "--pama.probe_gradients.*whole number.*found '0'"),
+        ((*TWO, *GROUPS, "--pama.stop_at_front", "2"), "--pama.stop_at_front.*SHARE.*found '2'"),
         (
             (*TWO, *GROUPS, "--pama.probe_gradients", "9", "--ds.tensor_parallel_size", "2"),
-            "--pama.probe_gradients runs .*--ds.tensor_parallel_size must be 1, found 2",
+            "--ds.tensor_parallel_size must be 1.*--pama.probe_gradients.*found 2",
         ),
         (
             (*TWO, *GROUPS, "--pama.probe_gradients", "9", "--actor.gradient_checkpointing_reentrant"),
-            "--actor.gradient_checkpointing_reentrant must be False, found True",
+            "--actor.gradient_checkpointing_reentrant must be False.*--pama.probe_gradients.*found True",
         ),
-        ((*TWO, *GROUPS, "--ds.lora.rank", "8"), "--ds.lora.rank cannot be used: .* with LoRA adapters .*found 8"),
-        ((*TWO, *GROUPS, "--ds.load_in_4bit"), "--ds.load_in_4bit cannot be used: it trains through LoRA"),
+        ((*TWO, *GROUPS, "--ds.lora.rank", "8"), "--ds.lora.rank.*left out.*LoRA.*found 8"),
+        ((*TWO, *GROUPS, "--ds.load_in_4bit"), "--ds.load_in_4bit.*left out.*LoRA.*found True"),
         (
             (*TWO, "--algo.advantage.estimator", "gae", "--ds.tensor_parallel_size", "2"),
-            "--ds.tensor_parallel_size must be 1 with gae and several objectives.*found 2",
+            "--ds.tensor_parallel_size.*1.*gae.*several objectives.*found 2",
         ),
         (
             (*TWO, *GROUPS, "--train.async_enable", "--eval.dataset", "x", "--ds.tensor_parallel_size", "2")
             + ("--actor.num_gpus_per_node", "8"),
-            "--eval.dataset with --train.async_enable scores from two processes.*found 2 ranks together",
+            "--ds.ring_attn_size × --ds.tensor_parallel_size.*1.*--eval.dataset.*--train.async_enable.*found 2",
         ),
-        ((*TWO, *GROUPS, "--pama.best", "mean"), "--pama.best must be one of min, weighted, hypervolume, found 'mean'"),
-        ((*TWO, *GROUPS, "--pama.best", "min", "--ckpt.best_metric_key", "k"), "give one of the two, found min and k"),
-        (("--loss", "ppo", "--pama.config", "run.yaml"), "found --loss ppo"),
+        ((*TWO, *GROUPS, "--pama.best", "mean"), "--pama.best.*min, weighted, hypervolume, found 'mean'"),
+        (
+            (*TWO, *GROUPS, "--pama.best", "min", "--ckpt.best_metric_key", "k"),
+            "one of --pama.best and --ckpt.best_metric_key.*found min and k",
+        ),
+        (("--loss", "ppo", "--pama.config", "run.yaml"), r"--pama\.\*.*other than ppo, found --loss ppo"),
     ],
 )
 def test_what_cannot_run_is_refused(flags, message) -> None:
@@ -284,7 +287,7 @@ def test_a_rule_of_rewards_whose_value_nobody_knows_is_refused_with_a_critic(mon
     register_rule("largest", of="rewards")(largest)
     register_rule("a_sum", of="rewards", linear=True)(largest)
     flags = ("--pama.objective", LENGTH, "--algo.advantage.estimator", "gae")
-    with pytest.raises(ConfigError, match="--loss largest makes one reward of all, .*found .* gae"):
+    with pytest.raises(ConfigError, match="--loss largest .*--algo.advantage.estimator.*without a critic, found gae"):
         install("--loss", "largest", *flags)
     assert install("--loss", "a_sum", *flags)[0].pama.loss == "a_sum"
 
@@ -292,8 +295,8 @@ def test_a_rule_of_rewards_whose_value_nobody_knows_is_refused_with_a_critic(mon
 @pytest.mark.parametrize(
     ("objective", "warning"),
     [
-        ("j=http:http://judge.example/get_reward", "objective 'j': .*plain http to another machine"),
-        (LENGTH, "--train.agent_func_path: what the agent rewards is no objective"),
+        ("j=http:http://judge.example/get_reward", "objective 'j': .*plain http"),
+        (LENGTH, "--train.agent_func_path: .*NAME=agent:reward"),
     ],
 )
 def test_what_may_be_meant_otherwise_is_pointed_out(objective, warning, tmp_path, caplog) -> None:
@@ -308,10 +311,10 @@ def test_an_unsupported_release_is_refused_unless_overridden(monkeypatch, caplog
 
     monkeypatch.setattr(fingerprints, "version", lambda _: "0.12.0")
     flags = (*TWO, *GROUPS)
-    with pytest.raises(ConfigError, match="one of 0.11.0, 0.11.1, 0.11.2, found 0.12.0; --pama.allow_unsupported_host"):
+    with pytest.raises(ConfigError, match="0.11.0, 0.11.1, 0.11.2, found 0.12.0.*--pama.allow_unsupported_host"):
         install(*flags)
     assert install(*flags, "--pama.allow_unsupported_host")[0].pama
-    assert "PAMA: OpenRLHF must be one of 0.11.0, 0.11.1, 0.11.2, found 0.12.0" in caplog.text
+    assert re.search("OpenRLHF .*0.11.0, 0.11.1, 0.11.2, found 0.12.0", caplog.text)
 
 
 def test_on_the_installed_release_there_is_nothing_to_warn_of(caplog) -> None:

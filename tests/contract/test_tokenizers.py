@@ -1,6 +1,7 @@
 """A model that cannot read the policy's token ids is refused before Ray starts, by name and with both sizes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_every_token_of_the_policy_has_an_embedding(size, policy, tmp_path) -> N
 
 def test_a_smaller_vocabulary_is_refused(policy, tmp_path) -> None:
     model = save_tiny_model(tmp_path / "small", TOKENS - 1)
-    message = f"^r: its vocabulary must hold every token of the policy, found 19 in {model} and 20 in {policy}$"
+    message = f"^r: .*vocabulary.*policy, found 19 in {model} and 20 in {policy}$"
     with pytest.raises(ConfigError, match=message):
         check_vocabularies(policy, {"same": policy, "r": model})
 
@@ -43,19 +44,19 @@ def test_a_vocabulary_is_ids_to_tokens(policy) -> None:
 
 @pytest.mark.parametrize("location", ["./nowhere", "/no/such/folder"])
 def test_a_policy_that_is_not_there_is_refused(location, policy) -> None:
-    with pytest.raises(ConfigError, match=f"^--actor.model_name_or_path: cannot read the model at {location}: "):
+    with pytest.raises(ConfigError, match=f"^--actor.model_name_or_path: .*{location}: "):
         check_vocabularies(location, {"r": policy})
 
 
 def test_a_broken_model_is_refused(policy, tmp_path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="^r: cannot read the model at .*: Unrecognized model"):
+    with pytest.raises(ConfigError, match=f"^r: .*{tmp_path}: Unrecognized model"):
         check_vocabularies(policy, {"r": str(tmp_path)})
 
 
 def test_a_model_out_of_reach_is_left_to_the_host(policy) -> None:
     (warning,) = check_vocabularies(policy, {"r": "org/model"})
-    assert warning.startswith("the vocabularies were not compared: the hub is out of reach")
+    assert re.search("vocabularies were not compared: .*hub is out of reach", warning)
 
 
 def test_code_that_comes_with_a_model_does_not_run_on_the_driver(policy, tmp_path, monkeypatch) -> None:
@@ -68,9 +69,9 @@ def test_code_that_comes_with_a_model_does_not_run_on_the_driver(policy, tmp_pat
     (model / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     (warning,) = check_vocabularies(policy, {"r": str(model)})
-    assert warning == f"a vocabulary was not compared: r: {model} is read by code of its own"
+    assert re.search(f"vocabulary was not compared: r: {model} .*code", warning)
     small = save_tiny_model(tmp_path / "small", TOKENS - 1)
-    with pytest.raises(ConfigError, match="^s: its vocabulary must hold every token of the policy"):
+    with pytest.raises(ConfigError, match=f"^s: .*vocabulary.*policy, found 19 in {small} and 20 in {policy}$"):
         check_vocabularies(policy, {"r": str(model), "s": small})
     assert not (tmp_path / "ran").exists()
 
@@ -87,7 +88,7 @@ def test_a_model_that_the_hub_does_not_have_is_refused(policy, monkeypatch) -> N
         )
 
     monkeypatch.setattr(tokenizers.AutoConfig, "from_pretrained", missing)
-    with pytest.raises(ConfigError, match="^r: cannot read the model at org/model: .* not a valid model identifier$"):
+    with pytest.raises(ConfigError, match="^r: .*org/model: .* not a valid model identifier$"):
         check_vocabularies(policy, {"r": "org/model"})
 
 
@@ -106,7 +107,7 @@ def test_a_run_with_it_is_refused_at_its_start(flag, policy, tmp_path) -> None:
     flags += ["--pama.objective", f"r=rm:{small}", "--algo.advantage.estimator", "reinforce"]
     if flag != "--pama.objective":
         flags[-4:] = [flag, small]
-    with pytest.raises(ConfigError, match=f"^{flag}( r)?: its vocabulary must .*found 19 in {small} and 20 in"):
+    with pytest.raises(ConfigError, match=f"^{flag}( r)?: .*vocabulary.*found 19 in {small} and 20 in"):
         seam.install(parse_host_flags(*flags, extend=add_flags))
 
 
@@ -133,14 +134,16 @@ def test_a_model_without_a_value_head_would_score_at_random(tmp_path, kind) -> N
         check_value_head("--pama.objective r", str(tmp_path), prefix)
 
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="r: cannot read the weights in"):
+    with pytest.raises(ConfigError, match=f"--pama.objective r: .*{tmp_path}: "):
         check()
     write(classifier=torch.zeros(1, 2))
-    with pytest.raises(ConfigError, match="must hold score.weight, or it would score at random, .* of kind hf"):
+    with pytest.raises(
+        ConfigError, match=r"--pama.objective r: .*score\.weight.*found none in .*value_head_prefix=.*kind hf"
+    ):
         check()
     write(value_head=torch.zeros(1, 2))
     check("value_head")
-    with pytest.raises(ConfigError, match=r"must hold score\.weight"):
+    with pytest.raises(ConfigError, match=r"--pama.objective r: .*score\.weight.*found none"):
         check()
     (tmp_path / "config.json").write_text('{"value_head_prefix": "value_head"}')
     check()

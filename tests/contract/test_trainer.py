@@ -239,6 +239,6 @@ def test_a_metric_of_the_users_own_is_kept() -> None:
 
 def test_heads_in_another_order_than_the_flags_are_refused() -> None:
     """The driver orders the flags; it cannot where it does not see the checkpoint."""
-    with pytest.raises(PamaError, match="those of b, a, found a, b: --ckpt.path must be the same folder"):
+    with pytest.raises(PamaError, match="--ckpt.path .*same folder.*found .*b, a .*a, b"):
         trainer(checkpoint(objectives=TWO[::-1]), critic=object()).init_checkpoint_states()
     assert trainer(checkpoint(objectives=TWO[::-1])).init_checkpoint_states()

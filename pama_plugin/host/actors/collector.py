@@ -1,4 +1,4 @@
-"""From rollouts to the table of rewards: what the rollout scored, and what reward models are asked for."""
+"""Collects all rewards of a rollout batch, from the rollout and from the reward models, in one table."""
 
 import functools
 import itertools
@@ -24,17 +24,17 @@ from pama_plugin.settings.run import PamaConfig
 
 logger = logging.getLogger(__name__)
 
-SECONDS_FOR_REASONS = 60  # to wait for the engines before a run ends
+SECONDS_FOR_REASONS = 60  # to wait for the engines' answers before the run ends
 
 
 class RewardCollector:
-    """Requests the rewards of the models, and makes one table of all objectives' rewards.
+    """Requests rewards from the models and builds one table of all objectives' rewards.
 
     Args:
-        strategy: OpenRLHF's, whose ``args`` hold its flags and our configuration.
-        tokenizer: the policy's.
-        groups: a ``RankGroup`` or ``ReplicaGroup`` per objective that a model scores.
-        vllm_engines: they know why a reward of the rollout is missing.
+        strategy: OpenRLHF's strategy, whose ``args`` hold OpenRLHF's flags and our configuration.
+        tokenizer: the policy's tokenizer.
+        groups: one ``RankGroup`` or ``ReplicaGroup`` per objective that a model scores.
+        vllm_engines: return the reasons of rewards that are missing from the rollout.
     """
 
     def __init__(
@@ -46,34 +46,34 @@ class RewardCollector:
 
     @functools.cached_property
     def conversations(self) -> Any:
-        """Rollouts as text, for the models that read text."""
-        from pama_plugin.host.actors.conversations import Conversations  # imports what other runs do not need
+        """Converts rollouts to text, for models that read text."""
+        from pama_plugin.host.actors.conversations import Conversations  # other runs do not need its imports
 
         return Conversations(self.strategy, self.tokenizer)
 
     def request(self, samples_list: list[Experience]) -> dict[str, PendingRewards]:
-        """Ask every model for the rewards of all micro-batches, without waiting for them."""
-        # Models that share a GPU run one after the other and free the cache in between, as OpenRLHF's own do.
+        """Request the rewards of all micro-batches from every model, without waiting for them."""
+        # Models that share a GPU run one at a time and free the cache after each, as OpenRLHF's own models do.
         shared_with_critic = self.args.train.colocate_critic_reward and self.args.algo.advantage.estimator == "gae"
         one_by_one = self.args.train.colocate_all or shared_with_critic
         pending = {
             objective.name: self.groups[objective.name].request(samples_list, one_by_one=one_by_one)
             for objective in self.config.scored_in("ranks")
         }
-        if readers := self.config.scored_in("replicas"):
+        if text_objectives := self.config.scored_in("replicas"):
             conversations = self.conversations.of(samples_list)
-            for objective in readers:
+            for objective in text_objectives:
                 group = self.groups[objective.name]
                 pending[objective.name] = group.request(conversations, one_by_one=one_by_one)
         return pending
 
     def collect(self, pending: dict[str, PendingRewards], experiences: list[Experience]) -> RewardTable:
-        """Wait for the models' rewards and make the table; apply each objective's failure policy.
+        """Wait for the models' rewards, build the table and apply each objective's failure policy.
 
-        Columns of the rewards, failures and seconds go into ``info``, for the logs: NaN where there is no reward.
+        Writes columns of rewards, failures and seconds to ``info`` for the logs; a missing reward is NaN.
 
         Raises:
-            RewardError: the failure policy of an objective ends the run.
+            RewardError: an objective's failure policy ends the run.
         """
         self._receive(pending, experiences)
         sizes = [len(experience.sequences) for experience in experiences]
@@ -82,7 +82,7 @@ class RewardCollector:
         for objective in self.config.objectives:
             name = objective.name
             for first, experience in zip(itertools.accumulate(sizes, initial=0), experiences):
-                if f"{REWARD}{name}" not in experience.info:  # no failure of the reward: a rollout that does not score
+                if f"{REWARD}{name}" not in experience.info:  # not a failed reward: the rollout does not score
                     raise RewardError(name, "returned nothing", self._text(experiences, first))
             rewards_B = torch.cat([experience.info[f"{REWARD}{name}"] for experience in experiences])
             reasons = self._explain(objective, rewards_B, experiences)
@@ -95,9 +95,9 @@ class RewardCollector:
                 experience.info[f"{REWARD}{name}"] = rewards_b
                 experience.info[f"{FAILURES}{name}"] = failed_b.float()
             rows.append(rewards_B.double())
-            problems |= {(name, response): why for response, why in reasons.items()}
+            problems |= {(name, response): reason for response, reason in reasons.items()}
         order = [experience.index for experience in experiences if experience.index is not None]
-        # Samples that are not trained on have no index: they are in the order of their prompts.
+        # Samples outside training have no index: they keep the order of their prompts.
         order_B = torch.tensor(list(itertools.chain.from_iterable(order)) or range(len(rows[0])))
         group_size = self.args.rollout.n_samples_per_prompt
         table = RewardTable(self.config.names, torch.stack(rows), problems, order_B, group_size, tuple(sizes))
@@ -105,12 +105,12 @@ class RewardCollector:
         return table
 
     def score(self, samples: list[Experience]) -> RewardTable:
-        """The rewards of B single samples that are not trained on."""
+        """Return the rewards of B single samples that are not trained on."""
         micro_batches = self._in_micro_batches(samples)
         return self.collect(self.request(micro_batches), micro_batches)
 
     def score_with_models(self, samples: list[Experience]) -> dict[str, Tensor]:
-        """The rewards (B,) that the models alone give to B single samples, before any failure policy."""
+        """Return the models' rewards (B,) of B single samples, before any failure policy."""
         micro_batches = self._in_micro_batches(samples)
         self._receive(self.request(micro_batches), micro_batches)
         return {
@@ -126,7 +126,7 @@ class RewardCollector:
         ]
 
     def _receive(self, pending: dict[str, PendingRewards], experiences: list[Experience]) -> None:
-        """Wait for the models' rewards, and make columns of them as the rollout does of its own."""
+        """Wait for the models' rewards and write the same columns as the rollout does for its rewards."""
         sizes = [len(experience.sequences) for experience in experiences]
         for name, requested in pending.items():
             rewards = self.groups[name].collect(requested, sizes)
@@ -136,7 +136,7 @@ class RewardCollector:
                 experience.info[f"{SECONDS}{name}"] = torch.full((len(rewards_b),), seconds)
 
     def _explain(self, objective: Objective, rewards_B: Tensor, experiences: list[Experience]) -> dict[int, str]:
-        """Response → why it has no reward. The rollout has judged its rewards itself, and sent codes of the reasons."""
+        """Map each response without a reward to the reason; the rollout sends its reasons as codes."""
         if objective.reward_kind.scored_in in ("ranks", "replicas"):
             return judge_column(objective, rewards_B)
         codes_B = torch.cat([experience.info.pop(f"{PROBLEM}{objective.name}") for experience in experiences]).long()
@@ -147,14 +147,14 @@ class RewardCollector:
             for response, code in codes.items()
         }
         if objective.on_failure.action != "fail" and len(failed) <= objective.max_failures * len(rewards_B):
-            return reasons  # the run goes on: nobody reads the texts, and engines that generate need not be asked
+            return reasons  # the run continues without the texts: do not query engines that may be generating
         texts: dict[int, str] = {}
-        asked = [engine.problems.remote(sorted({*codes.values()} - {0})) for engine in self.vllm_engines]
+        replies = [engine.problems.remote(sorted({*codes.values()} - {0})) for engine in self.vllm_engines]
         try:
-            for known in ray.get(asked, timeout=SECONDS_FOR_REASONS):
+            for known in ray.get(replies, timeout=SECONDS_FOR_REASONS):
                 texts |= known
-        except ray.exceptions.RayError as error:  # an engine that is dead or busy: the run ends all the same
-            logger.warning("the reasons of missing rewards could not be asked for: %s", error)
+        except ray.exceptions.RayError as error:  # an engine is dead or busy: the run ends anyway
+            logger.warning("cannot ask the vLLM engines why rewards are missing: %s", error)
         return {response: texts.get(code, reasons[response]) for response, code in codes.items()}
 
     def _text(self, experiences: list[Experience], response: int) -> str:

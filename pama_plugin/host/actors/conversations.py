@@ -1,4 +1,4 @@
-"""What a reward model with a tokenizer of its own is given: the prompt as messages, and the response as text."""
+"""Converts rollouts for reward models with their own tokenizer: prompts as messages, responses as text."""
 
 import logging
 from typing import Any
@@ -13,19 +13,19 @@ logger = logging.getLogger(__name__)
 
 
 class Conversations:
-    """Takes rollouts back to text.
+    """Converts rollouts to text.
 
-    The rollout knows a prompt only as the policy's template wrote it, with the policy's special tokens. So with
-    --data.apply_chat_template or --data.input_template the data sets are read once more, for what a prompt was made of.
+    A rollout has the prompt only as formatted by the policy's template, with the policy's special tokens. So with
+    --data.apply_chat_template or --data.input_template the data sets are read again to recover the original prompts.
     """
 
     def __init__(self, strategy: Any, tokenizer: Any) -> None:
         self.strategy, self.args, self.tokenizer = strategy, strategy.args, tokenizer
-        self.origins: dict[str, Any] = {}  # prompt as the policy sees it → what the data set has
+        self.origins: dict[str, Any] = {}  # formatted prompt → prompt in the data set
         self.complete = not (self.args.data.apply_chat_template or self.args.data.input_template)
 
     def of(self, samples_list: list[Experience]) -> list[Conversation]:
-        """One per response, in their order; of several turns all that follows the first prompt is the response."""
+        """Return one per response, in order. All turns after the first prompt belong to the response."""
         return [
             Conversation(self._messages(samples.prompts[row]), self._response(samples, row))
             for samples in samples_list
@@ -37,7 +37,7 @@ class Conversations:
             self._read()
         if prompt not in self.origins and (self.args.data.apply_chat_template or self.args.data.input_template):
             logger.warning(
-                "no data set has the prompt %r: hf objectives read it as the policy's template wrote it", prompt
+                "no data set has the prompt %r: hf objectives read it as the policy's template formatted it", prompt
             )
         origin = self.origins.setdefault(prompt, prompt)
         return [{"role": "user", "content": origin}] if isinstance(origin, str) else origin
@@ -46,7 +46,7 @@ class Conversations:
         actions = samples.action_mask[row].nonzero()
         if not len(actions):
             return ""
-        first = int(actions[0]) + 1  # the mask is of the tokens from the second on
+        first = int(actions[0]) + 1  # the mask starts at the second token
         tokens = samples.sequences[row][first:][samples.attention_mask[row][first:].bool()]
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 

@@ -1,4 +1,4 @@
-"""What OpenRLHF's advantage estimators compare a reward with, and what they clip."""
+"""OpenRLHF's advantage estimators: which rewards they compare and which they clip."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ from torch import Tensor
 
 from pama_plugin.batch.combine import tells_responses_apart
 
-# They subtract a statistic of the prompt's own group of responses.
+# These subtract a statistic of the prompt's group of responses.
 BY_GROUP = ("rloo", "reinforce_baseline", "group_norm", "dr_grpo")
-# They subtract nothing before OpenRLHF clips to --reward.clip_range.
+# These subtract nothing before OpenRLHF clips to --reward.clip_range.
 WITHOUT_BASELINE = ("gae", "reinforce")
 
 
 class Estimator(NamedTuple):
-    """One of OpenRLHF's estimators, by name, with ``--reward.clip_range``.
+    """The name of one of OpenRLHF's estimators, and ``--reward.clip_range``.
 
     >>> import torch
     >>> rewards_GN = torch.tensor([[11.0, 12.0], [11.0, 12.0]])
@@ -30,19 +30,19 @@ class Estimator(NamedTuple):
 
     @property
     def by_group(self) -> bool:
-        """Whether it compares the responses to one prompt, not all of the batch."""
+        """Whether the estimator compares the responses to one prompt, rather than the whole batch."""
         return self.name in BY_GROUP
 
     def tells_responses_apart(self, rewards_GN: Tensor, present_GN: Tensor) -> bool:
-        """Whether the clipped rewards differ where the estimator compares them."""
-        if self.name in WITHOUT_BASELINE:  # others keep a difference, which is clipped after the baseline
+        """Whether the clipped rewards differ among the responses that the estimator compares."""
+        if self.name in WITHOUT_BASELINE:  # the others clip after subtracting a baseline, so a difference remains
             rewards_GN = rewards_GN.clamp(*self.clip_range)
         return tells_responses_apart(rewards_GN, present_GN, by_group=self.by_group)
 
     def count_clipped(self, rewards_GN: Tensor) -> int:
-        """How many rewards, less the baseline, OpenRLHF clips without a word."""
+        """Count the rewards, minus the baseline, that OpenRLHF clips silently."""
         if self.name == "group_norm":
-            return 0  # it divides by the standard deviation first
+            return 0  # it divides by the standard deviation before it clips
         if self.by_group:
             rewards_GN = rewards_GN - rewards_GN.mean(1, keepdim=True)
         elif self.name not in WITHOUT_BASELINE:

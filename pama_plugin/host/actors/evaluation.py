@@ -1,4 +1,4 @@
-"""Evaluation per objective: every reward of every held-out response."""
+"""Evaluation per objective: all rewards of every held-out response."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from pama_plugin.host.protocols import Experience
 
 
 class ScoredSamplesGenerator(SamplesGenerator):
-    """The host's generator, whose evaluation samples come with the rewards of all objectives, ``rm`` ones too."""
+    """OpenRLHF's generator; its evaluation samples carry the rewards of all objectives, including ``rm``."""
 
     def __init__(self, stock: SamplesGenerator, collector: RewardCollector) -> None:
         super().__init__(
@@ -23,24 +23,24 @@ class ScoredSamplesGenerator(SamplesGenerator):
         self.ended = False
 
     def generate_samples(self, **generate_kwargs: Any) -> Any:
-        """As the host's, counting the rollout batches; once the run is to end, as if there were no prompts left."""
+        """Generate as OpenRLHF does and count the batches; once ``ended`` is set, report that no prompts are left."""
         if self.ended:
             return [], None, 0, True
         samples, *rest = super().generate_samples(**generate_kwargs)
         self.batches += bool(samples)
-        if self.args.train.full_determinism_enable:  # the host has them in the order in which vLLM was done with them
+        if self.args.train.full_determinism_enable:  # OpenRLHF returns them in the order in which vLLM finished
             samples.sort(key=lambda sample: sample.prompts[0])
         return samples, *rest
 
     @torch.no_grad()
     def generate_eval_samples(self, **generate_kwargs: Any) -> list[Experience]:
-        """As the host's; the one reward per sample, which its metrics show, sums ours, times their last weights."""
+        """Generate as OpenRLHF does; ``rewards``, for its metrics, is the sum of ours with their final weights."""
         samples: list[Experience] = super().generate_eval_samples(**generate_kwargs)
         table = self.collector.score(samples)
         rewards = {name: table.row(name).float() for name in table.names}
         trained = self.collector.config.trained
         weighted = torch.stack([rewards[objective.name] * objective.weight.end for objective in trained])
-        totals = weighted.sum(0)  # NaN where one of them is missing
+        totals = weighted.sum(0)  # NaN where a reward is missing
         for sample, total in zip(samples, totals):
             sample.rewards = total.reshape(1)
         datasets = {
@@ -48,12 +48,12 @@ class ScoredSamplesGenerator(SamplesGenerator):
         }
         self.metrics = summarise(
             rewards,
-            [datasets.get(sample.prompts[0], "unknown") for sample in samples],  # as the host's own metrics name it
+            [datasets.get(sample.prompts[0], "unknown") for sample in samples],  # as in OpenRLHF's metrics
             generate_kwargs["n_samples_per_prompt"],
         )
         return samples
 
     def pop_metrics(self) -> dict[str, float]:
-        """Those of the last evaluation."""
+        """Return the metrics of the last evaluation and forget them."""
         metrics, self.metrics = self.metrics, {}
         return metrics

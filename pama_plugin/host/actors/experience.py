@@ -1,4 +1,4 @@
-"""K rewards per response in, one advantage per token out: OpenRLHF's experience maker, its estimator run K times."""
+"""OpenRLHF's experience maker for K rewards per response: one estimator run each, one combined advantage per token."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,14 +29,15 @@ logger = init_logger(__name__)
 
 
 class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
-    """Makes one table of all objectives' rewards, then combines what OpenRLHF's own estimator makes of each.
+    """Builds one table of all objectives' rewards and combines the advantages that OpenRLHF estimates from each.
 
-    Everything else (forwards, KL, length penalties, baselines, whitening) is OpenRLHF's. A step is two calls of the
-    trainer: ``make_experience`` collects the rewards, applies the failure policy and updates the statistics;
+    OpenRLHF does everything else (forwards, KL, length penalties, baselines, whitening). The trainer makes two calls
+    per step: ``make_experience`` collects the rewards, applies the failure policy and updates the statistics;
     ``compute_advantages_and_returns`` shapes, estimates, combines and writes back.
 
     Args:
-        vllm_engines: they know why a reward of the rollout is missing. All others are OpenRLHF's.
+        vllm_engines: return the reasons of rewards that are missing from the rollout. All other arguments are
+            OpenRLHF's.
     """
 
     table: RewardTable
@@ -54,10 +55,10 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
 
     @torch.no_grad()
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
-        """Score every response with every objective: all reward groups at once, beside OpenRLHF's forwards."""
+        """Score every response with every objective: all reward groups run beside OpenRLHF's forwards."""
         pending = self.collector.request(samples_list)
         for samples in samples_list:
-            # With rewards in place OpenRLHF does not ask its single reward group. Nothing reads these.
+            # With rewards set, OpenRLHF does not call its single reward group. These zeros are never read.
             samples.rewards = torch.zeros(len(samples.sequences))
         experiences: list[Experience] = super().make_experience(samples_list)
         self.table = self.collector.collect(pending, experiences)
@@ -69,11 +70,11 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
 
     @torch.no_grad()
     def compute_advantages_and_returns(self, experiences: list[Experience]) -> list[Experience]:
-        """Run OpenRLHF's estimator with each objective's rewards, and give the actor the combination of the K results.
+        """Run OpenRLHF's estimator on each objective's rewards and give the actor the combined advantages.
 
-        ``rewards``, and ``reward`` and ``return`` of ``info``, become sums of what the estimator was given for each
-        objective, times the weights: OpenRLHF shows and logs them. With one objective of weight 1 and the rule
-        ``linear`` every tensor is the stock one, bit for bit.
+        ``rewards``, and ``reward`` and ``return`` in ``info``, which OpenRLHF shows and logs, become weighted sums over
+        the objectives' estimator runs. With one objective of weight 1 and the rule ``linear`` every tensor equals the
+        stock one, bit for bit.
         """
         config, state, table, weights = self.config, self.state, self.table, self.config.weights_at(self.steps_done)
         shaped_KB, present_KB = shape_trained(config.trained, table, state, by_group=self.estimator.by_group)
@@ -84,7 +85,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         advantages_KBA = torch.stack([join([experience.advantages for experience in run]) for run in runs])
         mask_BA = join([experience.action_mask for experience in experiences]).bool()
         if get_rule(config.loss).combines == "rewards":
-            # A missing reward has been replaced by a mean; a response without any reward is left out below.
+            # Missing rewards were replaced by a mean; a response without any reward is excluded below.
             one_B1, all_KB = mask_BA.new_ones(len(mask_BA), 1), torch.ones_like(present_KB)
             of_rewards = combine(config, state, table, shaped_KB.unsqueeze(-1), one_B1, all_KB, self.steps_done)
             rewards_B = of_rewards.advantages.squeeze(-1)
@@ -116,13 +117,13 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
     def _estimate(
         self, rewards_B: Tensor, present_B: Tensor, experiences: list[Experience], pick: Callable[[Tensor], Tensor]
     ) -> list[Experience]:
-        """What OpenRLHF's estimator makes of one reward per response, in copies that share everything else.
+        """Run OpenRLHF's estimator on one reward per response, in copies that share everything else.
 
-        ``pick`` selects the values (b, A) that belong to the reward from those of all heads, (b, A, K).
+        ``pick`` selects the values (b, A) of this reward from those of all heads, (b, A, K).
         """
         copies = []
         for experience, rewards_b in zip(experiences, self.table.split(rewards_B)):
-            rewards_b = rewards_b.clone()  # OpenRLHF applies penalties to it in place
+            rewards_b = rewards_b.clone()  # OpenRLHF applies penalties in place
             values = experience.values
             changed = {
                 "rewards": rewards_b,
@@ -135,7 +136,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
 
         # Exclude responses without a reward from whitening and from the value targets.
         rows = self.table.split(present_B)
-        if present_B.any():  # of no token at all OpenRLHF would divide by 0
+        if present_B.any():  # without any token OpenRLHF would divide by 0
             for copy, rows_b in zip(copies, rows):
                 copy.action_mask = copy.action_mask * rows_b.unsqueeze(-1)
         estimates: list[Experience] = super().compute_advantages_and_returns(copies)
@@ -149,14 +150,14 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         rewards_B = torch.cat([experience.rewards for experience in run]).float()
         return self.estimator.tells_responses_apart(self.table.grouped(rewards_B), self.table.grouped(present_B))
 
-    def _warn_of_clipping(self, what: str, rewards_B: Tensor) -> None:
+    def _warn_of_clipping(self, source: str, rewards_B: Tensor) -> None:
         clipped = self.estimator.count_clipped(self.table.grouped(rewards_B))
-        if clipped and what not in self.warned:
-            self.warned.add(what)
+        if clipped and source not in self.warned:
+            self.warned.add(source)
             low, high = self.estimator.clip_range
             logger.warning(
-                f"{what}: {clipped} of {len(rewards_B)} rewards, less the estimator's baseline, lie outside "
-                f"--reward.clip_range {low} {high} and are clipped by OpenRLHF; the logs have the raw ones"
+                f"{source}: {clipped} of {len(rewards_B)} rewards, minus the estimator's baseline, are outside "
+                f"--reward.clip_range {low} {high}: OpenRLHF clips them; the logs show the raw rewards"
             )
 
     def _probe_gradients(

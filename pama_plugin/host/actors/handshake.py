@@ -1,4 +1,4 @@
-"""Ask every actor what it runs, before the first step: a swap that got lost must not train a stock model for a week."""
+"""Asks every actor what it runs before the first step, so that a lost replacement cannot train a stock model."""
 
 from typing import Any, NamedTuple
 
@@ -10,14 +10,14 @@ from pama_plugin.settings.run import PamaConfig
 
 
 class Report(NamedTuple):
-    """What an actor says of itself: the plugin's version on its node and the configuration that reached it, as JSON."""
+    """An actor's report: the plugin's version on its node and the configuration that it received, as JSON."""
 
     version: str
     config: str | None
 
 
 def report(actor: Any) -> Report:
-    """Runs inside the actor. A vLLM actor has the configuration in its executor, every other one in its strategy."""
+    """Runs in the actor. A vLLM actor has the configuration in its executor, every other actor in its strategy."""
     if hasattr(actor, "executor"):
         config = getattr(actor.executor, "config", None)
     else:
@@ -29,14 +29,14 @@ def shake_hands(config: PamaConfig, roles: dict[str, list[list[Any]]]) -> str:
     """Compare what every rank reports with the driver's configuration.
 
     Args:
-        config: what the driver runs.
-        roles: role → what the line counts of it, ranks or groups of ranks → references to the reports of its ranks.
+        config: the driver's configuration.
+        roles: role → its units (ranks, or groups of ranks), which the line counts → references to the ranks' reports.
 
     Returns:
         One line, such as ``PAMA 0.1.0 active: 2 objectives, policy 1/1, critic –, reward groups 1/1``.
 
     Raises:
-        HandshakeError: a rank without the plugin, or with another version or configuration; names them all.
+        HandshakeError: ranks without the plugin, or with another version or configuration; names all of them.
     """
     expected = Report(__version__, config.model_dump_json())
     parts = [f"PAMA {__version__} active: {len(config.objectives)} objectives"]
@@ -45,7 +45,7 @@ def shake_hands(config: PamaConfig, roles: dict[str, list[list[Any]]]) -> str:
         differences = [[_difference(rank, expected) for rank in ranks] for ranks in units]
         agreed = sum(not any(unit) for unit in differences)
         parts.append(f"{role} {agreed}/{len(units)}" if units else f"{role} –")
-        strangers += [f"{role} {index}: {found}" for index, unit in enumerate(differences) for found in unit if found]
+        strangers += [f"{role} {index}: {why}" for index, unit in enumerate(differences) for why in unit if why]
     if strangers:
         raise HandshakeError(
             f"every rank must run PAMA {__version__} with the driver's configuration, found {'; '.join(strangers)}. "
@@ -56,11 +56,11 @@ def shake_hands(config: PamaConfig, roles: dict[str, list[list[Any]]]) -> str:
 
 def _difference(reference: Any, expected: Report) -> str | None:
     try:
-        found: Report = ray.get(reference)
-    except ray.exceptions.RayError as error:  # above all: the plugin is not installed on that node
+        answer: Report = ray.get(reference)
+    except ray.exceptions.RayError as error:  # most likely the plugin is not installed on that node
         return f"no answer ({str(error).splitlines()[-1]})"
-    if found.version != expected.version:
-        return f"version {found.version}"
-    if found.config is None:
+    if answer.version != expected.version:
+        return f"version {answer.version}"
+    if answer.config is None:
         return "stock code"
-    return None if found.config == expected.config else f"another configuration, {found.config}"
+    return None if answer.config == expected.config else f"another configuration, {answer.config}"

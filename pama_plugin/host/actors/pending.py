@@ -1,4 +1,4 @@
-"""Rewards that were requested from a group of actors, and not received yet."""
+"""Rewards that were requested from a group of actors but not received yet."""
 
 import threading
 import time
@@ -7,12 +7,12 @@ from typing import Any
 
 
 class PendingRewards:
-    """Ray references to requested rewards, and how long they took to arrive.
+    """Ray references to requested rewards, and the time that they took to arrive.
 
     Args:
-        start: when they were asked for, by ``time.perf_counter``.
-        refs: of the parts that they come in.
-        sizes: rewards in each part, where whoever collects them needs to know.
+        start: time of the request, from ``time.perf_counter``.
+        refs: one reference per part of the rewards.
+        sizes: number of rewards in each part, if the group needs it to collect them.
     """
 
     def __init__(self, start: float, refs: list[Any], sizes: Sequence[int] = ()) -> None:
@@ -23,7 +23,7 @@ class PendingRewards:
             ref.future().add_done_callback(self._arrive)
 
     def _arrive(self, _: Any) -> None:
-        """Called by a thread of Ray's."""
+        """Runs in one of Ray's threads."""
         with self.lock:
             self.pending -= 1
             self.end = time.perf_counter()
@@ -31,6 +31,6 @@ class PendingRewards:
                 self.arrived.set()
 
     def seconds(self) -> float:
-        """From ``start`` to the last reward, which is waited for."""
+        """Wait for the last reward; return the seconds since ``start``."""
         self.arrived.wait()
         return self.end - self.start

@@ -1,4 +1,4 @@
-"""Is every reward what it is taken for? Asked before the first step, and of the first rollout before training on it."""
+"""Checks every reward on known pairs before the first step, and on the first rollout before training on it."""
 
 import math
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from pama_plugin.settings.run import PamaConfig
 
 logger = init_logger(__name__)
 
-TAIL = 16  # tokens of a text's end that are shown
-INSPECTED = 8  # responses of the first rollout whose truncation is looked at
+TAIL = 16  # tokens to show from the end of a text
+INSPECTED = 8  # responses of the first rollout to check for truncation
 
 
 def probe_pairs(collector: RewardCollector) -> None:
-    """Score the built-in pairs as rollouts are scored, and print what every objective makes of them.
+    """Score the built-in pairs in the same way as rollouts, and print the mean rewards of every objective.
 
     Args:
-        collector: has the models, and the vLLM engines, of which the first one scores the rollout's objectives.
+        collector: has the models, and the vLLM engines, the first of which scores the rollout's objectives.
 
     Raises:
-        ProbeError: with ``--pama.probe strict``, of a reward that is broken for certain.
+        ProbeError: with ``--pama.probe strict``, if a reward is certainly broken.
     """
     pairs = [pair for pairs in PAIRS.values() for pair in pairs]
     texts = [(pair.prompt, pair.good) for pair in pairs] + [(pair.prompt, pair.bad) for pair in pairs]
@@ -58,10 +58,10 @@ def probe_pairs(collector: RewardCollector) -> None:
 
 
 def probe_rollout(collector: RewardCollector, table: RewardTable, experiences: list[Experience]) -> None:
-    """What the first rollout batch got: constants, failures, and responses that a model's maximum length cuts off.
+    """Check the first rollout batch for constant rewards, failures, and responses truncated by a maximum length.
 
     Raises:
-        ProbeError: with ``--pama.probe strict``, of a reward that is broken for certain.
+        ProbeError: with ``--pama.probe strict``, if a reward is certainly broken.
     """
     findings = {}
     for objective in collector.config.objectives:
@@ -72,7 +72,9 @@ def probe_rollout(collector: RewardCollector, table: RewardTable, experiences: l
             inspected = [collector.groups[objective.name].inspect(conversation) for conversation in conversations]
             cut = [inspection for inspection in inspected if inspection and inspection.truncated_response]
             if cut:
-                text = f"max_length cuts {len(cut)} of {len(inspected)} responses; it sees the end {cut[0].tail!r}"
+                text = (
+                    f"truncates {len(cut)} of {len(inspected)} responses to max_length; it sees the end {cut[0].tail!r}"
+                )
                 findings[objective.name].append(Finding(text, True))
     _report(collector.config, findings, "the first rollout")
 
@@ -93,7 +95,7 @@ def _report(config: PamaConfig, findings: dict[str, list[Finding]], where: str) 
 
 
 def _as_sample(collector: RewardCollector, prompt: str, text: str) -> Experience:
-    """A rollout of ``text``, as the host would have made it of a prompt in the data set."""
+    """Build the rollout that OpenRLHF would make of a data-set prompt with the response ``text``."""
     data, tokenizer = collector.args.data, collector.tokenizer
     if data.apply_chat_template:
         messages = [{"role": "user", "content": prompt}]
@@ -123,7 +125,7 @@ def _as_response(collector: RewardCollector, prompt: str, text: str, sample: Exp
 
 
 def _tail(collector: RewardCollector, objective: Objective, sample: Experience, response: Response) -> str:
-    """The end of a text as the reward reads it."""
+    """The end of a text, as the objective's reward reads it."""
     if objective.reward_kind.scored_in == "replicas":
         (conversation,) = collector.conversations.of([sample])
         inspection = collector.groups[objective.name].inspect(conversation)
@@ -134,5 +136,5 @@ def _tail(collector: RewardCollector, objective: Objective, sample: Experience, 
 
 
 def _mean(rewards: Sequence[float]) -> float:
-    given = [reward for reward in rewards if math.isfinite(reward)]
-    return sum(given) / len(given) if given else math.nan
+    finite = [reward for reward in rewards if math.isfinite(reward)]
+    return sum(finite) / len(finite) if finite else math.nan

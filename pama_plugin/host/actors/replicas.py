@@ -1,4 +1,4 @@
-"""Models that read text, with a tokenizer of their own: each replica in an actor of its own."""
+"""Models that read text with their own tokenizer: one Ray actor per replica."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Replica:
-    """One copy of the model. Ray restarts an actor that died, and the model is loaded again."""
+    """One copy of the model. If the actor dies, Ray restarts it and loads the model again."""
 
     def __init__(self, objective: Objective) -> None:
         options, device = objective.settings, "cpu"
@@ -33,10 +33,10 @@ class Replica:
         self.model: TextModel = objective.reward_kind.resolve("load")(objective.location, options, device)
 
     def ready(self) -> None:
-        """Returns when the model is loaded."""
+        """Return once the model is loaded."""
 
     def score(self, conversations: list[Conversation], free_memory: bool) -> list[float]:
-        """One reward each; NaN for a conversation that the model or its template cannot read."""
+        """Return one reward per conversation; NaN for one that the model or its template cannot read."""
         rewards = self.model.score_each(conversations)
         if free_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -47,13 +47,13 @@ class Replica:
 
 
 class ReplicaGroup:
-    """The replicas of one objective, which share the conversations of every batch."""
+    """The replicas of one objective; each scores a part of every batch."""
 
     def __init__(self, objective: Objective, role: Role, pg: PlacementGroup | None) -> None:
         self.name, self.on_gpus = objective.name, role.share > 0
         self.replicas = []
         for rank in range(role.ranks):
-            # OpenRLHF's group has a bundle for each rank; replicas that share a GPU of their own share its one bundle.
+            # OpenRLHF's placement group has one bundle per rank; replicas that share one GPU share its only bundle.
             bundle = PlacementGroupSchedulingStrategy(pg, rank % pg.bundle_count) if pg else "DEFAULT"
             actor = ray.remote(
                 num_gpus=role.share,
@@ -65,11 +65,11 @@ class ReplicaGroup:
             self.replicas.append(actor.remote(objective))
 
     def load(self, strategy: Strategy) -> list[Any]:
-        """References to wait for until every model is loaded."""
+        """Return references to wait for until every model is loaded."""
         return [replica.ready.remote() for replica in self.replicas]
 
     def request(self, conversations: list[Conversation], *, one_by_one: bool) -> PendingRewards:
-        """Start to score them; ``one_by_one``, and wait, where another model needs the GPU next."""
+        """Start scoring; with ``one_by_one``, wait for the rewards, because another model needs the GPU next."""
         start = time.perf_counter()
         share = -(-len(conversations) // len(self.replicas))
         parts = [conversations[first : first + share] for first in range(0, len(conversations), share)]
@@ -81,18 +81,18 @@ class ReplicaGroup:
         return pending
 
     def collect(self, pending: PendingRewards, sizes: list[int]) -> list[torch.Tensor]:
-        """The rewards (b,) of each micro-batch; NaN for those of a replica that died."""
+        """Return the rewards (b,) of each micro-batch; NaN for those of a replica that died."""
         rewards: list[float] = []
         for ref, size in zip(pending.refs, pending.sizes):
             try:
                 rewards += ray.get(ref)
             except ray.exceptions.RayError as error:
-                logger.warning("objective %r: a replica scored nothing: %s", self.name, error)
+                logger.warning("objective %r: a replica returned no rewards: %s", self.name, error)
                 rewards += [math.nan] * size
         return list(torch.split(torch.tensor(rewards), sizes))
 
     def inspect(self, conversation: Conversation) -> Inspection | None:
-        """What the model reads of it; None if it cannot read it, which its missing reward reports too."""
+        """Return the text that the model reads; None if it cannot read it, which the missing reward reports too."""
         try:
             inspection: Inspection = ray.get(self.replicas[0].inspect.remote(conversation))
         except ray.exceptions.RayError:

@@ -1,7 +1,7 @@
 """K groups of reward models where OpenRLHF's driver and trainer expect one.
 
-``RankGroup`` and ``ReplicaGroup`` (in ``replicas``) are the two kinds of group. Both load their models, take requests
-for rewards, and collect them; only replicas read text.
+``RankGroup`` and ``ReplicaGroup`` (in ``replicas``) are the two kinds of group. Both load their models, request rewards
+and collect them; only replicas read text.
 """
 
 import copy
@@ -25,18 +25,18 @@ from pama_plugin.settings.run import PamaConfig
 
 
 class RankGroup:
-    """OpenRLHF's own group of reward-model actors, with one objective's model: a data-parallel world of its own.
+    """OpenRLHF's group of reward-model actors with one objective's model, as a separate data-parallel world.
 
     Args:
-        objective: scored in ranks.
-        actors: of OpenRLHF's ``RewardModelActor``.
+        objective: an objective scored in ranks.
+        actors: a group of OpenRLHF's ``RewardModelActor``.
     """
 
     def __init__(self, objective: Objective, actors: ActorGroup) -> None:
         self.objective, self.actors = objective, actors
 
     def load(self, strategy: Strategy) -> list[Any]:
-        """Load the model on every rank; references to wait for."""
+        """Load the model on every rank; return references to wait for."""
         refs = self.actors.async_init_model_from_pretrained(
             _strategy_of(self.objective, strategy), self.objective.location
         )
@@ -45,20 +45,20 @@ class RankGroup:
         )
 
     def run(self, call: Callable[[Any], Any]) -> list[Any]:
-        """Call a function with every rank's actor; references to the results."""
+        """Call a function with every rank's actor; return references to the results."""
         return self.actors.async_run_method("__ray_call__", call)
 
     def request(self, samples_list: list[Experience], *, one_by_one: bool) -> PendingRewards:
-        """Start to score the micro-batches; with ``one_by_one``, wait and free the GPU cache for the next model."""
+        """Start scoring the micro-batches; with ``one_by_one``, wait and free the GPU cache for the next model."""
         start = time.perf_counter()
-        # Copies of the last micro-batch fill up: with ZeRO-3 all ranks must be asked equally often, or they hang.
+        # Pad with copies of the last micro-batch: with ZeRO-3 all ranks must run equally often, or they hang.
         ranks = len(self.actors._actor_handlers) // self.actors.duplicate_actors
-        filled = samples_list + samples_list[-1:] * (-len(samples_list) % ranks)
+        padded = samples_list + samples_list[-1:] * (-len(samples_list) % ranks)
         refs = self.actors.async_run_method_batch(
             method_name="forward",
-            sequences=[samples.sequences for samples in filled],
-            attention_mask=[samples.attention_mask for samples in filled],
-            pad_sequence=[True] * len(filled),
+            sequences=[samples.sequences for samples in padded],
+            attention_mask=[samples.attention_mask for samples in padded],
+            pad_sequence=[True] * len(padded),
         )
         if one_by_one:
             ray.get(refs)
@@ -66,16 +66,16 @@ class RankGroup:
         return PendingRewards(start, refs)
 
     def collect(self, pending: PendingRewards, sizes: list[int]) -> list[Tensor]:
-        """The rewards (b,) of each micro-batch; ranks of one ring or tensor-parallel group return copies."""
+        """Return the rewards (b,) of each micro-batch; ranks of one ring or tensor-parallel group return copies."""
         parts = ray.get(pending.refs)[:: self.actors.duplicate_actors]
         return list(itertools.chain.from_iterable(parts))[: len(sizes)]
 
 
 class RewardGroups:
-    """A group per objective that a model scores, by name, in the place of OpenRLHF's single reward group.
+    """One group per objective that a model scores, by name, in place of OpenRLHF's single reward group.
 
-    Each has the size and the share of a GPU that the plan says: in the placement group that OpenRLHF passes (``pg``),
-    else on whole GPUs of its own, or, with a fraction, on one that several objectives share.
+    Each group has the size and GPU share that the plan says. It runs in the placement group that OpenRLHF passes
+    (``pg``), else on separate whole GPUs or, with a fraction, on one GPU that several objectives share.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class RewardGroups:
             self.groups[objective.name] = make_group(objective, role, gpus.get(block, pg))
 
     def async_init_model_from_pretrained(self, strategy: Strategy, pretrain: str) -> list[Any]:
-        """Load every objective's own model. OpenRLHF passes the first one's location as ``pretrain``."""
+        """Load every objective's model. ``pretrain``, the first model's location, is not used."""
         return list(itertools.chain.from_iterable(group.load(strategy) for group in self.groups.values()))
 
 
 def _strategy_of(objective: Objective, strategy: Strategy) -> Strategy:
-    """The strategy with this objective's options. Copies are shallow: no rank sees another objective's."""
+    """Copy the strategy, with this objective's options. Copies are shallow; no rank sees another's options."""
     changed = copy.copy(strategy)
     changed.args = copy.copy(strategy.args)
     options = objective.settings
@@ -115,7 +115,7 @@ def _strategy_of(objective: Objective, strategy: Strategy) -> Strategy:
 
 
 class PolicyGroup(RayActorGroup):
-    """OpenRLHF's group of policy actors, without values and returns in what it sends: only the critic reads them."""
+    """OpenRLHF's group of policy actors; does not send them values and returns, which only the critic reads."""
 
     def async_run_method_batch(self, method_name: str, **kwargs: Any) -> list[Any]:
         if method_name == "append":
@@ -127,7 +127,7 @@ class PolicyGroup(RayActorGroup):
 def group_builder(
     config: PamaConfig, plan: Plan, stock: type[RayActorGroup], reward_actor: Any, policy_actor: Any
 ) -> Callable[..., Any]:
-    """The function that OpenRLHF's driver calls in place of ``RayActorGroup``."""
+    """Return the function that OpenRLHF's driver calls in place of ``RayActorGroup``."""
 
     def build(num_nodes: int, num_gpus_per_node: int, ray_actor_type: Any, **placement: Any) -> Any:
         if ray_actor_type is policy_actor:
@@ -137,7 +137,7 @@ def group_builder(
 
         def make_group(objective: Objective, role: Role, pg: PlacementGroup | None) -> Any:
             if objective.reward_kind.scored_in == "replicas":
-                from pama_plugin.host.actors.replicas import ReplicaGroup  # reads data sets: nothing else needs them
+                from pama_plugin.host.actors.replicas import ReplicaGroup  # only replicas need its imports
 
                 return ReplicaGroup(objective, role, pg)
             where = placement | {"pg": pg, "num_gpus_per_actor": role.share}

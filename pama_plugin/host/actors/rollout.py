@@ -1,4 +1,4 @@
-"""Objectives that score in the rollout, while other responses are still being generated."""
+"""Scores objectives in the rollout, while other responses are still being generated."""
 
 import asyncio
 import copy
@@ -22,15 +22,15 @@ from pama_plugin.settings.run import PamaConfig
 
 logger = logging.getLogger(__name__)
 
-PROBLEMS_KEPT, PROBLEM_LENGTH = 4096, 500  # texts of the latest problems in an engine
+PROBLEMS_KEPT, PROBLEM_LENGTH = 4096, 500  # an engine keeps the texts of its latest problems
 
 
 class ObjectiveExecutor(AgentExecutorBase):
-    """The host's executor, or the user's own agent, then one reward per objective that is scored in the rollout.
+    """Runs OpenRLHF's executor, or the user's agent, then scores the objectives that are scored in the rollout.
 
-    The rewards leave as ``extra_logs``, which the host turns into one column per objective of ``Experience.info``: NaN
-    for a response without a reward, where the objective's policy is not to fail, with the number of the reason. The
-    host's own executor logs and swallows an exception of a reward.
+    The rewards are returned in ``extra_logs``, from which OpenRLHF makes columns of ``Experience.info``, one per
+    objective. Unless the objective's policy is to fail, a missing reward is NaN, and another column has the code of the
+    reason. OpenRLHF's own executor would log an exception of a reward and continue.
     """
 
     def __init__(self, config: PamaConfig, base: AgentExecutorBase, scalar_reward: bool) -> None:
@@ -55,103 +55,107 @@ class ObjectiveExecutor(AgentExecutorBase):
             num_tokens=len(actions),
         )
         logs = output.get("extra_logs") or {}
-        given = {"reward": output.get("reward"), "scores": output.get("scores")} | logs
-        outcomes = await asyncio.gather(*(self._score(own, response, given) for own in self.scored))
+        returned = {"reward": output.get("reward"), "scores": output.get("scores")} | logs
+        outcomes = await asyncio.gather(*(self._score(objective, response, returned) for objective in self.scored))
         columns: dict[str, float] = {}
-        for own, (outcome, seconds) in zip(self.scored, outcomes):
-            columns |= {f"{REWARD}{own.name}": outcome.reward, f"{SECONDS}{own.name}": seconds}
-            columns |= {f"{PROBLEM}{own.name}": self._remember(outcome.problem)}
-            if own.name not in self.scorers and outcome.problem is not None:
-                # The host makes a column of every key, which all responses must have, as a number. These two are not.
-                columns |= {own.location: math.nan} if own.location not in ("reward", "scores") else {}
+        for objective, (outcome, seconds) in zip(self.scored, outcomes):
+            name, key = objective.name, objective.location
+            columns |= {f"{REWARD}{name}": outcome.reward, f"{SECONDS}{name}": seconds}
+            columns |= {f"{PROBLEM}{name}": self._remember(outcome.problem)}
+            if name not in self.scorers and outcome.problem is not None:
+                # OpenRLHF makes a column of every key in extra_logs: all responses must have it, as a number.
+                columns |= {key: math.nan} if key not in ("reward", "scores") else {}
         output["extra_logs"] = logs | columns
         if self.scalar_reward:
-            trained = [(own, outcome) for own, (outcome, _) in zip(self.scored, outcomes) if own.role == "train"]
-            total = sum(own.weight.at(self.steps_done) * outcome.reward for own, outcome in trained)
+            total = sum(
+                objective.weight.at(self.steps_done) * outcome.reward
+                for objective, (outcome, _) in zip(self.scored, outcomes)
+                if objective.role == "train"
+            )
             output |= {"reward": total, "scores": total}
         return output
 
     async def score_texts(self, responses: list[Response]) -> dict[str, list[float]]:
-        """What each objective but an agent's gives; NaN, and a line in the log, where it gives nothing."""
-        found = {}
-        for own in self.config.scored_in("rollout"):
-            outcomes = await asyncio.gather(*(attempt(own, self.scorers[own.name](each)) for each in responses))
+        """Score texts with every objective except an agent's; a missing reward is NaN, and one reason is logged."""
+        rewards = {}
+        for objective in self.config.scored_in("rollout"):
+            scorer = self.scorers[objective.name]
+            outcomes = await asyncio.gather(*(attempt(objective, scorer(response)) for response in responses))
             for problem in [outcome.problem for outcome in outcomes if outcome.problem is not None][:1]:
-                logger.warning("PAMA: objective %r, asked before the first step: %s", own.name, problem)
-            found[own.name] = [outcome.reward for outcome in outcomes]
-        return found
+                logger.warning("PAMA: objective %r gave no reward before the first step: %s", objective.name, problem)
+            rewards[objective.name] = [outcome.reward for outcome in outcomes]
+        return rewards
 
     def _remember(self, problem: str | None) -> int:
-        """The problem's number, by which the driver asks for its text: a column carries no text."""
+        """Keep the problem's text and return its code, by which the driver asks for it: a column carries no text."""
         code = code_of(problem)
         if problem is not None:
-            self.problems.pop(code, None)  # so that it is the latest again
+            self.problems.pop(code, None)  # so that it becomes the latest
             self.problems[code] = problem[:PROBLEM_LENGTH]
             while len(self.problems) > PROBLEMS_KEPT:
                 del self.problems[next(iter(self.problems))]
         return code
 
-    async def _score(self, own: Objective, response: Response, given: dict[str, Any]) -> tuple[Outcome, float]:
-        """The reward, or why there is none, and the seconds it took."""
-        start = time.perf_counter()
-        reward = self.scorers[own.name](response) if own.name in self.scorers else _read(given, own.location)
-        outcome = await attempt(own, reward)
+    async def _score(self, objective: Objective, response: Response, returned: dict[str, Any]) -> tuple[Outcome, float]:
+        """Return the outcome and the seconds it took; ``returned`` is the agent's output."""
+        start, name = time.perf_counter(), objective.name
+        reward = self.scorers[name](response) if name in self.scorers else _read(returned, objective.location)
+        outcome = await attempt(objective, reward)
         if outcome.problem is not None:
-            if own.on_failure.action == "fail":
-                raise RewardError(own.name, outcome.problem, response.query)
-            self._warn(own, outcome.problem)
+            if objective.on_failure.action == "fail":
+                raise RewardError(name, outcome.problem, response.query)
+            self._warn(objective, outcome.problem)
         return outcome, time.perf_counter() - start
 
-    def _warn(self, own: Objective, problem: str) -> None:
-        """At the first failure, the second, the fourth …: a dead server must not fill the log."""
-        self.failures[own.name] += 1
-        count = self.failures[own.name]
+    def _warn(self, objective: Objective, problem: str) -> None:
+        """Log failure 1, 2, 4, 8 … only, so that a dead server does not fill the log."""
+        self.failures[objective.name] += 1
+        count = self.failures[objective.name]
         if count & (count - 1) == 0:
             logger.warning(
-                "objective %r: %d responses without a reward in this engine so far (%s); the last: %s",
-                *(own.name, count, own.on_failure, problem),
+                "objective %r: %d responses without a reward in this engine so far (%s); last reason: %s",
+                *(objective.name, count, objective.on_failure, problem),
             )
 
 
-def _load(own: Objective) -> Scorer:
-    """The scorer; if it cannot be loaded, one that ends the run, whatever the policy, as soon as it is asked.
+def _load(objective: Objective) -> Scorer:
+    """Return the scorer; if it cannot be loaded, one that ends the run at its first call, whatever the policy.
 
-    An engine that died while it starts would leave the host waiting for it.
+    OpenRLHF would wait for ever for an engine that dies at its start.
     """
     try:
-        return own.load_scorer(patient=own.on_failure.action == "fail")
-    except Exception as error:  # of the user's own file, too
+        return objective.load_scorer(patient=objective.on_failure.action == "fail")
+    except Exception as error:  # the user's file may raise anything
         problem = f"cannot be loaded: {type(error).__name__}: {error}"
 
         async def refuse(response: Response) -> float:
-            raise RewardError(own.name, problem, response.query)
+            raise RewardError(objective.name, problem, response.query)
 
         return refuse
 
 
-async def _read(given: dict[str, Any], key: str) -> float:
-    """One number of what the agent returned."""
-    if given.get(key) is None:
-        raise PamaError(
-            f"the agent returned no {key!r}, but {', '.join(name for name in given if given[name] is not None)}"
-        )
-    dtype = None if isinstance(given[key], torch.Tensor) else torch.float64  # not whatever is the default
-    values = torch.as_tensor(given[key], dtype=dtype).flatten()
+async def _read(returned: dict[str, Any], key: str) -> float:
+    """Read one number from the agent's output."""
+    if returned.get(key) is None:
+        names = ", ".join(name for name, value in returned.items() if value is not None)
+        raise PamaError(f"the agent must return {key!r}, found {names}")
+    dtype = None if isinstance(returned[key], torch.Tensor) else torch.float64  # not torch's default dtype
+    values = torch.as_tensor(returned[key], dtype=dtype).flatten()
     if len(values) != 1:
-        raise PamaError(f"the agent returned {len(values)} values as {key!r}")
+        raise PamaError(f"the agent must return one value as {key!r}, found {len(values)}")
     return float(values[0])
 
 
 def rollout_actor(config: PamaConfig, scalar_reward: bool, seed: int | None) -> Any:
-    """The host's vLLM actor with our executor around its own.
+    """OpenRLHF's vLLM actor with our executor around its own.
 
-    The host gives this actor neither its arguments nor a hook, so the class carries the configuration: being local, it
-    travels to the actors by value.
+    OpenRLHF passes neither its arguments nor a hook to this actor, so the class carries the configuration: as a local
+    class it travels to the actors by value.
 
     Args:
-        config: the objectives.
-        scalar_reward: give the weighted sum as *the* reward, too.
-        seed: makes what is sampled depend on nothing but the seed, the step, the prompt and the sample's number.
+        config: the run's configuration.
+        scalar_reward: also return the weighted sum as OpenRLHF's single reward.
+        seed: if set, sampling depends only on the seed, the step, the prompt and the sample's number.
     """
 
     class RolloutRayActor(vllm_engine.RolloutRayActor.__ray_metadata__.modified_class):
@@ -181,9 +185,9 @@ def rollout_actor(config: PamaConfig, scalar_reward: bool, seed: int | None) -> 
                 )
             samples = []
             for index in range(num_samples):
-                own = copy.deepcopy(sampling_params)
-                own.seed = zlib.crc32(f"{seed} {self.executor.steps_done} {index} {prompt}".encode())
-                samples.append(generate(prompt=prompt, sampling_params=own, num_samples=1, **request))
+                params = copy.deepcopy(sampling_params)
+                params.seed = zlib.crc32(f"{seed} {self.executor.steps_done} {index} {prompt}".encode())
+                samples.append(generate(prompt=prompt, sampling_params=params, num_samples=1, **request))
             return [sample for (sample,) in await asyncio.gather(*samples)]
 
     return ray.remote(RolloutRayActor)

@@ -1,4 +1,4 @@
-"""The host's trainer, in its Ray actor, with our experience maker and state in place."""
+"""OpenRLHF's trainer, in its Ray actor, with our experience maker and state."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +22,15 @@ from pama_plugin.settings.run import StopAtFront
 
 if TYPE_CHECKING:
     from pama_plugin.host.protocols import Trainer as Host
-else:  # at run time ``BasePPOTrainer`` comes after this mixin
+else:  # at run time ``BasePPOTrainer`` follows this mixin
     Host = object
 
 
 class MultiObjectiveTrainer(Host):
-    """What is ours in a trainer of the host, synchronous or not: a mixin before ``BasePPOTrainer``.
+    """Mixin before ``BasePPOTrainer``, for the synchronous and the asynchronous trainer.
 
-    It swaps the experience maker, shakes hands before the first step, knows which step failed, keeps the objectives'
-    state in the checkpoints, and rates evaluations.
+    It replaces the experience maker, shakes hands before the first step, adds the step to reward errors, saves the
+    objectives' state in the checkpoints, and rates evaluations.
     """
 
     best_eval_metric_key: str
@@ -53,7 +53,7 @@ class MultiObjectiveTrainer(Host):
         self.steps_done = 0
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
-        """Shake hands with every actor, probe every reward, train; a reward that fails is reported with its step."""
+        """Shake hands with every actor, probe every reward, train; a ``RewardError`` names its step."""
         print(self.shake_hands(), flush=True)
         if self.config.probe != "off":
             probe_pairs(self.experience_maker.collector)
@@ -67,7 +67,7 @@ class MultiObjectiveTrainer(Host):
             return group.async_run_method("__ray_call__", report) if group is not None else []
 
         groups = self.experience_maker.collector.groups
-        in_ranks = [groups[objective.name] for objective in self.config.scored_in("ranks")]  # replicas run our code
+        in_ranks = [groups[objective.name] for objective in self.config.scored_in("ranks")]  # replicas are our own code
         return shake_hands(
             self.config,
             {
@@ -86,24 +86,24 @@ class MultiObjectiveTrainer(Host):
         if STATE in states:
             saved = RunState.model_validate_json(states[STATE])
             if self.critic_model_group is not None and saved.heads != self.state.heads:
-                # The driver puts them in order, unless it cannot see the checkpoint.
+                # The driver orders the objectives as in the checkpoint, unless it cannot see it.
                 raise PamaError(
-                    f"the value heads of the checkpoint are those of {', '.join(saved.heads)}, found "
-                    f"{', '.join(self.state.heads)}: --ckpt.path must be the same folder on every node"
+                    f"--ckpt.path must be the same folder on every node, found a checkpoint with the value heads "
+                    f"{', '.join(saved.heads)} for the objectives {', '.join(self.state.heads)}"
                 )
             if key == BEST and (self.state.swapped(saved) or self.state.rating != saved.rating):
                 comparable = False
             self.state.resume(saved)
-        if not comparable:  # the host would take the old key back, and no new rating might ever reach the old value
+        if not comparable:  # OpenRLHF would restore the old key, whose value no new rating might reach
             states = {name: value for name, value in states.items() if not name.startswith("best_eval_metric")}
         self._begin_step(states["global_step"])
         return states
 
     def train_step(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], int]:
         status, steps_done = super().train_step(*args, **kwargs)
-        for name, own in self.state.objectives.items():
-            if own.rewards.count:
-                status |= {f"reward_mean/{name}": own.rewards.mean, f"reward_std/{name}": own.rewards.std}
+        for name, objective in self.state.objectives.items():
+            if objective.rewards.count:
+                status |= {f"reward_mean/{name}": objective.rewards.mean, f"reward_std/{name}": objective.rewards.std}
         stop = self.config.stop_at_front
         if stop is not None and self._has_stayed_at_the_front(stop, status, steps_done):
             self.end_run()
@@ -111,17 +111,17 @@ class MultiObjectiveTrainer(Host):
         return status, steps_done
 
     def end_run(self) -> None:
-        """Let the run end after this step as at the end of its prompts: with checkpoint, evaluation and saved model."""
+        """End the run after this step as if no prompts were left: with checkpoint, evaluation and saved model."""
         raise NotImplementedError
 
     def _has_stayed_at_the_front(self, stop: StopAtFront, status: dict[str, Any], steps_done: int) -> bool:
-        """Count the steps in a row in which hardly a token has an advantage, and say when to end.
+        """Count the consecutive steps in which hardly any token has an advantage; return whether the run is to end.
 
-        Most tokens must be in conflict: else they have none because nothing differs.
+        Most tokens must be in conflict; otherwise they have no advantage because no rewards differ.
         """
         active = status["pama/active_fraction"]
-        there = active < stop.share and status["pama/conflict_rate"] > 0.5
-        self.state.steps_at_front = self.state.steps_at_front + 1 if there else 0
+        at_front = active < stop.share and status["pama/conflict_rate"] > 0.5
+        self.state.steps_at_front = self.state.steps_at_front + 1 if at_front else 0
         status["pama/steps_at_front"] = self.state.steps_at_front
         if self.state.steps_at_front < stop.steps:
             return False
@@ -134,10 +134,10 @@ class MultiObjectiveTrainer(Host):
         return True
 
     def _compute_rollout_stats(self, experiences: list[Any]) -> dict[str, float]:
-        """The host's and ours, whose columns leave the experiences here, where the whole rollout batch is.
+        """Add our metrics to OpenRLHF's, and remove our columns, while the whole rollout batch is at hand.
 
-        The actor would reduce each of them for every micro-batch, leave out responses that fill none, and log nothing
-        while it is frozen.
+        The actor would reduce each column per micro-batch, drop responses that do not fill one, and log nothing while
+        it is frozen.
         """
         stats: dict[str, float] = super()._compute_rollout_stats(experiences)
         columns = {
@@ -147,9 +147,9 @@ class MultiObjectiveTrainer(Host):
         return stats | reduce_columns(columns, self.config.names)
 
     def _begin_step(self, steps_done: int) -> None:
-        """With --train.full_determinism_enable a step's random numbers depend on nothing but the seed and the step.
+        """With --train.full_determinism_enable a step's random numbers depend only on the seed and the step.
 
-        The host seeds its models' processes once, at their start: a resumed run would draw the first step's again.
+        OpenRLHF seeds the models' processes once, at their start: a resumed run would repeat the first step's numbers.
         """
         self.steps_done = self.experience_maker.steps_done = steps_done
         if self.args.train.full_determinism_enable or self.args.algo.dynamic_filtering_enable:
@@ -161,21 +161,21 @@ class MultiObjectiveTrainer(Host):
                     ray.get(group.async_run_method("__ray_call__", lambda _, seed=seed: set_seed(seed)))
 
     def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
-        # Not before: the host adds up all timing/* of a step, and these go on beside the other phases.
+        # Not earlier: OpenRLHF sums all timing/* of a step, and these overlap with the other phases.
         logs_dict = {
             f"timing/reward/{key.removeprefix(SECONDS)}" if key.startswith(SECONDS) else key: value
             for key, value in (logs_dict or {}).items()
         }
-        own = {
+        states = {
             STATE: self.state.model_dump_json(),
-            # As OpenRLHF 0.11.2 does; before, a resumed run took its first evaluation for the best.
+            # As in OpenRLHF 0.11.2; in earlier releases a resumed run took its first evaluation as the best.
             "best_eval_metric_key": self.best_eval_metric_key,
             "best_eval_metric_value": self.best_eval_metric_value,
         }
-        super().save_logs_and_checkpoints(global_step, logs_dict, (client_states or {}) | own)
+        super().save_logs_and_checkpoints(global_step, logs_dict, (client_states or {}) | states)
 
     def save_best_checkpoint(self, eval_metrics: dict[str, float], global_step: int, client_states: Any = None) -> None:
-        """Rate the evaluation by --pama.best, log the rating, and save as the host does if none was better."""
+        """Rate the evaluation by --pama.best, log the rating, and save as OpenRLHF does if none was better."""
         rating = rate(self.config, self.state, eval_metrics)
         self.log_eval(global_step, {BEST: rating})
         client_states = (client_states or {}) | {STATE: self.state.model_dump_json()}
@@ -194,16 +194,16 @@ class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.
 
     def __init__(self, pretrain: str, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         if strategy.args.train.full_determinism_enable:
-            set_seed(strategy.args.train.seed)  # the prompts are shuffled here, with a seed that the host leaves open
+            set_seed(strategy.args.train.seed)  # OpenRLHF shuffles the prompts here without setting a seed
         super().__init__(pretrain, strategy, *args, **kwargs)
         self.samples_generator = ScoredSamplesGenerator(self.samples_generator, self.experience_maker.collector)
 
     def end_run(self) -> None:
-        """After this step's logs, checkpoint and evaluation; then the host saves the model, as at any end."""
+        """End after this step's logs, checkpoint and evaluation; OpenRLHF then saves the model, as at any end."""
         self.samples_generator.ended = True
 
     def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:
         logs: dict[str, float] = super().evaluate(global_step, **generate_kwargs)
-        own = self.samples_generator.pop_metrics()
-        self.log_eval(global_step, own)
-        return logs | own
+        metrics = self.samples_generator.pop_metrics()
+        self.log_eval(global_step, metrics)
+        return logs | metrics

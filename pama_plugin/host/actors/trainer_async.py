@@ -1,4 +1,4 @@
-"""The host's asynchronous training: a generator and a trainer, each an actor of its own, with a queue between them."""
+"""OpenRLHF's asynchronous training: a generator actor and a trainer actor, with a queue between them."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 from pama_plugin.host.actors.trainer import MultiObjectiveTrainer
 from pama_plugin.host.protocols import Strategy
 
-# What stands in a slot instead of the trainer's step once the run is to end.
+# Put in a slot, instead of the trainer's step, once the run is to end.
 END = "end"
 
 
 class EndingSlots:
-    """The queue of slots, as the trainer sees it once the run is to end: what it gives back tells the generator so."""
+    """The trainer's queue of slots once the run is to end: every slot that it returns tells the generator to end."""
 
     def __init__(self, queue: Any) -> None:
         self.queue = queue
@@ -26,9 +26,9 @@ class EndingSlots:
 
 
 class EndingRollouts:
-    """The queue of rollouts, then: they are dropped and their slots given back, all else is received.
+    """The trainer's queue of rollouts once the run is to end: drops rollouts, returns their slots, passes on all else.
 
-    Slots go round as they do for the host, so neither half ever waits for one that does not come.
+    Slots circulate as in OpenRLHF, so neither half ever waits for one that does not come.
     """
 
     def __init__(self, queue: Any, slots: EndingSlots) -> None:
@@ -41,7 +41,7 @@ class EndingRollouts:
 
 
 class WatchedSlots:
-    """The queue of slots, as the generator sees it: after END in one of them it finds no more prompts."""
+    """The generator's queue of slots: after END in a slot the generator finds no more prompts."""
 
     def __init__(self, queue: Any, samples_generator: ScoredSamplesGenerator) -> None:
         self.queue, self.samples_generator = queue, samples_generator
@@ -50,7 +50,7 @@ class WatchedSlots:
         slot = self.queue.get(block=block)
         if slot == END:
             self.samples_generator.ended = True
-            return 0  # no step that asks for an evaluation
+            return 0  # a step without an evaluation
         return int(slot)
 
     def put(self, slot: int, block: bool = True) -> None:
@@ -65,14 +65,14 @@ class TrainingActor(MultiObjectiveTrainer, ppo_trainer_async.TrainingActor.__ray
     rollout_queue: Any
 
     def end_run(self) -> None:
-        """Let the generator come to its end, which ends this half too; nothing that it still sends is trained on."""
+        """Let the generator end, which ends this half too; rollouts that it still sends are not trained on."""
         self.rollout_slots = EndingSlots(self.rollout_slots)
         self.rollout_queue = EndingRollouts(self.rollout_queue, self.rollout_slots)
 
 
 @ray.remote
 class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata__.modified_class):
-    """The half that generates, and evaluates: so it needs the reward models, which the host does not give it."""
+    """The half that generates and evaluates, which needs the reward models that OpenRLHF does not pass to it."""
 
     rollout_slots: Any
     samples_generator: Any
@@ -87,7 +87,7 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
         self.steps_done = steps_done
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
-        """As the host's; a reward that fails is reported with the step that its rollout was for."""
+        """Run as OpenRLHF does; a ``RewardError`` names the step that its rollout was for."""
         try:
             super().fit(*args, **kwargs)
         except RewardError as error:
@@ -100,7 +100,7 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
 
 @ray.remote
 class PPOTrainerAsync(ppo_trainer_async.PPOTrainerAsync.__ray_metadata__.modified_class):
-    """Starts the two halves, and gives the generator what it scores evaluations with."""
+    """Starts the two halves, and passes the reward models to the generator for evaluations."""
 
     def __init__(self, pretrain: str, strategy: Strategy, *groups_and_engines: Any, **generate_kwargs: Any) -> None:
         super().__init__(pretrain, strategy, *groups_and_engines, **generate_kwargs)

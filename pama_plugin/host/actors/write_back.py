@@ -1,4 +1,4 @@
-"""From K runs of the estimator and one combination to what OpenRLHF trains on and logs."""
+"""Writes K runs of the estimator and the combined advantages to the tensors that OpenRLHF trains on and logs."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ from pama_plugin.host.protocols import Experience
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:
-    """Micro-batches (B_i, A_i) → (ΣB_i, max A_i), padded on the right with 0."""
+    """Join micro-batches (B_i, A_i) → (ΣB_i, max A_i), padded on the right with 0."""
     length = max(tensor.shape[1] for tensor in tensors)
     return torch.cat([pad(tensor, (0, length - tensor.shape[1])) for tensor in tensors])
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """In the order of the tensors, starting from the first: of one tensor of weight 1 the tensor, bit for bit."""
+    """Sum in order, starting from the first tensor: a single tensor of weight 1 stays the same, bit for bit."""
     total, *rest = (tensor * weight for tensor, weight in zip(tensors, weights, strict=True))
     for term in rest:
         total = total + term
@@ -33,15 +33,15 @@ def write_back(
     advantages: Sequence[Tensor],
     metrics: dict[str, float],
 ) -> list[Experience]:
-    """One advantage per token for the actor, K columns of values and returns for the critic, metrics for the logs.
+    """Give the actor one advantage per token, the critic K columns of values and returns, and the logs the metrics.
 
     Args:
         experiences: as OpenRLHF made them, one per micro-batch.
-        runs: what the estimator made of each objective; the copies of the first run are changed and returned.
+        runs: the estimator's output for each objective; the copies of the first run are changed and returned.
         shown: the runs whose rewards and returns OpenRLHF shows as its own, summed with ``weights``.
-        weights: one for each of these.
-        advantages: the combination, (b, A) or longer for each micro-batch.
-        metrics: of the whole rollout batch.
+        weights: one for each of ``shown``.
+        advantages: the combined advantages, (b, A) or longer for each micro-batch.
+        metrics: metrics of the whole rollout batch.
     """
     for stock, advantages_BA, copies, parts in zip(experiences, advantages, zip(*runs), zip(*shown), strict=True):
         combined = copies[0]
@@ -56,15 +56,15 @@ def write_back(
         combined.rewards = weighted_sum([experience.rewards for experience in parts], weights)
         for key in [key for key, value in combined.info.items() if value is not stock.info.get(key)]:
             combined.info[key] = weighted_sum([experience.info[key] for experience in parts], weights)
-        if len(parts) > 1:  # a sum of standard deviations is not one
+        if len(parts) > 1:  # a sum of standard deviations is not a standard deviation
             combined.info.pop("group_reward_std", None)
-        # A column like any other of ``info``, because that is what OpenRLHF carries; the trainer takes it out again.
+        # As columns of ``info``, because OpenRLHF carries nothing else; the trainer removes them.
         combined.info |= {key: torch.full((len(valid_BA),), value) for key, value in metrics.items()}
     return list(runs[0])
 
 
 def explain_variance(run: Sequence[Experience], present: Sequence[Tensor]) -> float:
-    """``explained_variance`` of the values at the valid tokens of the responses with a reward, (b,) per micro-batch."""
+    """``explained_variance`` of the values, at valid tokens of responses with a reward (``present``: (b,) each)."""
     masks = [
         experience.action_mask.bool() & present_b.unsqueeze(-1)
         for experience, present_b in zip(run, present, strict=True)

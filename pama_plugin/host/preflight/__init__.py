@@ -1,1 +1,1 @@
-"""What is checked and chosen before Ray starts, so that a run that cannot work ends in seconds."""
+"""Checks and choices before Ray starts, so that a run that cannot work ends in seconds."""

@@ -1,16 +1,16 @@
-"""The drift guard: what every seam looked like in the releases of OpenRLHF that the plugin supports.
+"""The drift guard: compares OpenRLHF with fingerprints of every seam in the supported releases.
 
-A seam is a function or class of the host that the plugin subclasses, replaces, calls or looks up. Its fingerprint is
-its signature and a hash of its body, read from the source: nothing of the host is imported, and comments, docstrings,
-layout and the annotations of arguments do not count. ``fingerprints.json`` has those of every supported release, as
+A seam is a function or class of OpenRLHF that the plugin subclasses, replaces, calls or looks up. Its fingerprint is
+its signature and a hash of its body, read from the source: OpenRLHF is not imported, and comments, docstrings, layout
+and argument annotations do not count. ``fingerprints.json`` has the fingerprints of every supported release, as
 published and (``+cpu``) with our patch.
 
-On a new release, or a new line in ``SEAMS``, write the table anew from the wheels of *all* releases in it:
+For a new release, or a new line in ``SEAMS``, regenerate the table from the wheels of *all* releases in it:
 
     python patches/build_wheel.py .venv/hosts RELEASE             (once per release; the tests leave them there too)
     python -m pama_plugin.host.preflight.fingerprints .venv/hosts/*.whl
 
-then read the difference in git, and the difference of the host where a fingerprint changed. ``pyproject.toml`` and
+then review the table's diff, and OpenRLHF's diff where a fingerprint changed. ``pyproject.toml`` and
 ``patches/build_wheel.py`` list the releases too.
 """
 
@@ -30,7 +30,7 @@ from pama_plugin.errors import ConfigError
 
 TABLE = Path(__file__).with_name("fingerprints.json")
 
-# File of the host → functions, classes (their header and fields) and, as __main__, what runs when it is the command.
+# File of OpenRLHF → functions, classes (header and fields) and, as __main__, the code that runs as the command.
 SEAMS = {
     "cli/train_ppo_ray.py": "train __main__",
     "datasets/prompts_dataset.py": "preprocess_data",
@@ -102,19 +102,19 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint(package: Path | zipfile.Path) -> dict[str, Fingerprint]:
-    """Seam, as ``FILE:NAME``, → fingerprint, of those that the host in this folder has."""
-    found = {}
+    """Seam, as ``FILE:NAME``, → fingerprint, for the seams that the OpenRLHF in ``package`` has."""
+    fingerprints = {}
     for file, names in SEAMS.items():
         path = package / file
         tree = ast.parse(path.read_text(encoding="utf-8") if path.is_file() else "")
         for name in names.split():
             if node := _find(tree, name):
-                found[f"{file}:{name}"] = Fingerprint(_hash_body(node), _signature(node))
-    return found
+                fingerprints[f"{file}:{name}"] = Fingerprint(_hash_body(node), _signature(node))
+    return fingerprints
 
 
 def known_releases() -> dict[str, dict[str, Fingerprint]]:
-    """Release → seam → fingerprint, oldest release first; in the file, seam → fingerprint → its releases."""
+    """Release → seam → fingerprint, oldest release first; the file has seam → fingerprint → releases."""
     table: dict[str, dict[str, Fingerprint]] = {}
     for seam, variants in json.loads(TABLE.read_text()).items():
         for line, releases in variants.items():
@@ -124,10 +124,10 @@ def known_releases() -> dict[str, dict[str, Fingerprint]]:
 
 
 def check_host(allow_unsupported: bool) -> list[str]:
-    """Compare the installed OpenRLHF with the record of its release, or of the nearest one before it.
+    """Compare the installed OpenRLHF with the record of its release, or of the nearest earlier one.
 
     Returns:
-        One warning per line; none if every seam is exactly as released.
+        The warnings; none if every seam is as released.
 
     Raises:
         ConfigError: the release is not supported or a signature changed, and ``allow_unsupported`` is not set.
@@ -136,40 +136,40 @@ def check_host(allow_unsupported: bool) -> list[str]:
     supported = [release for release in releases if "+" not in release]
     installed = version("openrlhf")
     problems = []
-    # A local version (0.11.2+mine) that is not in the table is somebody's build of that release.
+    # A local version (0.11.2+mine) that is not in the table is a custom build of that release.
     release = installed if installed in releases else installed.partition("+")[0]
     if release not in releases:
         problems.append(f"OpenRLHF must be one of {', '.join(supported)}, found {installed}")
         older = [known for known in supported if Version(known) < Version(release)]
         release = (older or supported[:1])[-1]
 
-    found = fingerprint(host_package())
+    fingerprints = fingerprint(host_package())
     changed = []
     for seam, recorded in releases[release].items():
-        signature = found[seam].signature if seam in found else "nothing"
+        signature = fingerprints[seam].signature if seam in fingerprints else "nothing"
         if signature != recorded.signature:
             problems.append(f"{seam} of OpenRLHF {installed} must be {recorded.signature!r}, found {signature!r}")
-        elif found[seam].body != recorded.body:
+        elif fingerprints[seam].body != recorded.body:
             changed.append(seam)
     if problems and not allow_unsupported:
-        raise ConfigError(f"{'; '.join(problems)}; --pama.allow_unsupported_host runs it all the same")
+        raise ConfigError(f"{'; '.join(problems)}; --pama.allow_unsupported_host runs it anyway")
     if changed:
         problems.append(
-            f"OpenRLHF {installed} differs from release {release}, which the plugin was tested with, in the body of "
+            f"OpenRLHF {installed} differs from release {release}, with which the plugin was tested, in the body of "
             f"{', '.join(changed)}"
         )
     return problems
 
 
 def host_package() -> Path:
-    """Where the installed OpenRLHF is, found without importing it."""
+    """Return the folder of the installed OpenRLHF, without importing it."""
     spec = find_spec("openrlhf")
     assert spec is not None and spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0])
 
 
 def _find(tree: ast.Module, name: str) -> Any:
-    """The definition of a dotted name, or what runs when the file is ``__main__``; None where there is none."""
+    """Return the definition of a dotted name, or the block that runs as ``__main__``; None if there is none."""
     if name == "__main__":
         blocks = [node for node in tree.body if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)]
         return blocks[-1] if blocks else None
@@ -197,7 +197,7 @@ def _signature(node: Any) -> str:
 
 
 def _hash_body(node: Any) -> str:
-    """Decorators and statements. The methods of a class are seams of their own, or none."""
+    """Hash decorators and statements. The methods of a class are not part of it: they are separate seams, if any."""
     methods = (ast.FunctionDef, ast.AsyncFunctionDef) if isinstance(node, ast.ClassDef) else ()
     body = [line for line in node.body if not isinstance(line, methods)]
     text = _canonical([*getattr(node, "decorator_list", []), *body])
@@ -205,12 +205,12 @@ def _hash_body(node: Any) -> str:
 
 
 def _canonical(node: Any) -> str:
-    """The tree as text. ``ast.dump`` would do, were its text not another one in every version of Python."""
+    """The tree as text, the same in every version of Python; that of ``ast.dump`` is not."""
     if isinstance(node, ast.AST):
         fields = [f"{name}={_canonical(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
         return f"{type(node).__name__}({','.join(fields)})"
     if isinstance(node, list):
-        # A bare constant is a docstring, or does as little.
+        # A bare constant is a docstring, or has no effect either.
         kept = [item for item in node if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant))]
         return f"[{','.join(map(_canonical, kept))}]"
     return repr(node)
@@ -222,12 +222,12 @@ def _read_wheel(wheel: Path) -> tuple[str, dict[str, Fingerprint]]:
 
 
 def write_table(wheels: list[Path]) -> None:
-    """Replace ``fingerprints.json`` by what these wheels have."""
+    """Replace ``fingerprints.json`` with the fingerprints of these wheels."""
     table: dict[str, dict[str, str]] = {}
     for release, seams in sorted(map(_read_wheel, wheels), key=lambda item: Version(item[0])):
-        for seam, found in seams.items():
+        for seam, parts in seams.items():
             variants = table.setdefault(seam, {})
-            variants[" ".join(found)] = f"{variants.get(' '.join(found), '')} {release}".strip()
+            variants[" ".join(parts)] = f"{variants.get(' '.join(parts), '')} {release}".strip()
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -1,8 +1,8 @@
-"""Which GPUs a run reserves, by arithmetic alone: printed before it starts, and refused where Ray would wait for ever.
+"""Computes which GPUs a run reserves, to print the plan before it starts and to refuse what Ray would wait for.
 
-The host reserves whole GPUs in *blocks*, a placement group or single ranks, with one CPU beside each GPU. Models that
-it colocates share one block: rank r of each is on GPU r of it. ``tests/contract/test_placement.py`` holds this against
-the host's own ``train``; the reward groups take their sizes and shares from the plan.
+OpenRLHF reserves whole GPUs in *blocks* (a placement group, or single ranks), with one CPU beside each GPU. Models that
+it colocates share one block: rank r of each is on GPU r of the block. ``tests/contract/test_placement.py`` compares
+this with OpenRLHF's ``train``; the reward groups take their sizes and shares from the plan.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from pama_plugin.errors import ConfigError
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
 
-# Ray counts GPUs in steps of 0.0001: rounding a share up would make K of them overflow their GPU, for ever pending.
+# Ray counts GPUs in steps of 0.0001: with a share rounded up, K of them would not fit their GPU and wait for ever.
 GPU_STEPS = 10_000
-HOST_SHARE = 0.2  # what the host gives every rank that shares its GPU
+HOST_SHARE = 0.2  # OpenRLHF's share for each rank on a shared GPU
 
-# Divisors below, and nothing that DeepSpeed or vLLM could do without.
+# These are divisors below, and DeepSpeed and vLLM need them too.
 AT_LEAST_ONE = (
     "train.batch_size",
     "train.micro_batch_size",
@@ -44,14 +44,14 @@ class Role(NamedTuple):
 
 
 class Block(NamedTuple):
-    """So many whole GPUs, and who runs on them."""
+    """A number of whole GPUs, and the roles that run on them."""
 
     gpus: int
     roles: tuple[Role, ...]
 
 
 class Node(NamedTuple):
-    """A machine of the cluster; of one that is only stated nobody counts the CPUs."""
+    """A machine of the cluster. Its CPUs are not limited if --pama.plan states the cluster."""
 
     name: str
     gpus: int
@@ -59,30 +59,30 @@ class Node(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """GPUs that can be reserved here: each takes a CPU of the same machine."""
+        """GPUs that can be reserved here: each needs a CPU of the same machine."""
         return int(min(self.gpus, self.cpus))
 
 
 class Plan(NamedTuple):
-    """Every block, in the order in which the host reserves them."""
+    """Every block, in the order in which OpenRLHF reserves them."""
 
     blocks: tuple[Block, ...]
 
     @property
     def gpus(self) -> int:
-        """GPUs that the run reserves, and CPUs beside them: actors without a GPU, as the trainer, reserve nothing."""
+        """GPUs that the run reserves, with a CPU beside each; actors without a GPU, such as the trainer, take none."""
         return sum(block.gpus for block in self.blocks)
 
 
 def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
-    """What the host's ``train`` will reserve.
+    """Compute what OpenRLHF's ``train`` will reserve.
 
     Args:
-        args: the host's flags, flat: ``getattr(args, "actor.num_nodes")``.
-        config: its objectives that are scored in ranks or replicas are roles of their own.
+        args: OpenRLHF's flags, flat: ``getattr(args, "actor.num_nodes")``.
+        config: each objective that is scored in ranks or replicas becomes a role.
 
     Raises:
-        ConfigError: flags that no cluster can serve, which the host would refuse or wait for once Ray has started.
+        ConfigError: no cluster can serve the flags; OpenRLHF would fail, or wait for ever, after Ray has started.
     """
     for flag in AT_LEAST_ONE:
         if getattr(args, flag) < 1:
@@ -99,7 +99,7 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
     engines = getattr(args, "vllm.num_engines") or 0
     rollouts = [Role("rollout", engines, getattr(args, "vllm.tensor_parallel_size"))] if engines > 0 else []
 
-    # Replicas need no equal shares of a batch.
+    # Replicas accept unequal shares of a batch.
     independent = {reward_role(objective) for objective in config.scored_in("replicas")}
     for role in (policy, *references, *critics, *rewards):
         if role.name not in independent:
@@ -126,7 +126,7 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
 
 
 def reward_role(objective: Objective) -> str:
-    """What a plan calls the ranks of an objective: what the trackers call its rewards."""
+    """Return the name of an objective's role, which is also the name of its rewards in the trackers."""
     return f"reward/{objective.name}"
 
 
@@ -135,7 +135,7 @@ def _role(args: argparse.Namespace, name: str, flag: str) -> Role:
 
 
 def _reward_roles(args: argparse.Namespace, objectives: Sequence[Objective], *, colocated: bool) -> list[Role]:
-    """One role per objective. Where the host colocates its one reward model, all on GPUs split that model's share."""
+    """Return one role per objective. Where OpenRLHF colocates its one reward model, those on GPUs split its share."""
     on_gpus = [objective for objective in objectives if objective.settings.gpus != 0]
     share = math.floor(HOST_SHARE / max(1, len(on_gpus)) * GPU_STEPS) / GPU_STEPS if colocated else 1.0
     roles = []
@@ -168,7 +168,7 @@ def _reward_roles(args: argparse.Namespace, objectives: Sequence[Objective], *, 
 
 
 def _check_batches(args: argparse.Namespace, role: Role) -> None:
-    """The splits of a batch over ranks that the host and DeepSpeed would fail at, minutes after the start."""
+    """Refuse splits of a batch over ranks at which OpenRLHF or DeepSpeed would fail minutes after the start."""
     copies = getattr(args, "ds.ring_attn_size") * getattr(args, "ds.tensor_parallel_size")
     if role.ranks < 1 or role.ranks % copies:
         raise ConfigError(
@@ -178,7 +178,7 @@ def _check_batches(args: argparse.Namespace, role: Role) -> None:
     parallel = role.ranks // copies
     dynamic = getattr(args, "train.dynamic_batch_enable")
     batch, micro_batch = getattr(args, "train.batch_size"), getattr(args, "train.micro_batch_size")
-    # DeepSpeed checks this of models that it never trains, too. Only those that it does train have dynamic batches.
+    # DeepSpeed checks this even for models that it never trains. Only trained models have dynamic batches.
     if batch % (micro_batch * parallel) and not (dynamic and role.name in ("policy", "critic")):
         raise ConfigError(
             f"{role.name}: --train.batch_size must be a multiple of --train.micro_batch_size × data-parallel ranks = "
@@ -186,7 +186,7 @@ def _check_batches(args: argparse.Namespace, role: Role) -> None:
         )
     responses = getattr(args, "rollout.batch_size") * getattr(args, "rollout.n_samples_per_prompt")
     micro_batches = responses // getattr(args, "rollout.micro_batch_size")
-    if micro_batches < parallel and not dynamic:  # how many dynamic ones there will be depends on the responses
+    if micro_batches < parallel and not dynamic:  # the number of dynamic ones depends on the responses
         raise ConfigError(
             f"{role.name}: --rollout.batch_size × --rollout.n_samples_per_prompt // --rollout.micro_batch_size must be "
             f"at least the {parallel} data-parallel ranks, found {micro_batches}"
@@ -209,7 +209,7 @@ def _share(gpus: int, roles: Iterable[Role]) -> Block:
 
 
 def _stand_alone(roles: Iterable[Role]) -> list[Block]:
-    """A block per role of whole GPUs; fractions fill a GPU, in their order, until the next one would not fit."""
+    """One block per role with whole GPUs; fractions fill a GPU, in order, until the next one would not fit."""
     blocks: list[Block] = []
     for role in roles:
         for index, block in enumerate(blocks):
@@ -223,7 +223,7 @@ def _stand_alone(roles: Iterable[Role]) -> list[Block]:
 
 
 def parse_cluster(text: str) -> tuple[Node, ...]:
-    """The machines of ``NODESxGPUS``, or of ``GPUS`` on one node; anything else raises ``ConfigError``.
+    """Return the machines of ``NODESxGPUS``, or of ``GPUS`` on one node; anything else raises ``ConfigError``.
 
     >>> [(node.name, node.gpus) for node in parse_cluster("2x8")]
     [('1', 8), ('2', 8)]
@@ -235,9 +235,9 @@ def parse_cluster(text: str) -> tuple[Node, ...]:
 
 
 def place(plan: Plan, cluster: Sequence[Node]) -> list[list[str]]:
-    """For every block the node of each of its GPUs; fewer than it has where the cluster is too small.
+    """Return, for every block, the node of each of its GPUs; fewer nodes if the cluster is too small.
 
-    As Ray packs a placement group: the emptiest node first, and of that as much as there is.
+    Packs as Ray packs a placement group: onto the emptiest node first, as many GPUs as it has free.
     """
     free = [node.pairs for node in cluster]
     placed = []
@@ -253,7 +253,7 @@ def place(plan: Plan, cluster: Sequence[Node]) -> list[list[str]]:
 
 
 def format_plan(plan: Plan, cluster: Sequence[Node]) -> str:
-    """The plan as a table: one line per role, and which node of the cluster it is expected on."""
+    """Format the plan as a table: one line per role, with the nodes on which it is expected."""
     rows = [("role", "ranks", "GPUs each", "block", "node")]
     for index, (block, nodes) in enumerate(zip(plan.blocks, place(plan, cluster)), start=1):
         for role in block.roles:
@@ -269,15 +269,15 @@ def format_plan(plan: Plan, cluster: Sequence[Node]) -> str:
 
 
 def check_cluster(plan: Plan, cluster: Sequence[Node]) -> None:
-    """Raise ``ConfigError`` if the cluster has too few GPUs, or too few CPUs beside them: Ray would wait for more."""
+    """Raise ``ConfigError`` if the cluster has too few GPUs, or too few CPUs beside them: Ray would wait for ever."""
     if sum(node.pairs for node in cluster) >= plan.gpus:
         return
     needed = ", ".join(f"{block.gpus} for {' + '.join(role.name for role in block.roles)}" for block in plan.blocks)
-    found = " + ".join(str(node.gpus) for node in cluster) + " GPUs"
+    available = " + ".join(str(node.gpus) for node in cluster) + " GPUs"
     if any(node.cpus < node.gpus for node in cluster):
-        found += f" with {' + '.join(f'{node.cpus:g}' for node in cluster)} CPUs"
+        available += f" with {' + '.join(f'{node.cpus:g}' for node in cluster)} CPUs"
     raise ConfigError(
-        f"the run needs {plan.gpus} GPUs and a CPU beside each ({needed}), found {found}: take smaller groups "
+        f"the run needs {plan.gpus} GPUs and a CPU beside each ({needed}), found {available}: take smaller groups "
         "(--*.num_gpus_per_node, gpus= of an objective), share GPUs (--train.colocate_all, gpus=0.5), or give "
-        "--pama.allow_waiting where more will come"
+        "--pama.allow_waiting if the cluster will grow"
     )

@@ -1,4 +1,4 @@
-"""The checkpoint that a run would resume from: chosen and checked before Ray starts, and changed by a start alone."""
+"""Chooses and checks the checkpoint to resume from before Ray starts; only a start changes the checkpoint."""
 
 import argparse
 import re
@@ -12,18 +12,18 @@ from pama_plugin.batch.state import RunState
 from pama_plugin.errors import ConfigError
 from pama_plugin.settings.run import PamaConfig
 
-STATE = "pama"  # our key in the host's client_states
+STATE = "pama"  # our key in OpenRLHF's client_states
 TAG = re.compile(r"(?:best_)?global_step(\d+)")
 
 
 class Resume(NamedTuple):
-    """The step that policy and critic both have whole, and the folders of their checkpoints."""
+    """The step that is complete for both policy and critic, and their checkpoint folders."""
 
     folders: tuple[Path, ...]
     tag: str
 
     def point(self) -> None:
-        """Let every ``latest``, which DeepSpeed reads, name the step; a save that was cut off may have left others."""
+        """Write the step to every ``latest``, which DeepSpeed reads; an interrupted save may have left another step."""
         for folder in self.folders:
             if (folder / "latest").read_text() != self.tag:
                 print(f"PAMA: the last save was cut off; resuming from {folder / self.tag}", flush=True)
@@ -33,29 +33,27 @@ class Resume(NamedTuple):
 def prepare_resume(
     args: argparse.Namespace, config: PamaConfig, *, allow_other_objectives: bool
 ) -> tuple[PamaConfig, Resume | None]:
-    """Refuse a checkpoint that cannot be resumed, and say what of it will not be used.
+    """Refuse a checkpoint that cannot be resumed, and print which parts of it will not be used.
 
     Args:
-        args: the host's flat arguments.
-        config: what was asked for.
-        allow_other_objectives: resume although names were added or removed.
+        args: OpenRLHF's flags, flat.
+        config: the configuration of this run.
+        allow_other_objectives: resume even if objectives were added or removed.
 
     Returns:
-        ``config``, with the objectives in the order of the saved ones, which is that of the critic's heads; and what to
-        resume from, None if nothing.
+        ``config`` with the objectives in the order of the saved ones, which is the order of the critic's heads; and the
+        step to resume from, or None.
 
     Raises:
-        ConfigError: no whole checkpoint, an unreadable state, or other objectives.
+        ConfigError: no complete checkpoint, an unreadable state, or other objectives.
     """
     root = Path(getattr(args, "ckpt.path"))
     with_critic = getattr(args, "algo.advantage.estimator") == "gae"
     folders = tuple(root / role for role in (("_actor", "_critic") if with_critic else ("_actor",)))
-    if not getattr(args, "ckpt.load_enable") or not folders[0].exists():  # the host then starts from the beginning
+    if not getattr(args, "ckpt.load_enable") or not folders[0].exists():  # OpenRLHF starts from the beginning
         return config, None
     if getattr(args, "ds.use_universal_ckpt"):
-        raise ConfigError(
-            "--ckpt.load_enable cannot read a universal checkpoint with objectives: leave out --ds.use_universal_ckpt"
-        )
+        raise ConfigError("--ds.use_universal_ckpt must be left out with --ckpt.load_enable and objectives, found True")
 
     resume = Resume(folders, _choose_tag(folders))
     source = folders[0] / resume.tag
@@ -63,8 +61,8 @@ def prepare_resume(
     if saved is None:
         if with_critic and len(config.trained) > 1:
             raise ConfigError(
-                f"--ckpt.load_enable: the critic in {root} has one value head, found the objectives "
-                f"{', '.join(config.trained_names)}"
+                f"--ckpt.load_enable: the critic in {root} must have a value head for each of "
+                f"{', '.join(config.trained_names)}, found one stock head"
             )
         print(f"PAMA: {source} is a stock checkpoint; the objectives' statistics start anew", flush=True)
         return config, resume
@@ -72,17 +70,19 @@ def prepare_resume(
     names = list(saved.objectives)
     if with_critic and set(saved.heads) != set(config.trained_names):
         raise ConfigError(
-            f"--ckpt.load_enable: {source} is of the objectives {', '.join(saved.heads)} (its critic has one value "
-            f"head for each), found {', '.join(config.trained_names)}"
+            f"--ckpt.load_enable: the trained objectives must be those of the critic's value heads in {source}, "
+            f"{', '.join(saved.heads)}, found {', '.join(config.trained_names)}"
         )
     if set(names) != set(config.names) and not allow_other_objectives:
         raise ConfigError(
-            f"--ckpt.load_enable: {source} is of the objectives {', '.join(names)} (--pama.allow_other_objectives "
-            f"resumes), found {', '.join(config.names)}"
+            f"--ckpt.load_enable: the objectives must be those of {source}, {', '.join(names)}, found "
+            f"{', '.join(config.names)}; --pama.allow_other_objectives resumes anyway"
         )
     for name in RunState.start(config, getattr(args, "train.agent_func_path")).swapped(saved):
         print(
-            f"PAMA: {name!r} is not what the checkpoint saw: its statistics start anew, the others' go on", flush=True
+            f"PAMA: the reward of {name!r} is not that of the checkpoint: its statistics start anew, the others' "
+            "continue",
+            flush=True,
         )
     rank = {name: index for index, name in enumerate(names)}
     ordered = sorted(config.objectives, key=lambda objective: rank.get(objective.name, len(rank)))
@@ -90,34 +90,34 @@ def prepare_resume(
 
 
 def _choose_tag(folders: tuple[Path, ...]) -> str:
-    """The newest step that all have whole.
+    """Return the newest step that is complete in all folders.
 
-    DeepSpeed writes ``latest`` last of all, so a step after the oldest ``latest`` was cut off while it was saved. What
-    ``latest`` names may be gone: the host deletes old checkpoints before it saves the next.
+    DeepSpeed writes ``latest`` last, so a step newer than the oldest ``latest`` is an interrupted save. The step that
+    ``latest`` names may be gone: OpenRLHF deletes old checkpoints before it saves the next.
     """
     where = " and ".join(map(str, folders))
     pointers = [(folder / "latest").read_text().strip() for folder in folders if (folder / "latest").is_file()]
-    steps = [int(found[1]) for found in map(TAG.fullmatch, pointers) if found]
+    steps = [int(match[1]) for match in map(TAG.fullmatch, pointers) if match]
     if len(steps) < len(folders):
         raise ConfigError(f"--ckpt.load_enable: {where} must each name a saved step in latest, found {pointers}")
     if len(set(pointers)) == 1:
         for folder in folders:
             if (folder / pointers[0]).is_dir() and (problem := _what_is_broken(folder / pointers[0])):
                 raise ConfigError(
-                    f"--ckpt.load_enable: a checkpoint must be whole, found {problem}; to resume from an earlier step, "
-                    f"write its name into latest of {where}"
+                    f"--ckpt.load_enable: the checkpoint must be complete, found {problem}; to resume from an earlier "
+                    f"step, write its name into latest of {where}"
                 )
     shared = set.intersection(*({path.name for path in folder.iterdir() if path.is_dir()} for folder in folders))
-    tags = {tag: int(found[1]) for tag in shared if (found := TAG.fullmatch(tag)) and int(found[1]) <= min(steps)}
-    # Of a step's two checkpoints latest names the one that was saved last.
+    tags = {tag: int(match[1]) for tag in shared if (match := TAG.fullmatch(tag)) and int(match[1]) <= min(steps)}
+    # Of a step's two checkpoints (regular and best), latest names the one that was saved last.
     for tag in sorted(tags, key=lambda tag: (tags[tag], tag in pointers), reverse=True):
         if not any(_what_is_broken(folder / tag) for folder in folders):
             return tag
-    raise ConfigError(f"--ckpt.load_enable: {where} must hold a whole checkpoint of the same step, found none")
+    raise ConfigError(f"--ckpt.load_enable: {where} must hold a complete checkpoint of the same step, found none")
 
 
 def _what_is_broken(folder: Path) -> str | None:
-    """torch's files are zip archives, whose directory comes last: a truncated one has none."""
+    """Return what is wrong, or None. A truncated zip archive, as torch's files are, has no directory."""
     for file in sorted(folder.glob("*.pt")):
         if not zipfile.is_zipfile(file):
             return f"{file} corrupt or truncated"
@@ -133,18 +133,16 @@ def _first_model_file(folder: Path) -> Path:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """What DeepSpeed saved, without reading the weights."""
+    """Load a file that DeepSpeed saved, without reading the weights."""
     try:
         content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
         return dict(content)
     except Exception as error:  # a damaged pickle may raise anything
-        raise ConfigError(
-            f"--ckpt.load_enable: {file} must hold a checkpoint that can be read, found {error}"
-        ) from error
+        raise ConfigError(f"--ckpt.load_enable: {file} must hold a readable checkpoint, found {error}") from error
 
 
 def _read_state(folder: Path) -> RunState | None:
-    """Our part of a checkpoint; None if a stock run saved it."""
+    """Return our part of a checkpoint; None if a stock run saved it."""
     file = _first_model_file(folder)
     text = _load(file).get(STATE)
     if text is None:
@@ -152,4 +150,4 @@ def _read_state(folder: Path) -> RunState | None:
     try:
         return RunState.model_validate_json(text)
     except ValueError as error:
-        raise ConfigError(f"--ckpt.load_enable: {file} must hold a state that can be read, found {error}") from error
+        raise ConfigError(f"--ckpt.load_enable: {file} must hold a readable state, found {error}") from error

@@ -1,4 +1,4 @@
-"""What a model's files hold, without loading it."""
+"""Checks a model's weight files without loading the model."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ from pama_plugin.errors import ConfigError
 
 
 def check_value_head(flag: str, location: str, prefix: str | None) -> None:
-    """Refuse a folder whose weights have no value head: the host would make one of random numbers, and score with it.
+    """Refuse a folder whose weights have no value head: OpenRLHF would create a random one, and score with it.
 
-    A name on the hub is not looked at.
+    A name on the hub is not checked.
 
     Args:
-        flag: what the error names.
+        flag: the flag that the error names.
         location: folder or hub name.
-        prefix: the head's name; None for the host's default. What the model's own config.json says counts more.
+        prefix: the head's name; None for OpenRLHF's default. The model's config.json takes precedence.
 
     Raises:
         ConfigError: the head is missing, or the files cannot be read.
@@ -32,13 +32,13 @@ def check_value_head(flag: str, location: str, prefix: str | None) -> None:
         raise ConfigError(f"{flag}: cannot read the weights in {location}: {error}") from error
     if f"{prefix}.weight" not in names:
         raise ConfigError(
-            f"{flag}: a value-head reward model must hold {prefix}.weight, or it would score at random, found none in "
-            f"{location} (value_head_prefix= names another head; a sequence classifier is of kind hf)"
+            f"{flag}: a value-head reward model must hold {prefix}.weight, without which it scores at random, found "
+            f"none in {location} (value_head_prefix= names another head; for a sequence classifier use kind hf)"
         )
 
 
 def _weight_names(folder: Path) -> set[str]:
-    """Of the files that transformers would load, the first kind that is there."""
+    """Names in the first kind of file, of those that transformers would load, that exists."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
             return set(json.loads((folder / index).read_text())["weight_map"])

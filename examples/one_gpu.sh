@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One GPU with 24 GB: a 0.6B policy and two reward models of the same size, everything on that GPU.
+# One GPU with 24 GB: a 0.6B policy and two reward models of the same size.
 #
 #   HELPFUL=... HARMLESS=... examples/one_gpu.sh [FLAGS]
-#   examples/one_gpu.sh --pama.plan 1x1     what would run where; starts nothing
+#   examples/one_gpu.sh --pama.plan 1x1     print the placement; starts nothing
 #
-# Planned, never run on such a machine. Each reward model is a folder or hub name of an OpenRLHF value-head model that
-# shares the policy's tokenizer (openrlhf.cli.train_rm makes them). FLAGS come last, so they win.
+# Not run on such a machine yet. Each reward model is a folder or hub name of an OpenRLHF value-head model with the
+# tokenizer of the policy (openrlhf.cli.train_rm trains them). FLAGS come last and override the flags below.
 set -euo pipefail
 
 policy=${POLICY:-Qwen/Qwen3-0.6B}
@@ -13,20 +13,20 @@ helpful=${HELPFUL:-your-org/qwen3-0.6b-helpful}
 harmless=${HARMLESS:-your-org/qwen3-0.6b-harmless}
 prompts=${PROMPTS:-OpenRLHF/prompt-collection-v0.1}
 
-# GPU memory, at 0.6 G parameters (bf16: 2 bytes each = 1.2 GB a model):
+# GPU memory, at 0.6 G parameters (bf16: 2 bytes each = 1.2 GB per model):
 #   always       policy, reference and two reward models            4 × 1.2  =  4.8 GB
 #   generating   vLLM, 0.4 of 24 GB (weights 1.2, the rest KV)               =  9.6 GB, none while it sleeps
 #   training     bf16 gradients (2 bytes each)                               =  1.2 GB
-#   logits       2 responses × 1,024 tokens × 152 k words, fp32 and bf16     =  1.9 GB, and as much again backwards
-# Adam's fp32 copy and moments (12 bytes a parameter, 7.2 GB) wait in CPU memory: --ds.adam_offload.
+#   logits       2 responses × 1,024 tokens × 152 k words, fp32 and bf16     =  1.9 GB, plus the same in the backward pass
+# Adam's fp32 copy and moments (12 bytes per parameter, 7.2 GB) are in CPU memory: --ds.adam_offload.
 flags=(
-    # All of it on one GPU: vLLM, policy and reference take a share of 0.2 each, the reward models split another 0.2.
+    # All on one GPU: vLLM, policy and reference use a share of 0.2 each, the reward models share another 0.2.
     --train.colocate_all --vllm.num_engines 1 --vllm.enable_sleep --vllm.gpu_memory_utilization 0.4
     --actor.num_gpus_per_node 1 --ref.num_gpus_per_node 1 --reward.num_gpus_per_node 1
-    # Nothing to partition on one GPU: ZeRO-2. With it the optimizer can be offloaded; there is nothing left to sleep.
+    # One GPU has nothing to partition, so ZeRO-2, with the optimizer offloaded instead of --ds.enable_sleep.
     --ds.zero_stage 2 --ds.adam_offload --actor.gradient_checkpointing_enable
 
-    # 64 prompts × 4 responses; a group of 4 gives the baseline that replaces a critic. Two updates per rollout.
+    # 64 prompts × 4 responses; the mean of a group of 4 is the baseline instead of a critic. Two updates per rollout.
     --rollout.batch_size 64 --rollout.n_samples_per_prompt 4 --rollout.micro_batch_size 4
     --train.batch_size 128 --train.micro_batch_size 2
     --data.max_len 1024 --rollout.max_new_tokens 512

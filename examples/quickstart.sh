@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Align a small language model with two conflicting rewards on the real OpenRLHF, Ray, DeepSpeed and vLLM; no GPU needed.
+# Align a small language model with two conflicting rewards on OpenRLHF, Ray, DeepSpeed and vLLM, without a GPU.
 #
 #   examples/quickstart.sh [STEPS]        (default 50)
 #
-# Sentiment is a reward model trained on human ratings of film reviews, length counts tokens. The first run installs
-# everything into .venv and trains the policy and the reward model in runs/quickstart; later runs reuse both.
+# Sentiment is a reward model trained on human ratings of film reviews; length counts tokens. The first run installs
+# the stack into .venv and trains the policy and the reward model in runs/quickstart; later runs reuse them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,8 +21,8 @@ if [ ! -e "$models/reward" ]; then
 fi
 start_ray
 
-# -- the run: OpenRLHF's own command, plus --loss and one --pama.objective per reward ---------------------------------
-echo "== $steps steps of PPO with two objectives (starting takes about a minute; log: runs/quickstart/run.log)"
+# -- the run: the stock OpenRLHF command, plus --loss and one --pama.objective per reward ------------------------------
+echo "== $steps steps of PPO with two objectives (start-up takes about a minute; log: runs/quickstart/run.log)"
 rm -rf "$out"
 time python -m openrlhf.cli.train_ppo_ray \
     --loss pama \

@@ -1,37 +1,37 @@
-"""Errors that a user of the plugin can meet, each with one sentence to act on."""
+"""Errors that the plugin raises. Each message states what is wrong, the rule, and the value found."""
 
 
 class PamaError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of the errors of this package."""
 
 
 class ConfigError(PamaError, ValueError):
-    """A setting that cannot be run: raised at the edge, before Ray starts. Says what, the rule, and what was found."""
+    """An invalid setting. Raised before Ray starts."""
 
 
 class RewardError(PamaError, RuntimeError):
-    """An objective that could not score a response: the run stops rather than train on a number nobody measured."""
+    """A response without a reward from an objective. Ends the run."""
 
     def __init__(self, objective: str, problem: str, response: str, step: int | None = None) -> None:
-        # All four go to Exception.__init__, so that the error survives being pickled from one Ray actor to another.
+        # Exception.__init__ gets all four, so that Ray can pickle the error between actors.
         super().__init__(objective, problem, response, step)
         self.objective, self.problem, self.response, self.step = objective, problem, response, step
 
     def at_step(self, step: int) -> "RewardError":
-        """The same error, once the caller knows which global step it happened in."""
+        """A copy of the error with the global step in which it occurred."""
         return RewardError(self.objective, self.problem, self.response, step)
 
     def __str__(self) -> str:
         where = "" if self.step is None else f" at step {self.step}"
         return (
-            f"objective {self.objective!r}{where}: {self.problem}; the run was stopped because a missing reward must "
-            f"not become a number. Response: {self.response!r}"
+            f"objective {self.objective!r}{where}: {self.problem}; the run was stopped because a response has "
+            f"no reward. Response: {self.response!r}"
         )
 
 
 class HandshakeError(PamaError, RuntimeError):
-    """A rank that does not run what the driver configured: raised before the first training step."""
+    """A rank whose configuration differs from the driver's. Raised before the first training step."""
 
 
 class ProbeError(PamaError, RuntimeError):
-    """A reward that is not what it is taken for, by ``--pama.probe strict``: raised before it trains anything."""
+    """A reward that fails the start-up probe with ``--pama.probe strict``. Raised before the first training step."""

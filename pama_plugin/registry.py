@@ -1,4 +1,4 @@
-"""Names and what they stand for: ours, what a program registers, and what installed packages name as entry points."""
+"""A registry of names: built-in ones, ones that a program registers, and entry points of installed packages."""
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -8,12 +8,12 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A table that refuses a taken name, and lists the known ones when asked for another.
+    """A mapping from names to entries. A taken name and an unknown name are errors that list the known names.
 
     Args:
-        what: what it is a table of, for error texts.
-        group: of the entry points in which packages name theirs: ``[project.entry-points."GROUP"] NAME = "MODULE:X"``.
-        adopt: makes an entry of what an entry point loads, unless its module has registered the name itself.
+        what: the kind of entry, for error messages.
+        group: the entry-point group of other packages: ``[project.entry-points."GROUP"] NAME = "MODULE:X"``.
+        adopt: converts the object that an entry point loads into an entry, unless its module registered the name.
 
     >>> colours = Registry[str]("colour", "no.such.group")
     >>> colours.add("red", "#f00")
@@ -35,7 +35,7 @@ class Registry(Generic[T]):
         self.entries[name] = entry
 
     def names(self) -> tuple[str, ...]:
-        """All that can be asked for, sorted, whether it can be loaded or not."""
+        """All names, sorted. Entry points are not loaded, so some may fail to load."""
         return tuple(sorted({*self.entries, *entry_points(group=self.group).names}))
 
     def __getitem__(self, name: str) -> T:
@@ -43,8 +43,8 @@ class Registry(Generic[T]):
         if name not in self.entries:
             for entry_point in entry_points(group=self.group, name=name):
                 try:
-                    loaded = entry_point.load()  # whose module may well register the name
-                except Exception as error:  # somebody else's code
+                    loaded = entry_point.load()  # the module may register the name itself
+                except Exception as error:  # code of another package
                     where = entry_point.value
                     raise ValueError(f"{self.what} {name!r} cannot be loaded from {where}: {error}") from error
                 return self.entries.setdefault(name, self.adopt(loaded))

@@ -1,4 +1,4 @@
-"""Properties that an aggregation rule should hold, for hypothesis to attack: of ours, and of any that is registered.
+"""Properties of aggregation rules, tested with hypothesis, for built-in and registered rules.
 
     from pama_plugin.testing import PROPERTIES, check_rule
 
@@ -25,7 +25,7 @@ EXAMPLES = 25
 
 
 class Case(NamedTuple):
-    """What ``aggregate`` is given: K objectives, B responses to prompts of ``groups_B``, A tokens; NaN where masked."""
+    """Arguments of ``aggregate``: K objectives, B responses to the prompts ``groups_B``, A tokens; NaN where masked."""
 
     advantages_KBA: Tensor
     mask_BA: Tensor
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 def cases(
     draw: st.DrawFn, min_objectives: int = 1, max_objectives: int = 8, *, tokens: int = 6, complete: bool = False
 ) -> Case:
-    """Random, with ties and exact zeros in half of the cases, ragged responses, and some rewards missing."""
+    """Random cases with ragged responses; half have ties and exact zeros, and half may lack rewards."""
     objectives, groups = draw(st.integers(min_objectives, max_objectives)), draw(st.integers(1, 3))
     size = draw(st.integers(1, 4))
     shape = objectives, groups * size, draw(st.integers(1, tokens))
@@ -71,7 +71,7 @@ def _inputs_are_not_modified(call: Call, case: Case) -> None:
 
 
 def _calls_are_repeatable(call: Call, case: Case) -> None:
-    """Bit for bit, whatever was drawn from torch's generator in between."""
+    """Bit for bit, independent of the state of torch's generator."""
     first = call(case)
     torch.rand(7)
     _assert_same(call(case), first)
@@ -80,12 +80,12 @@ def _calls_are_repeatable(call: Call, case: Case) -> None:
 def _padding_enters_nothing(call: Call, case: Case) -> None:
     result = call(case)
     assert result.advantages.isfinite().all() and (result.advantages[~case.mask_BA] == 0).all()
-    for rubbish in (math.inf, -1e9):
-        _assert_same(call(case.but(advantages_KBA=case.advantages_KBA.nan_to_num(nan=rubbish))), result)
+    for filler in (math.inf, -1e9):
+        _assert_same(call(case.but(advantages_KBA=case.advantages_KBA.nan_to_num(nan=filler))), result)
 
 
 def _more_padding_changes_nothing(call: Call, case: Case) -> None:
-    """Neither wider responses (of a rule of rewards they have one number each), nor one more that is masked."""
+    """Neither padding tokens (none for rules that combine rewards) nor a masked response change the result."""
     result, (_, responses, tokens) = call(case), case.advantages_KBA.shape
     wide = 0 if tokens == 1 else 3
     padded = call(
@@ -104,8 +104,8 @@ def _more_padding_changes_nothing(call: Call, case: Case) -> None:
 def _what_has_no_reward_enters_nothing(call: Call, case: Case) -> None:
     result = call(case)
     absent_KB1 = ~case.present_KB.unsqueeze(-1)
-    for rubbish in (math.nan, math.inf, -1e9):
-        _assert_same(call(case.but(advantages_KBA=case.advantages_KBA.masked_fill(absent_KB1, rubbish))), result)
+    for filler in (math.nan, math.inf, -1e9):
+        _assert_same(call(case.but(advantages_KBA=case.advantages_KBA.masked_fill(absent_KB1, filler))), result)
     assert (result.advantages[~case.present_KB.any(0)] == 0).all()
 
 
@@ -121,7 +121,7 @@ def _order_of_objectives_does_not_matter(call: Call, case: Case) -> None:
 
 
 def _coefficients_follow_the_order(call: Call, case: Case) -> None:
-    """Of a rule whose coefficients are unique."""
+    """For rules whose coefficients are unique."""
     flipped, result = call(_flip_objectives(case)), call(case)
     torch.testing.assert_close(flipped.coefficients.flip(0), result.coefficients, atol=1e-4, rtol=1e-3)
 
@@ -148,7 +148,7 @@ def _coefficients_are_shares(call: Call, case: Case) -> None:
 
 
 def _one_token_each(rows_KB: Tensor, case: Case) -> Case:
-    """Eight responses of a token, to two prompts, with a reward from every objective; the weights are the case's."""
+    """Eight responses of one token to two prompts, with all rewards, and the weights of ``case``."""
     return Case(
         rows_KB.unsqueeze(-1),
         torch.ones(8, 1, dtype=torch.bool),
@@ -159,25 +159,25 @@ def _one_token_each(rows_KB: Tensor, case: Case) -> Case:
 
 
 def _what_all_agree_on_is_followed(call: Call, case: Case) -> None:
-    """Where all objectives are the same, better responses get a larger advantage: ``Cov(A, result) > 0``."""
+    """If all objectives are equal, better responses get a larger advantage: ``Cov(A, result) > 0``."""
     better_B = torch.tensor([-2.0, 1.0, -1.0, 2.0, 1.0, 2.0, -2.0, -1.0])  # mean 0
     result = call(_one_token_each(better_B.expand(len(case.weights_K), 8), case))
     assert float((result.advantages.squeeze(-1) * better_B).sum()) > 0
 
 
 def _an_objective_without_signal_has_no_say(call: Call, case: Case) -> None:
-    """One more objective, a constant, in front of the others changes nothing, up to a positive scale."""
-    seed = int(1e6 * float(case.weights_K.sum()))  # another one for every case
+    """Prepending a constant objective changes nothing, up to a positive scale."""
+    seed = int(1e6 * float(case.weights_K.sum()))  # differs between cases
     rows_KB = torch.randn(len(case.weights_K), 8, generator=torch.Generator().manual_seed(seed))
     more = case.but(weights_K=torch.cat([torch.ones(1), case.weights_K]))
     result = call(_one_token_each(rows_KB, case)).advantages.double()
-    found = call(_one_token_each(torch.cat([torch.full((1, 8), 0.1), rows_KB]), more)).advantages.double()
-    assert bool(found.any()) == bool(result.any())
-    torch.testing.assert_close(found * result.norm(), result * found.norm(), atol=1e-4, rtol=1e-3)
+    extended = call(_one_token_each(torch.cat([torch.full((1, 8), 0.1), rows_KB]), more)).advantages.double()
+    assert bool(extended.any()) == bool(result.any())
+    torch.testing.assert_close(extended * result.norm(), result * extended.norm(), atol=1e-4, rtol=1e-3)
 
 
 def _weights_have_a_say(call: Call, case: Case) -> None:
-    """Of two objectives that agree on some responses and not on others, it matters which has the larger weight."""
+    """Swapping the weights of two objectives that agree on only some responses changes the result."""
     rows_2B = torch.tensor([[3.0, -1.0, 2.0, 0.5, -2.0, -3.0, 1.0, 0.2], [1.0, 2.0, -3.0, 2.5, -1.0, -2.5, 2.0, -2.0]])
     one, other = (
         call(_one_token_each(rows_2B, case.but(weights_K=torch.tensor(weights)))).advantages
@@ -187,7 +187,7 @@ def _weights_have_a_say(call: Call, case: Case) -> None:
 
 
 def _scale_is_followed(call: Call, case: Case) -> None:
-    """``aggregate(s·A) = s·aggregate(A)``, or the same for rules that whiten, for s a power of 2 from 1e-8 to 1e8."""
+    """``aggregate(s·A) = s·aggregate(A)``, or ``aggregate(A)`` for rules that whiten, for s = 2⁻²⁶ and 2²⁶."""
     result = call(case).advantages
     for scale in (2.0**-26, 2.0**26):
         scaled = call(case.but(advantages_KBA=case.advantages_KBA * scale)).advantages
@@ -232,7 +232,7 @@ def _metrics_are_what_they_say(call: Call, case: Case) -> None:
         assert math.isclose(result.metrics[key], value, rel_tol=1e-3, abs_tol=1e-4), key
 
 
-# Of an advantage rule and of a rule of rewards alike.
+# They apply to rules that combine advantages and to rules that combine rewards.
 PROPERTIES: dict[str, Callable[[Call, Case], None]] = {
     function.__name__.strip("_"): function
     for function in (
@@ -256,26 +256,26 @@ PROPERTIES: dict[str, Callable[[Call, Case], None]] = {
 }
 
 
-def check_rule(rule: str, name: str, **given_options: Any) -> None:
-    """Let hypothesis look for a case in which the rule does not hold the property ``name`` of ``PROPERTIES``.
+def check_rule(rule: str, name: str, **options: Any) -> None:
+    """Search for a case in which the rule violates the property ``name`` of ``PROPERTIES``, with hypothesis.
 
     Args:
-        rule: a registered one.
-        name: of the property. No rule has to hold all: ``linear`` keeps an objective without signal, say.
-        given_options: for every call of ``aggregate``. One that is a list with a number for each objective must be a
-            function of K, for K differs from case to case; the properties on order do not permute what it returns.
+        rule: name of a registered rule.
+        name: name of the property. A rule need not have all: ``linear``, for example, keeps inactive objectives.
+        options: arguments for every call of ``aggregate``. K differs between cases, so pass a function of K instead of
+            a list with one entry per objective; the properties on order do not permute the list that it returns.
 
     Raises:
-        AssertionError: with the smallest such case that was found; whatever ``aggregate`` raises for it; or an
-            ``ExceptionGroup`` of several.
-        ValueError: no rule or no property has the name.
+        AssertionError: the rule violates the property; the error shows the smallest case found. An error of
+            ``aggregate`` is raised as it is, and several errors as an ``ExceptionGroup``.
+        ValueError: the rule or the property is unknown.
     """
     if name not in PROPERTIES:
         raise ValueError(f"the property must be one of {', '.join(PROPERTIES)}, found {name!r}")
     rewards = get_rule(rule).combines == "rewards"
 
     def call(case: Case) -> Aggregation:
-        options = {key: own(len(case.weights_K)) if callable(own) else own for key, own in given_options.items()}
+        arguments = {key: value(len(case.weights_K)) if callable(value) else value for key, value in options.items()}
         return aggregate(
             rule,
             case.advantages_KBA,
@@ -283,7 +283,7 @@ def check_rule(rule: str, name: str, **given_options: Any) -> None:
             weights=case.weights_K,
             present_KB=case.present_KB,
             groups_B=case.groups_B,
-            **options,
+            **arguments,
         )
 
     @settings(max_examples=EXAMPLES, deadline=None)
@@ -294,6 +294,6 @@ def check_rule(rule: str, name: str, **given_options: Any) -> None:
     attack()
 
 
-def _assert_same(found: Aggregation, expected: Aggregation) -> None:
-    assert torch.equal(found.advantages, expected.advantages)
-    assert torch.equal(found.coefficients, expected.coefficients) and found.metrics == expected.metrics
+def _assert_same(actual: Aggregation, expected: Aggregation) -> None:
+    assert torch.equal(actual.advantages, expected.advantages)
+    assert torch.equal(actual.coefficients, expected.coefficients) and actual.metrics == expected.metrics

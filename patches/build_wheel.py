@@ -1,10 +1,10 @@
-"""Build ``openrlhf==0.11.2+cpu``: the pristine wheel from the package index, plus our patch.
+"""Build ``openrlhf==0.11.2+cpu``: the wheel from the package index with our patch.
 
     python patches/build_wheel.py OUTPUT_FOLDER [RELEASE]
 
 Downloads the wheel with pip, checks its SHA-256, applies ``openrlhf-0.11.2/run-without-cuda.patch`` with ``git apply``
-(which refuses to apply a hunk in part) and packs the result under a local version, so that ``pip list`` tells the two
-apart. OUTPUT_FOLDER gets both wheels. The patch fits every RELEASE below; the contract tests run against all of them.
+(which applies all hunks or none) and packs the result with a local version, so that ``pip list`` distinguishes the two.
+Both wheels are written to OUTPUT_FOLDER. The patch applies to every RELEASE below; the contract tests run against all.
 Needs ``git`` and the package ``wheel``.
 """
 
@@ -21,7 +21,7 @@ SHA256 = {
     "0.11.1": "21dc11ecb666bfff7c296cbe77bd5f961b3cfe02b536c81bf9da018592f8aeee",
     "0.11.2": "c969d70db03a70724c3d8a5a01186c6e0728bce624fb3dff95e39b5396acefa6",
 }
-# The host requires these two unconditionally; both are CUDA extensions that its CPU code paths never call.
+# OpenRLHF requires these two unconditionally; both are CUDA extensions that its CPU code paths do not call.
 CUDA_ONLY = ("flash-attn", "bitsandbytes")
 PATCH = Path(__file__).parent.resolve() / f"openrlhf-{PATCHED}" / "run-without-cuda.patch"
 
@@ -37,9 +37,9 @@ def build(output: Path, release: str) -> None:
         work = Path(folder)
         run(python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, f"openrlhf=={release}")
         (wheel,) = work.glob("openrlhf-*.whl")
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if found != SHA256[release]:
-            raise SystemExit(f"{wheel.name}: SHA-256 must be {SHA256[release]}, found {found}: another wheel")
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if digest != SHA256[release]:
+            raise SystemExit(f"{wheel.name}: SHA-256 must be {SHA256[release]}, found {digest}")
 
         run(python, "-m", "wheel", "unpack", "--dest", work, wheel)
         tree = work / f"openrlhf-{release}"

@@ -3,7 +3,7 @@
 #
 #   patches/make_venv.sh        (PYTHON=/path/to/python3.11 where python3.11 is not on PATH)
 #
-# The stack is installed once per state of its lock file, patch and build script, the plugin once per state of its own.
+# The stack is installed again if its lock file, patch or build script changed, the plugin if its sources changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +19,7 @@ stack=".venv/.stack-$(fingerprint patches/make_venv.sh patches/build_wheel.py "$
 if [ ! -e "$stack" ]; then
     command -v "$python" >/dev/null || need "Python 3.11: '$python' is not on PATH, set PYTHON=/path/to/it"
     command -v git >/dev/null || need "git"
-    # DeepSpeed compiles its CPU operators on first use.
+    # DeepSpeed compiles CPU operators on first use.
     command -v g++ >/dev/null || need "a C++ compiler (g++)"
     headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
     [ -e "$headers/Python.h" ] || need "Python's headers (python3.11-dev): no Python.h in $headers"
@@ -27,9 +27,9 @@ if [ ! -e "$stack" ]; then
     echo "== making .venv (about four minutes; 3 GB of disk)"
     .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
     echo "-- $torch"
-    # PyPI has the CUDA build alone, so the CPU build comes from PyTorch's own index unless pip finds it without.
+    # PyPI has the CUDA build only, so the CPU build is from PyTorch's index, unless pip is configured to find it.
     install "$torch" 2>/dev/null || install --index-url https://download.pytorch.org/whl/cpu "$torch"
-    echo "-- Ray, DeepSpeed, vLLM and what they need"
+    echo "-- Ray, DeepSpeed, vLLM and their requirements"
     install --no-deps --requirement "$release/requirements-cpu.txt"
     echo "-- OpenRLHF 0.11.2+cpu"
     # The contract tests keep the wheels of all supported releases in the same folder.

@@ -16,6 +16,23 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("default")
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which tests/light.sh does without
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n 2`` one process takes tests/contract, another tests/e2e, and whoever is done first all the rest.
+
+    Each of the two folders has a Ray and models that its tests share, and the end-to-end runs take turns. The two come
+    first because xdist begins with the largest scopes; any other test is a scope of its own.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folder = "/".join(nodeid.split("/")[:2])
+            return folder if folder in ("tests/contract", "tests/e2e") else nodeid
+
+    return ByFolder(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Some rules and kinds need libraries, wherever a test takes all of them."""
     for item in items:

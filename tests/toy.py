@@ -1,6 +1,6 @@
-"""A policy that is a table: 12 prompts with 12 answers each, rewards that are read off tables, and the host's step.
+"""A tabular policy: 12 prompts with 12 answers each, tabular rewards, and the update of OpenRLHF.
 
-Small enough that hundreds of steps with many seeds take seconds, and real enough to walk off a Pareto front.
+Hundreds of steps with many seeds take seconds, and the policy can drift off a Pareto front.
 """
 
 from collections.abc import Callable
@@ -12,27 +12,27 @@ from torch import Tensor
 from pama_plugin import Aggregation, aggregate
 
 PROMPTS, ANSWERS = 12, 12
-GROUPS, SAMPLES = 16, 4  # of a step: 16 prompts, four responses to each
-BETAS, EPS, MAX_NORM = (0.9, 0.95), 1e-8, 1.0  # OpenRLHF's defaults of --actor.adam.betas, .eps and --actor.max_norm
+GROUPS, SAMPLES = 16, 4  # per step: 16 prompts with four responses each
+BETAS, EPS, MAX_NORM = (0.9, 0.95), 1e-8, 1.0  # OpenRLHF's defaults: --actor.adam.betas, .eps, --actor.max_norm
 
 Rewards = Callable[[int, torch.Generator], Tensor]  # (objectives, generator) → (K, PROMPTS, ANSWERS)
 Combine = Callable[[Tensor, Tensor, torch.Generator], Tensor]  # advantages (K, B), groups (B,) → (B,)
 
 
 def independent(objectives: int, generator: torch.Generator) -> Tensor:
-    """There is much to gain for all."""
+    """Independent rewards, of which all can rise."""
     return torch.randn(objectives, PROMPTS, ANSWERS, generator=generator, dtype=torch.float64)
 
 
 def on_the_front(objectives: int, generator: torch.Generator) -> Tensor:
-    """The rewards of every answer sum to 0, so that no policy is better for all: two are opposites."""
+    """The rewards of every answer sum to 0, so no policy is better for all objectives. Two objectives are opposed."""
     tables = independent(objectives, generator)
     return tables - tables.mean(0)
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Of the host: ``adam`` or ``sgd``, and the KL loss (k2 against the start) beside the policy loss."""
+    """``adam`` or ``sgd`` as in OpenRLHF, and the coefficient of the KL loss (k2, to the initial policy)."""
 
     kind: str
     lr: float
@@ -41,31 +41,31 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Walk:
-    """Where the policies went: mean rewards (steps + 1, S, K) of S seeds, and the advantages' rms (steps, S)."""
+    """A training run: mean rewards (steps + 1, S, K) of S seeds, and the rms (steps, S) of the combined advantages."""
 
     means: Tensor
     rms: Tensor
 
     @property
     def drifts_K(self) -> Tensor:
-        """(K,) root mean square, over seeds, of how far an objective's mean reward is from the first step's."""
+        """(K,) change of the mean reward since the first step, as root mean square over seeds."""
         return (self.means[-1] - self.means[0]).square().mean(0).sqrt()
 
     @property
     def drift(self) -> float:
-        """Over the objectives too."""
+        """Root mean square of ``drifts_K`` over the objectives."""
         return float(self.drifts_K.square().mean().sqrt())
 
     @property
     def rise(self) -> float:
-        """Of the objective that rose least, mean over seeds."""
+        """Rise of the objective that rose least, as mean over seeds."""
         return float((self.means[-1] - self.means[0]).amin(-1).mean())
 
 
 def train(
     rewards: Rewards, combine: Combine, optimizer: Optimizer, *, objectives: int, noise: float, steps: int, seeds: int
 ) -> Walk:
-    """Train ``seeds`` policies from the uniform one; every reward that is read gets ``noise`` standard deviations."""
+    """Train ``seeds`` policies from the uniform one; rewards have noise with the standard deviation ``noise``."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
     tables_SKPV = torch.stack([rewards(objectives, generator) for generator in generators])
     shape = seeds, PROMPTS, ANSWERS
@@ -89,10 +89,10 @@ def train(
         prompts_SB, answers_SB, combined_SB = torch.stack(prompts), torch.stack(answers), torch.stack(combined)
         sizes.append(combined_SB.square().mean(-1).sqrt())
 
-        # ∇ of −mean(A · ratio) and of the KL loss ½ mean(log ratio to the start)², at ratio 1: each is a number times
-        # ∇ log π = onehot − π.
-        behind_SB = policy_SPV[rows, prompts_SB, answers_SB].log() + torch.tensor(ANSWERS).log()
-        weights_SB = (optimizer.kl * behind_SB - combined_SB) / len(groups_B)
+        # ∇ of −mean(A · ratio) and of the KL loss ½ mean(log ratio to the initial policy)², at ratio 1. Both are a
+        # number times ∇ log π = onehot − π.
+        log_ratio_SB = policy_SPV[rows, prompts_SB, answers_SB].log() + torch.tensor(ANSWERS).log()
+        weights_SB = (optimizer.kl * log_ratio_SB - combined_SB) / len(groups_B)
         onehot_SBV = torch.nn.functional.one_hot(answers_SB, ANSWERS)
         pieces_SBV = weights_SB.unsqueeze(-1) * (onehot_SBV - policy_SPV[rows, prompts_SB])
         gradient_SPV = torch.zeros(shape, dtype=torch.float64).index_put_(
@@ -110,7 +110,7 @@ def train(
 
 
 def whitened(rewards_KB: Tensor) -> Tensor:
-    """As the host's reinforce_baseline: less the mean of the prompt's group, then whitened over the batch."""
+    """As ``reinforce_baseline`` of OpenRLHF: minus the mean of the group, then whitened over the batch."""
     centred_KGN = rewards_KB.unflatten(1, (GROUPS, SAMPLES))
     advantages_KB = (centred_KGN - centred_KGN.mean(-1, keepdim=True)).flatten(1)
     return advantages_KB / advantages_KB.std(1, keepdim=True).clamp(min=1e-8)
@@ -121,24 +121,24 @@ def by(rule: str, **options) -> Combine:
 
     def combine(advantages_KB: Tensor, groups_B: Tensor, _: torch.Generator) -> Tensor:
         column = advantages_KB.unsqueeze(-1)
-        found: Aggregation = aggregate(rule, column, torch.ones(len(groups_B), 1), groups_B=groups_B, **options)
-        return found.advantages.squeeze(-1)
+        result: Aggregation = aggregate(rule, column, torch.ones(len(groups_B), 1), groups_B=groups_B, **options)
+        return result.advantages.squeeze(-1)
 
     return combine
 
 
 def by_reward(rule: str, **options) -> Combine:
-    """A rule of rewards, and the host's estimator on the one reward that it makes of all."""
+    """A rule that combines rewards, followed by the estimator."""
 
     def combine(advantages_KB: Tensor, groups_B: Tensor, _: torch.Generator) -> Tensor:
-        found = aggregate(rule, advantages_KB.unsqueeze(-1), torch.ones(len(groups_B), 1), **options)
-        return whitened(found.advantages.T).squeeze(0)
+        result = aggregate(rule, advantages_KB.unsqueeze(-1), torch.ones(len(groups_B), 1), **options)
+        return whitened(result.advantages.T).squeeze(0)
 
     return combine
 
 
 def noise_like(combine: Combine) -> Combine:
-    """Numbers of the same size that say nothing: the sign of each is drawn anew."""
+    """Noise of the same size: the result with random signs."""
 
     def drawn(advantages_KB: Tensor, groups_B: Tensor, generator: torch.Generator) -> Tensor:
         signs_B = torch.randint(2, groups_B.shape, generator=generator) * 2 - 1
@@ -148,10 +148,10 @@ def noise_like(combine: Combine) -> Combine:
 
 
 def to_unit_rms(combine: Combine) -> Combine:
-    """Divide what is left by its own root mean square: what ``pama`` did by default before the constant."""
+    """Divide the result by its root mean square: a former default of ``pama``."""
 
-    def blown_up(advantages_KB: Tensor, groups_B: Tensor, generator: torch.Generator) -> Tensor:
-        left_B = combine(advantages_KB, groups_B, generator)
-        return left_B / left_B.square().mean().sqrt().clamp(min=1e-6)
+    def rescaled(advantages_KB: Tensor, groups_B: Tensor, generator: torch.Generator) -> Tensor:
+        combined_B = combine(advantages_KB, groups_B, generator)
+        return combined_B / combined_B.square().mean().sqrt().clamp(min=1e-6)
 
-    return blown_up
+    return rescaled

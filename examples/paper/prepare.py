@@ -1,12 +1,12 @@
-"""Train the two text rewards of the replication on human ratings, with a tokenizer of their own, and judge the judge.
+"""Train the two reward models of the replication on human ratings, and evaluate them and the judge.
 
     python examples/paper/prepare.py DATA_FOLDER OUTPUT_FOLDER
 
-DATA_FOLDER is the quickstart's, with the rated film reviews: each is the mean of twenty people, -4 … 4. Two small BERTs
-read words in lower case: ``sentiment`` predicts the rating x, ``matter_of_fact`` -x²/2. What is very positive is not
-matter-of-fact, and of the two there is a front: their sum with weights a and b is best at x = a/b. Nine tenths of the
-reviews train them, one tenth says how well they agree with people, and how well the judge of sentiment does: VADER, a
-lexicon and rules, which no run trains on.
+DATA_FOLDER is that of the quickstart, with the rated film reviews; a rating is the mean of twenty people, -4 … 4. Two
+small BERTs with a tokenizer for lower-case text are trained: ``sentiment`` predicts the rating x, ``matter_of_fact``
+-x²/2. A very positive review is not matter-of-fact, and the two rewards have a Pareto front: their sum with weights a
+and b is largest at x = a/b. Nine tenths of the reviews train the models. One tenth measures their agreement with
+people, and that of the judge of sentiment: VADER, a lexicon with rules, which no run trains on.
 """
 
 import json
@@ -22,7 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
-from prepare import Review, fetch  # noqa: E402  the quickstart's
+from prepare import Review, fetch  # noqa: E402  of the quickstart
 
 EPOCHS, BATCH, LEARNING_RATE, LENGTH = 4, 64, 1e-3, 64
 TARGETS = {"sentiment": lambda rating: rating, "matter_of_fact": lambda rating: -(rating**2) / 2}
@@ -81,7 +81,7 @@ def main(data: Path, out: Path) -> None:
     reviews = fetch(data)
     random.Random(0).shuffle(reviews)
     held_out, training = reviews[: len(reviews) // 10], reviews[len(reviews) // 10 :]
-    # Half-sentences too: the policy's responses have no beginning.
+    # Also parts of sentences, because responses have no beginning.
     pieces = [Review(review.rating, " ".join(words[start:])) for review in training if (words := review.text.split())
               for start in (0, len(words) // 3)]  # fmt: skip
     tokenizer = train_tokenizer([piece.text for piece in pieces])
@@ -95,10 +95,11 @@ def main(data: Path, out: Path) -> None:
     for name, target in TARGETS.items():
         with torch.enable_grad():
             model = train_model(name, tokenizer, pieces)
-        ours = torch.cat([predict(model, tokenizer, texts[at : at + 256]) for at in range(0, len(texts), 256)]).tolist()
-        wanted = [target(rating) for rating in ratings]
-        quality[f"correlation of {name} with people"] = round(pearsonr(ours, wanted)[0], 3)
-        quality[f"correlation of {name} with VADER"] = round(pearsonr(ours, vader)[0], 3)
+        batches = [predict(model, tokenizer, texts[at : at + 256]) for at in range(0, len(texts), 256)]
+        predicted = torch.cat(batches).tolist()
+        targets = [target(rating) for rating in ratings]
+        quality[f"correlation of {name} with people"] = round(pearsonr(predicted, targets)[0], 3)
+        quality[f"correlation of {name} with VADER"] = round(pearsonr(predicted, vader)[0], 3)
         model.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
     (out / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")

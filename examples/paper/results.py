@@ -1,8 +1,8 @@
-"""Write the tables and pictures of RESULTS.md anew, from the result of every run in results/.
+"""Update the tables and figures of RESULTS.md from the results of the runs in results/.
 
     python examples/paper/results.py
 
-A table stands between ``<!-- NAME -->`` and ``<!-- end -->``; the words around it are left as they are.
+A table is between ``<!-- NAME -->`` and ``<!-- end -->``; the text around it is not changed.
 """
 
 import json
@@ -30,7 +30,7 @@ from pama_plugin.runs.report.tables import (
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-# An arm of PAMA, and the same with one thing changed.
+# Pairs of PAMA arms that differ in one setting.
 CHANGES = (
     ("pama-token", "pama-signed"),
     ("pama-sequence", "pama-sequence-signed"),
@@ -42,13 +42,13 @@ CHANGES = (
     ("pama-sequence-signed", "pama-sequence-signed-rescaled"),
     ("pama-token", "pama-soft"),
 )
-# The experiments with two, three and four objectives that are compared.
+# The experiments with two, three and four objectives in the table of active fractions.
 STARVING = ("conflict", "three", "four")
 BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+) -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL)
 
 
 class Experiment(NamedTuple):
-    """A sweep: the point that hypervolume is measured above, whatever was run, and the arms to compare with."""
+    """A sweep: a fixed reference point of the hypervolume, and the arms to compare with."""
 
     reference: dict[str, float]
     baselines: tuple[str, ...] = ("linear", "min_norm")
@@ -78,7 +78,7 @@ def markdown(grid: Grid) -> str:
 
 
 def changes_table(runs: Sequence[Run], names: list[str]) -> Grid:
-    """What each change to PAMA does by itself: rows of ``differences_table``, each with a baseline of its own."""
+    """The effect of each change to PAMA: rows of ``differences_table`` with different baselines."""
     arms = by_arm(runs)
     against = {before: differences_table(runs, names, before) for before, _ in CHANGES if before in arms}
     rows = [
@@ -89,17 +89,17 @@ def changes_table(runs: Sequence[Run], names: list[str]) -> Grid:
         if row[0] == after
     ]
     caption = (
-        "Last fifth of the steps, the second arm's less that of the first with the same seed, ± half of the 95 % "
-        "interval over seeds; * where it excludes zero. Not corrected for the number of comparisons."
+        "Last fifth of the steps: second arm minus first arm with the same seed, ± half of the 95 % interval over "
+        "seeds; * if it excludes zero. Not corrected for the number of comparisons."
     )
     return Grid("changes", ["change", "seeds", *shared_rewards(runs), "worst rise"], rows, caption)
 
 
 def correlations_table(runs: Sequence[Run]) -> Grid:
-    """How the rewards go together before any update, and as each arm learns.
+    """Correlations of the rewards before any update, and in the first and last fifth of each arm.
 
-    The first rollout of a seed is the same in all arms, so that it counts once. A correlation is not logged in a step
-    in which one of the rewards is constant, so that ``fifth``, which counts what is logged, would take other steps.
+    The first rollout of a seed is the same in all arms, so it is counted once. A correlation is not logged in steps in
+    which one of the rewards is constant. ``fifth`` counts logged steps, so it would select other steps.
     """
     logged = {tag for run in runs for tag in run.scalars}
     pairs = combinations(shared_rewards(runs), 2)
@@ -107,56 +107,56 @@ def correlations_table(runs: Sequence[Run]) -> Grid:
     first = {tag: {run.seed: dict(run.scalars.get(tag, [])).get(1) for run in runs} for tag in tags}
     known = [[value for value in by_seed.values() if value is not None] for by_seed in first.values()]
     rows = [["before the first update, over seeds", *(str(interval(values)) for values in known)]]
-    for arm, own in by_arm(runs).items():
+    for arm, arm_runs in by_arm(runs).items():
         cells = []
         for tag in tags:
-            early = [[v for step, v in run.scalars.get(tag, []) if step <= run.steps / 5] for run in own]
-            late = [[v for step, v in run.scalars.get(tag, []) if step > run.steps * 4 / 5] for run in own]
+            early = [[v for step, v in run.scalars.get(tag, []) if step <= run.steps / 5] for run in arm_runs]
+            late = [[v for step, v in run.scalars.get(tag, []) if step > run.steps * 4 / 5] for run in arm_runs]
             cells.append(" → ".join(_cell([statistics.fmean(v) for v in part if v]) for part in (early, late)))
         rows.append([arm, *cells])
     columns = [tag.removeprefix("pama/correlation/").replace("/", " and ") for tag in tags]
     caption = (
-        "Pearson's, over the 64 responses of a step; of the arms, mean over the first → last fifth of the steps. "
-        "Where a reward is at its ceiling, as length is in the last fifth, it says little."
+        "Pearson correlation over the 64 responses of a step; for the arms, mean over the first → last fifth of the "
+        "steps. It has little meaning if a reward is at its ceiling, as length is in the last fifth."
     )
     return Grid("correlations", ["arm", *columns], rows, caption)
 
 
 def conflict_table(runs: Sequence[Run]) -> Grid:
-    """Share of tokens on which two objectives' advantages have different signs, as the run goes on."""
+    """Share of tokens where two objectives have advantages of different signs, in the first and last fifth."""
     tag = "pama/conflict_rate"
     rows = [
-        [arm, *(str(interval([fifth(run.scalars[tag], last=last) for run in own])) for last in (False, True))]
-        for arm, own in by_arm(runs).items()
+        [arm, *(str(interval([fifth(run.scalars[tag], last=last) for run in arm_runs])) for last in (False, True))]
+        for arm, arm_runs in by_arm(runs).items()
     ]
-    return Grid("conflict", ["arm", "first fifth", "last fifth"], rows, "Conflict rate, share of the response tokens.")
+    return Grid("conflict", ["arm", "first fifth", "last fifth"], rows, "Conflict rate: share of the response tokens.")
 
 
 def equal_kl_table(runs: Sequence[Run], level: float = 0.7, window: int = 5) -> Grid:
-    """Where a run is once it is so far from the reference policy.
+    """Rewards of a run when it reaches a given distance from the reference policy.
 
     The distance is ``logprobs_diff``, the mean of ``log π − log π_ref`` over the sampled tokens: an unbiased estimate
     of the KL divergence per token.
     """
     names = shared_rewards(runs)
     rows = []
-    for arm, own in by_arm(runs).items():
-        found: dict[str, list[float]] = {"step": [], "reached": [], **{name: [] for name in names}}
-        for run in own:
+    for arm, arm_runs in by_arm(runs).items():
+        values: dict[str, list[float]] = {"step": [], "reached": [], **{name: [] for name in names}}
+        for run in arm_runs:
             distance = dict(run.scalars["logprobs_diff"])
             for step in sorted(distance):
                 steps = range(step - window + 1, step + 1)
                 if steps[0] in distance and (mean := statistics.fmean(distance[at] for at in steps)) >= level:
                     rewards = {name: dict(run.scalars[f"reward/{name}"]) for name in names}
-                    found["step"].append(float(step))
-                    found["reached"].append(mean)
+                    values["step"].append(float(step))
+                    values["reached"].append(mean)
                     for name in names:
-                        found[name].append(statistics.fmean(rewards[name][at] for at in steps))
+                        values[name].append(statistics.fmean(rewards[name][at] for at in steps))
                     break
-        rows.append([arm, f"{len(found['step'])} of {len(own)}", *(_cell(values) for values in found.values())])
+        rows.append([arm, f"{len(values['step'])} of {len(arm_runs)}", *map(_cell, values.values())])
     caption = (
-        f"Mean over the first {window} steps in a row whose mean log ratio to the reference policy is at least "
-        f"{level:g} per token, and what it then is; a run that never went so far is left out."
+        f"Mean over the first {window} consecutive steps with a mean log ratio to the reference policy of at least "
+        f"{level:g} per token. Reached: the log ratio in these steps. Runs that do not reach it are excluded."
     )
     return Grid("equal KL", ["arm", "runs", "step", "reached", *names], rows, caption)
 
@@ -165,35 +165,35 @@ def _cell(values: list[float]) -> str:
     return str(interval(values)) if values else "–"
 
 
-def starving_table(found: dict[str, list[Run]]) -> Grid:
-    """What is left to learn from as objectives are added, of the arms that every one of these experiments has."""
-    experiments = {name: by_arm(found[name]) for name in STARVING}
+def starving_table(experiment_runs: dict[str, list[Run]]) -> Grid:
+    """Active fraction and rms with two, three and four objectives, for the arms that all these experiments have."""
+    experiments = {name: by_arm(experiment_runs[name]) for name in STARVING}
     tags = ("pama/active_fraction", "pama/rms")
     shared = [arm for arm in experiments["conflict"] if all(arm in arms for arms in experiments.values())]
     rows = []
     for arm in shared:
         series = [[run.scalars[tag] for run in arms[arm]] for tag in tags for arms in experiments.values()]
-        rows.append([arm, *(f"{statistics.fmean(map(whole_mean, own)):.2f}" for own in series)])
+        rows.append([arm, *(f"{statistics.fmean(map(whole_mean, values)):.2f}" for values in series)])
     columns = [f"{what}, {count}" for what in ("active fraction", "rms") for count in ("two", "three", "four")]
     caption = (
-        "Two: the pair that conflicts. Mean over the run: the share of tokens with an advantage, and the root mean "
-        "square of the advantage that is trained on, over all tokens."
+        "Two: the conflicting pair. Mean over the run: share of tokens with an advantage other than 0, and root mean "
+        "square of the combined advantage over all tokens."
     )
     return Grid("starving", ["arm", *columns], rows, caption)
 
 
-def quality_table(found: dict[str, list[Run]]) -> Grid:
-    """The reward models and the judge on reviews that neither was trained on, as prepare.py measured them."""
-    measured = {name: json.loads((RESULTS / name / "quality.json").read_text()) for name in found}
-    keys = dict.fromkeys(key for own in measured.values() for key in own)
-    rows = [[key, *(f"{own[key]:g}" for own in measured.values())] for key in keys]
+def quality_table(experiment_runs: dict[str, list[Run]]) -> Grid:
+    """Quality of the reward models and of the judge on held-out reviews, measured by prepare.py."""
+    measured = {name: json.loads((RESULTS / name / "quality.json").read_text()) for name in experiment_runs}
+    keys = dict.fromkeys(key for quality in measured.values() for key in quality)
+    rows = [[key, *(f"{quality[key]:g}" for quality in measured.values())] for key in keys]
     return Grid("quality", ["", *measured], rows)
 
 
-def time_table(found: dict[str, list[Run]]) -> Grid:
-    """What the runs took; how many went on side by side is said in the text."""
+def time_table(experiment_runs: dict[str, list[Run]]) -> Grid:
+    """Duration of the runs; the text of RESULTS.md states how many ran at a time."""
     rows = []
-    for name, runs in found.items():
+    for name, runs in experiment_runs.items():
         seconds = [json.loads((run.folder / "result.json").read_text())["seconds"] for run in runs]
         steps = f"{min(run.steps for run in runs)}"
         rows.append([name, str(len(runs)), steps, f"{statistics.median(seconds):.0f}", f"{sum(seconds) / 3600:.1f}"])
@@ -201,9 +201,9 @@ def time_table(found: dict[str, list[Run]]) -> Grid:
 
 
 def tables(name: str, runs: list[Run]) -> dict[str, str]:
-    """Block name → Markdown, and the pictures beside the results."""
-    names, own = shared_objectives(runs), EXPERIMENTS[name]
-    reference = [own.reference[objective] for objective in names]
+    """Block name → Markdown. Also draws the figures into the results folder."""
+    names, experiment = shared_objectives(runs), EXPERIMENTS[name]
+    reference = [experiment.reference[objective] for objective in names]
     grids = {
         "objectives": objectives_table(runs),
         "runs": arms_table(runs),
@@ -213,7 +213,7 @@ def tables(name: str, runs: list[Run]) -> dict[str, str]:
         "changes": changes_table(runs, names),
         "correlations": correlations_table(runs),
     }
-    for baseline in own.baselines:
+    for baseline in experiment.baselines:
         grids[f"against-{baseline}"] = differences_table(runs, names, baseline)
         grids[f"faster-than-{baseline}"] = differences_table(runs, names, baseline, whole_mean, "mean over all steps")
     for picture, figure in (("curves", draw_curves(runs)), ("front", draw_front(runs, names, reference))):
@@ -223,21 +223,21 @@ def tables(name: str, runs: list[Run]) -> dict[str, str]:
 
 
 def render(page: str) -> str:
-    """The page with its tables written anew; the pictures are drawn beside the results."""
-    found = {}
+    """The page with updated tables. Also draws the figures into the results folder."""
+    runs_of = {}
     for name in ("pilot", *EXPERIMENTS):
-        # A run that is going on has logs, but no result: it would count with what it has.
+        # Unfinished runs have logs but no result, and are excluded.
         if folders := [file.parent for file in sorted((RESULTS / name).glob("*/result.json"))]:
-            found[name] = find_runs(folders)[0]
-    blocks = {"pilot": markdown(objectives_table(found.pop("pilot", [])))}
-    blocks |= {"time": markdown(time_table(found)), "quality": markdown(quality_table(found))}
-    if found.keys() >= {*STARVING}:
-        blocks["starving"] = markdown(starving_table(found))
-    for name, runs in found.items():
+            runs_of[name] = find_runs(folders)[0]
+    blocks = {"pilot": markdown(objectives_table(runs_of.pop("pilot", [])))}
+    blocks |= {"time": markdown(time_table(runs_of)), "quality": markdown(quality_table(runs_of))}
+    if runs_of.keys() >= {*STARVING}:
+        blocks["starving"] = markdown(starving_table(runs_of))
+    for name, runs in runs_of.items():
         blocks |= tables(name, runs)
-    wanted = {match["name"] for match in BLOCK.finditer(page)}
-    missing = {name for name in found if not any(block.startswith(name) for block in wanted)}
-    if unknown := sorted(wanted - set(blocks)) + sorted(missing):
+    page_blocks = {match["name"] for match in BLOCK.finditer(page)}
+    missing = {name for name in runs_of if not any(block.startswith(name) for block in page_blocks)}
+    if unknown := sorted(page_blocks - set(blocks)) + sorted(missing):
         raise SystemExit(f"RESULTS.md and results/ must go together, found no match for {', '.join(unknown)}")
     return BLOCK.sub(lambda match: f"{match[1]}{blocks[match['name']]}{match[3]}", page)
 

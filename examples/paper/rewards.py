@@ -1,4 +1,4 @@
-"""Rewards of the replication that no library has: the held-out judge."""
+"""Reward function of the replication: the held-out judge."""
 
 from functools import cache
 from typing import Any
@@ -8,9 +8,9 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 @cache
 def _analyzer() -> SentimentIntensityAnalyzer:
-    return SentimentIntensityAnalyzer()  # reads its lexicon from disk
+    return SentimentIntensityAnalyzer()  # reads a lexicon from disk
 
 
 def judge(queries: list[str], prompts: list[str], labels: list[str], **_: Any) -> list[float]:
-    """VADER's compound sentiment of the whole review, -1 … 1."""
+    """Compound sentiment of the whole review by VADER, -1 … 1."""
     return [_analyzer().polarity_scores(query)["compound"] for query in queries]

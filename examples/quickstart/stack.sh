@@ -1,11 +1,11 @@
-# Sourced by the examples that train without a GPU: the environment, the data and the policy, and a Ray of their own.
+# Sourced by the examples that train without a GPU: sets up the environment, the data, the policy and a Ray cluster.
 #
-# It makes .venv on the first run; $work keeps data, models and logs of all examples, and each is made once.
+# The first run makes .venv. $work contains data, models and logs of all examples; each is made once.
 work="$PWD/runs/quickstart"
 models="$work/models"
 
 patches/make_venv.sh
-cores=$(nproc) # before cpu.env, whose OMP_NUM_THREADS nproc would obey
+cores=$(nproc) # before cpu.env, because nproc obeys its OMP_NUM_THREADS
 export PATH="$PWD/.venv/bin:$PATH" TORCH_EXTENSIONS_DIR="$PWD/.venv/cache/torch_extensions" PYTHONWARNINGS=ignore
 set -a
 . examples/cpu.env
@@ -13,7 +13,7 @@ set +a
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-train() { # train NAME MODULE FLAGS...: one of the host's own training commands, on every core; makes $models/NAME
+train() { # train NAME MODULE FLAGS...: run a training command of OpenRLHF on all cores; makes $models/NAME
     local name=$1
     shift
     OMP_NUM_THREADS=$cores RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$(free_port) \
@@ -41,18 +41,18 @@ make_policy() {
 stop_ray() {
     kill $ray 2>/dev/null || true
     wait $ray 2>/dev/null || true
-    # vLLM's engines outlive, with all their memory, an actor that was killed, and ignore SIGTERM.
+    # vLLM engines outlive a killed actor, keep their memory, and ignore SIGTERM.
     for engine in $(pgrep -f '^VLLM::EngineCore' || true); do
         if grep -qzx "RAY_ADDRESS=.*:$port" "/proc/$engine/environ" 2>/dev/null; then kill -9 "$engine"; fi
     done
     rm -rf "$ray_folder"
 }
 
-start_ray() { # stopped by its process id when the script ends, however it ends
+start_ray() { # the exit trap stops Ray by its process id
     local try
     port=$(free_port)
-    ray_folder=$(mktemp -d /tmp/pama.XXXXXX) # short: Ray keeps sockets in it, whose paths may have 107 characters
-    # Logical GPUs: the host asks for one per model, and Ray only counts them.
+    ray_folder=$(mktemp -d /tmp/pama.XXXXXX) # short, because the paths of Ray's sockets may have 107 characters
+    # Logical GPUs: OpenRLHF requests one per model, and Ray only counts them.
     ray start --head --block --port="$port" --num-gpus=16 --num-cpus=16 --include-dashboard=false \
         --temp-dir="$ray_folder" >"$work/ray.log" 2>&1 &
     ray=$!

@@ -1,9 +1,9 @@
-"""Show a training command's progress: its output goes to a log, its steps to one bar.
+"""Show the progress of a training command: write its output to a log and its steps to a progress bar.
 
     COMMAND 2>&1 | python examples/quickstart/watch.py LOG [STEPS]
 
-With STEPS it follows the global steps of OpenRLHF's PPO command; without, the bars of train_sft and train_rm. If the
-command ends without having finished, its last lines are shown and the exit status is 1.
+With STEPS the bar follows the global steps of OpenRLHF's PPO command, without STEPS the bars of train_sft and train_rm.
+If the command does not finish, its last lines are printed and the exit status is 1.
 """
 
 import re
@@ -37,14 +37,14 @@ def main(log: Path, steps: int | None) -> int:
                 elif (match := EPOCH_STEP.search(part)) and steps is None:
                     if match[1] != epoch:
                         epoch = match[1]
-                        bar.reset(total=int(match[3]))  # a new clock too, or the rate would be of all epochs so far
+                        bar.reset(total=int(match[3]))  # also resets the clock, so that the rate is of this epoch
                     bar.set_description(f"epoch {int(epoch) + 1}", refresh=False)
                     bar.n = int(match[2])
                     bar.set_postfix_str(match[4])
                 elif "PAMA " in part:
                     bar.write(part[part.index("PAMA ") :])
     if not finished:
-        print(*last_lines, f"-- the command did not finish; all of its output is in {log}", sep="\n", file=sys.stderr)
+        print(*last_lines, f"-- the command did not finish; its output is in {log}", sep="\n", file=sys.stderr)
     return 0 if finished else 1
 
 

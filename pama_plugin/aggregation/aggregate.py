@@ -1,4 +1,4 @@
-"""One interface to every rule: K advantages per token in, one out, with the numbers that explain it."""
+"""``aggregate``: the interface to every rule. K advantages per token in, one advantage per token and metrics out."""
 
 import math
 from collections.abc import Sequence
@@ -17,22 +17,23 @@ LEVELS = ("token", "sequence", "batch")
 
 @dataclass(frozen=True)
 class Aggregation:
-    """The outcome of ``aggregate``. A valid token is one where the mask is true.
+    """The result of ``aggregate``. A token is valid where the mask is true.
 
     Attributes:
         advantages: (B, A), 0 where masked.
-        coefficients: (K,), share of each objective in the result, as each rule's own text says: for ``pama`` the mean
-            over the tokens that have an advantage. They sum to 1 where anything is active, else to 0.
-        metrics: by name,
+        coefficients: (K,), share of each objective in the result, as the rule defines it: for ``pama`` the mean over
+            the tokens with an advantage other than 0. They sum to 1, or to 0 if no token has an advantage.
+        metrics: name → value:
 
             - ``active_fraction``: share of the valid tokens with an advantage other than 0;
             - ``conflict_rate``: share of the valid tokens where one objective is positive and another negative;
-            - ``rms``: of the advantages, over the valid tokens;
-            - ``gain/<i>``: mean of ``A_i · advantage`` over the valid tokens that objective i has a reward for: its
+            - ``rms``: root mean square of the advantages over the valid tokens;
+            - ``gain/<i>``: mean of ``A_i · advantage`` over the valid tokens for which objective i has a reward: its
               first-order improvement under the update if token gradients are orthogonal and of equal norm;
-            - ``inactive/<i>``: 1 if objective i carries no signal, else 0; whether it is left out, each rule says;
-            - ``effective_objectives``: ``1 / Σ_i c_i²`` of the coefficients, from 1 (one has all) to K; 0 without any;
-            - what the rule adds: ``scale`` of ``pama``, ``multiplier/<i>`` of ``lagrangian``.
+            - ``inactive/<i>``: 1 if objective i is inactive, else 0; each rule documents whether it is excluded;
+            - ``effective_objectives``: ``1 / Σ_i c_i²`` of the coefficients: 1 if one objective has all, K if all are
+              equal, 0 if all are 0;
+            - metrics of the rule: ``scale`` for ``pama``, ``multiplier/<i>`` for ``lagrangian``.
     """
 
     advantages: Tensor
@@ -54,33 +55,33 @@ def aggregate(
     groups_B: Tensor | Sequence[int] | None = None,
     **options: Any,
 ) -> Aggregation:
-    """Combine the advantages of K objectives into the one that the policy update sees.
+    """Combine the advantages of K objectives into the advantages for the policy update.
 
     Combining advantages is combining losses: for ``A ≥ 0`` the PPO surrogate ``min(uA, clip(u)A) = A·min(u, clip(u))``
-    is linear in A, so ``Σ_i c_i L(A_i) = L(Σ_i c_i A_i)``. Lists may stand for tensors.
+    is linear in A, so ``Σ_i c_i L(A_i) = L(Σ_i c_i A_i)``. Tensor arguments may be lists.
 
     Args:
         rule: one of ``available_rules()``.
-        advantages_KBA: (K, B, A) advantages of K objectives, B responses, A action tokens. Not modified. For a rule of
-            rewards (``morlhf``, ``tchebycheff``) the (K, B, 1) rewards, and the result is one reward per response.
-        mask_BA: (B, A), true at action tokens. What stands elsewhere enters nothing, not even if it is NaN.
-        level: ``token``, ``sequence`` or ``batch``: what ``pama`` projects. No other rule uses it.
-        noon: keep only positive advantages ("No Negative", arXiv 2508.07768, Eq. 5). If not given, ``pama`` does
-            with ``level="batch"`` alone, and ``min_norm`` does not. No other rule uses it.
-        weights: K positive preference weights, 1 each if not given; what they mean, each rule says.
-        whiten: first subtract from each objective's advantages their mean over its valid tokens and divide by their
-            standard deviation: for estimators that do not, so that no objective wins by its scale. The metrics are then
-            of the whitened ones.
-        active: K flags, false for an objective that is known to carry no signal, such as one whose reward is constant.
-            One whose advantages spread over less than a millionth of the largest is found without being told. If that
-            leaves none, none is dropped.
-        present_KB: (K, B), false where an objective has no reward for a response: it is left out of the combination for
-            that response alone. All true if not given.
-        groups_B: (B,) integers, the same for the responses to one prompt; ``gdpo``, ``gd2po`` and ``rvpo`` need them.
-        options: those of the rule, and for ``lagrangian`` ``violations_K`` and ``multipliers_K``.
+        advantages_KBA: (K, B, A) advantages of K objectives, B responses, A action tokens. Not modified. A rule that
+            combines rewards (``morlhf``, ``tchebycheff``) takes (K, B, 1) rewards and returns one reward per response.
+        mask_BA: (B, A), true at action tokens. Values at other positions are ignored, including NaN.
+        level: ``token``, ``sequence`` or ``batch``: the unit that ``pama`` projects. Other rules ignore it.
+        noon: keep only positive advantages ("No Negative", arXiv 2508.07768, Eq. 5). Default: true for ``pama`` with
+            ``level="batch"``, false otherwise. Only ``pama`` and ``min_norm`` use it.
+        weights: K positive preference weights, 1 each by default. Each rule documents their meaning.
+        whiten: subtract from each objective's advantages their mean over its valid tokens and divide by their standard
+            deviation before combining. Use it with estimators that do not whiten, so that no objective dominates by its
+            scale. The metrics then describe the whitened advantages.
+        active: K flags, false for an objective that is known to be inactive, such as one whose reward is constant.
+            Objectives whose advantages spread over less than a millionth of the largest are detected automatically. If
+            no objective is active, all are kept.
+        present_KB: (K, B), false where an objective has no reward for a response: the objective is excluded from the
+            combination for that response only. All true by default.
+        groups_B: (B,) integers, equal for the responses to one prompt. Required by ``gdpo``, ``gd2po`` and ``rvpo``.
+        options: options of the rule, and ``violations_K`` and ``multipliers_K`` for ``lagrangian``.
 
     Raises:
-        ValueError: a shape, weight, level, rule or option that cannot be used, or a valid token that is not finite.
+        ValueError: a shape, weight, level, rule or option is invalid, or a valid token is not finite.
 
     >>> import torch
     >>> advantages = torch.tensor([[[1.0, -0.5, -1.2, 0.7]], [[0.4, 0.8, -0.6, -0.6]]])
@@ -113,19 +114,19 @@ def aggregate(
             f"present_KB must be (K, B) = {tuple(shape_KB)} booleans, "
             f"found {tuple(present_KB.shape)} of {present_KB.dtype}"
         )
-    given: dict[str, Any] = {"level": level, "noon": noon, "groups_B": groups_B}
-    given |= {key: options.pop(key) for key in CONTEXT_PARAMETERS if key in options}
+    context: dict[str, Any] = {"level": level, "noon": noon, "groups_B": groups_B}
+    context |= {key: options.pop(key) for key in CONTEXT_PARAMETERS if key in options}
     options = check_options(rule, options)
     for key in ("violations_K", "multipliers_K"):
-        if key in chosen.parameters and not _is_list(given.get(key), len(advantages_KBA)):
+        if key in chosen.parameters and not _is_list(context.get(key), len(advantages_KBA)):
             raise ValueError(
-                f"rule {rule!r} needs {key}, a list of {len(advantages_KBA)} in which each is a finite number or None, "
-                f"found {given.get(key)!r}"
+                f"rule {rule!r} needs {key}, a list of {len(advantages_KBA)} finite numbers or None, "
+                f"found {context.get(key)!r}"
             )
     if "groups_B" in chosen.parameters:
         if groups_B is None:
-            raise ValueError(f"rule {rule!r} needs groups_B, the prompt of each response, found none")
-        given["groups_B"] = groups_B = _as_tensor("groups_B", groups_B, device)
+            raise ValueError(f"rule {rule!r} needs groups_B, the prompt index of each response, found none")
+        context["groups_B"] = groups_B = _as_tensor("groups_B", groups_B, device)
         if groups_B.shape != mask_BA.shape[:1] or groups_B.is_floating_point():
             raise ValueError(
                 f"groups_B must be (B,) = {tuple(mask_BA.shape[:1])} integers, "
@@ -136,50 +137,50 @@ def aggregate(
     active_K = _find_active(active, advantages_KBA, mask_BA, present_KB)
     if whiten:
         advantages_KBA = _whiten(advantages_KBA, mask_BA, present_KB)
-    given = {key: value for key, value in given.items() if key in chosen.parameters and value is not None}
-    combination = chosen.combine(advantages_KBA, mask_BA, weights_K, active_K, present_KB, **given, **options)
+    context = {key: value for key, value in context.items() if key in chosen.parameters and value is not None}
+    combination = chosen.combine(advantages_KBA, mask_BA, weights_K, active_K, present_KB, **context, **options)
 
     _check_combination(rule, combination, weights_K, mask_BA)
     combined_BA = combination.advantages_BA.masked_fill(~mask_BA, 0)  # a copy: a rule may return a view
     if not bool(combined_BA.isfinite().all()):
         raise ValueError(f"rule {rule!r} returned NaN or inf at a valid token")
     metrics = describe(advantages_KBA, mask_BA, present_KB, combined_BA)
-    metrics |= {f"inactive/{index}": float(not kept) for index, kept in enumerate(active_K.tolist())}
+    metrics |= {f"inactive/{index}": float(not is_active) for index, is_active in enumerate(active_K.tolist())}
     coefficients_K = combination.coefficients_K * bool(metrics["active_fraction"])
     metrics["effective_objectives"] = effective_objectives(coefficients_K)
     if taken := sorted(metrics.keys() & combination.metrics.keys()):
-        raise ValueError(f"rule {rule!r} must call its metrics otherwise than ours, found {', '.join(taken)}")
+        raise ValueError(f"rule {rule!r} returned reserved metric names: {', '.join(taken)}; rename them")
     return Aggregation(combined_BA, coefficients_K, metrics | dict(combination.metrics))
 
 
-def _check_combination(rule: str, found: object, weights_K: Tensor, mask_BA: Tensor) -> None:
-    """What a rule of somebody else may have returned."""
-    if not isinstance(found, Combination):
-        raise ValueError(f"rule {rule!r} must return a Combination, found {type(found).__name__}")
-    for part in found[:2]:
+def _check_combination(rule: str, result: object, weights_K: Tensor, mask_BA: Tensor) -> None:
+    """Validate the return value of a rule, which may come from another package."""
+    if not isinstance(result, Combination):
+        raise ValueError(f"rule {rule!r} must return a Combination, found {type(result).__name__}")
+    for part in result[:2]:
         if not isinstance(part, Tensor) or not part.is_floating_point():
             raise ValueError(f"rule {rule!r} must return a Combination of floating-point tensors, found {part!r}")
     expected = (tuple(mask_BA.shape), tuple(weights_K.shape))
-    shapes = (tuple(found.advantages_BA.shape), tuple(found.coefficients_K.shape))
+    shapes = (tuple(result.advantages_BA.shape), tuple(result.coefficients_K.shape))
     if shapes != expected:
         raise ValueError(f"rule {rule!r} must return shapes (B, A) and (K,), {expected}, found {shapes}")
-    if not bool(found.coefficients_K.isfinite().all()):
-        raise ValueError(f"rule {rule!r} must return finite coefficients, found {found.coefficients_K.tolist()}")
+    if not bool(result.coefficients_K.isfinite().all()):
+        raise ValueError(f"rule {rule!r} must return finite coefficients, found {result.coefficients_K.tolist()}")
 
 
-def _as_tensor(what: str, given: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """On the device; None leaves a tensor where it is."""
+def _as_tensor(name: str, values: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """``values`` as a tensor on the device; with None, a tensor stays on its device."""
     try:
-        return torch.as_tensor(given, dtype=dtype, device=device)
+        return torch.as_tensor(values, dtype=dtype, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{what} must be numbers, as a tensor or lists: {error}") from error
+        raise ValueError(f"{name} must be numbers, as a tensor or lists: {error}") from error
 
 
-def _is_list(given: Any, length: int) -> bool:
-    """Of so many finite numbers or None."""
-    if not isinstance(given, Sequence) or len(given) != length:
+def _is_list(values: Any, length: int) -> bool:
+    """True for a list of ``length`` entries, each a finite number or None."""
+    if not isinstance(values, Sequence) or len(values) != length:
         return False
-    return all(value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in given)
+    return all(value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in values)
 
 
 def _check_weights(weights: Sequence[float] | Tensor | None, advantages_KBA: Tensor) -> Tensor:
@@ -194,18 +195,18 @@ def _check_weights(weights: Sequence[float] | Tensor | None, advantages_KBA: Ten
 def _find_active(
     active: Sequence[bool] | Tensor | None, advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor
 ) -> Tensor:
-    """(K,) true for the objectives that carry signal; all of them if none does."""
+    """(K,) true for active objectives; all true if none is active."""
     active_K = inspect(advantages_KBA, mask_BA, present_KB)
     if active is not None:
-        told_K = _as_tensor("active", active, advantages_KBA.device, torch.bool)
-        if told_K.shape != active_K.shape:
-            raise ValueError(f"active must be {len(advantages_KBA)} flags, found {told_K.tolist()}")
-        active_K = active_K & told_K
+        flags_K = _as_tensor("active", active, advantages_KBA.device, torch.bool)
+        if flags_K.shape != active_K.shape:
+            raise ValueError(f"active must be {len(advantages_KBA)} flags, found {flags_K.tolist()}")
+        active_K = active_K & flags_K
     return active_K if bool(active_K.any()) else torch.ones_like(active_K)
 
 
 def _whiten(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor) -> Tensor:
-    """A copy with mean 0 and standard deviation 1 over each objective's valid tokens; 0 where it does not vary."""
+    """A copy with mean 0 and standard deviation 1 over each objective's valid tokens; 0 for a constant objective."""
     count_K = (present_KB * tokens_per_response(mask_BA)).sum(-1).clamp(min=1)
     totals_K = torch.zeros(len(advantages_KBA), dtype=torch.float64, device=mask_BA.device)
     squares_K = totals_K.clone()

@@ -1,4 +1,4 @@
-"""The table of aggregation rules: ours, those that a program registers, and those of installed packages."""
+"""The registry of aggregation rules: built-in ones, ones that a program registers, and ones of installed packages."""
 
 import functools
 import inspect
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from pama_plugin.registry import Registry
 
-# Keyword-only parameters of a rule that are no options: whoever calls ``aggregate`` knows them.
+# Keyword-only parameters of a rule that are not options: ``aggregate`` passes them to the rules that name them.
 CONTEXT_PARAMETERS = ("level", "noon", "groups_B", "violations_K", "multipliers_K")
 
 
 class Combination(NamedTuple):
-    """What a rule returns: one advantage per token, how much of it each objective supplied, and numbers of its own."""
+    """Return value of a rule: one advantage per token, the share of each objective in it, and metrics of the rule."""
 
     advantages_BA: Tensor
     coefficients_K: Tensor
@@ -28,10 +28,10 @@ class Rule(NamedTuple):
 
     Attributes:
         combine: the function.
-        combines: the ``advantages`` that the estimator made of each objective, or the ``rewards``, one per response, of
-            which the estimator then makes advantages.
-        constrained: whether some of its objectives are constraints.
-        linear: of a rule of rewards, whether its result is ``Σ w_i r_i``, whose value with a critic is ``Σ w_i V_i``.
+        combines: ``advantages``, computed by the estimator for each objective, or ``rewards``, one per response, which
+            are combined before the estimator.
+        constrained: true if some of its objectives are constraints.
+        linear: true if the rule combines rewards to ``Σ w_i r_i``, so that its value with a critic is ``Σ w_i V_i``.
     """
 
     combine: Callable[..., Combination]
@@ -41,9 +41,9 @@ class Rule(NamedTuple):
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """The keyword-only ones."""
+        """The keyword-only parameters."""
         parameters = inspect.signature(self.combine, eval_str=True).parameters  # annotations may be strings
-        return {name: own for name, own in parameters.items() if own.kind is own.KEYWORD_ONLY}
+        return {name: value for name, value in parameters.items() if value.kind is value.KEYWORD_ONLY}
 
 
 RULES = Registry[Rule]("rule", "pama_plugin.rules", adopt=Rule)
@@ -58,23 +58,25 @@ def register_rule(
 ) -> Callable[[Callable[..., Combination]], Callable[..., Combination]]:
     """Register ``rule(advantages_KBA, mask_BA, weights_K, active_K, present_KB, *, …)`` under ``name``.
 
-    It returns a ``Combination``. Its keyword-only parameters are its options, with annotations that pydantic validates;
-    of those, ``level``, ``noon``, ``groups_B``, ``violations_K`` and ``multipliers_K`` are passed if it names them.
-    A rule gets advantages that are finite wherever ``mask_BA`` is true and may hold anything elsewhere, weights that
-    are positive, the objectives that carry signal, and which responses each has a reward for: of the others its
-    advantages must not count. It must not write to any of them, and returns tensors of its own. A rule ``of`` rewards
-    gets them as (K, B, 1), with missing ones filled in, so that ``present_KB`` is all true; it can be used with a
-    critic only if it is ``linear``, a weighted sum, whose value is that of the value heads. A ``constrained`` one needs
-    objectives with ``role=constraint``, and what ``lagrangian`` says of ``violations_K`` and ``multipliers_K`` holds
-    for it too.
+    The rule returns a ``Combination``. Its keyword-only parameters are its options; pydantic validates their
+    annotations. ``level``, ``noon``, ``groups_B``, ``violations_K`` and ``multipliers_K`` are not options: they are
+    passed to a rule that names them.
 
-    ``metrics`` are logged as ``pama/<key>``; ``<stem>/<i>`` is of objective i and logged by its name. A program that
-    trains needs the rule in every process that reads the configuration: a package should name the
-    function in the entry-point group ``pama_plugin.rules``. ``pama_plugin.testing`` has the properties that a rule
-    should hold.
+    Advantages are finite where ``mask_BA`` is true and arbitrary elsewhere. Weights are positive. ``active_K`` is true
+    for objectives that vary over the batch. ``present_KB`` is true where an objective has a reward for a response; the
+    advantages of other responses must not affect the result. A rule must not modify its arguments.
+
+    With ``of="rewards"`` the rule gets rewards (K, B, 1), with missing ones filled in and ``present_KB`` all true. It
+    works with a critic only if it is ``linear``, a weighted sum, whose value is the weighted sum of the value heads. A
+    ``constrained`` rule needs objectives with ``role=constraint``, and gets ``violations_K`` and ``multipliers_K`` as
+    ``lagrangian`` documents them.
+
+    ``metrics`` are logged as ``pama/<key>``; in a key ``<stem>/<i>``, the index i is replaced by the name of the
+    objective. In training, every process that reads the configuration needs the rule, so a package should declare the
+    function in the entry-point group ``pama_plugin.rules``. ``pama_plugin.testing`` has properties to test a rule with.
 
     Raises:
-        ValueError: ``name`` is taken or no name, ``of`` is neither, or what is registered is no function.
+        ValueError: ``name`` is taken or not a valid name, ``of`` is neither, or the registered object is no function.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w.:+-]+", name):
         raise ValueError(
@@ -83,7 +85,7 @@ def register_rule(
     if of not in ("advantages", "rewards"):
         raise ValueError(f"of must be advantages or rewards, found {of!r}")
     if linear and of != "rewards":
-        raise ValueError(f"linear is said of a rule of rewards, found of={of!r}")
+        raise ValueError(f"linear=True needs of='rewards', found of={of!r}")
 
     def register(combine: Callable[..., Combination]) -> Callable[..., Combination]:
         if not callable(combine):
@@ -95,7 +97,7 @@ def register_rule(
 
 
 def available_rules() -> tuple[str, ...]:
-    """The names that ``aggregate`` and ``--loss`` accept, sorted: ours, and those of installed packages.
+    """The names that ``aggregate`` and ``--loss`` accept, sorted: built-in, registered and of installed packages.
 
     >>> "pama" in available_rules()
     True
@@ -104,7 +106,7 @@ def available_rules() -> tuple[str, ...]:
 
 
 def get_rule(name: str) -> Rule:
-    """The rule registered under ``name``; an unknown name raises ``ValueError`` and lists the known ones."""
+    """The rule registered under ``name``; ``ValueError`` lists the known names if it is unknown."""
     return RULES[name]
 
 
@@ -112,18 +114,18 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the rule ``name``, each converted to its type.
 
     Raises:
-        ValueError: an unknown rule or option (both list the known ones), a value of the wrong type, or none where the
-            rule has no default.
+        ValueError: an unknown rule or option (the error lists the known ones), a value of the wrong type, or no value
+            for an option without a default.
 
     >>> check_options("pama", {"soft": "4", "rescale": "true"})
     {'soft': 4.0, 'rescale': True}
     """
-    known = {key: own for key, own in get_rule(name).parameters.items() if key not in CONTEXT_PARAMETERS}
+    known = {key: value for key, value in get_rule(name).parameters.items() if key not in CONTEXT_PARAMETERS}
     unknown = sorted(set(options) - set(known))
     if unknown:
         takes = ", ".join(known) or "none"
         raise ValueError(f"rule {name!r} has no option {', '.join(unknown)}; it takes {takes}")
-    missing = sorted(key for key, own in known.items() if own.default is own.empty and key not in options)
+    missing = sorted(key for key, value in known.items() if value.default is value.empty and key not in options)
     if missing:
         raise ValueError(f"rule {name!r} needs option {', '.join(missing)}")
     checked = {}

@@ -1,4 +1,4 @@
-"""The constants that give a projection of K independent standard normal advantages unit root mean square."""
+"""Constants that scale a projection of K independent standard normal advantages to unit root mean square."""
 
 import functools
 import math
@@ -7,21 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_DRAWS = 2**16  # within 2 % of the integral for up to eight objectives, where a minimum has both
+_DRAWS = 2**16  # within 2 % of the integral for up to eight objectives
 
 
 @functools.cache
 def unit_scale(objectives: int, slope: float = 1.0) -> float:
-    """``1 / rms(s*)`` for K independent standard normal advantages: a pure number, whatever a batch holds.
+    """``1 / rms(s*)`` for K independent standard normal advantages: a pure number that does not depend on a batch.
 
     ``s*`` is ``min_i a_i`` where all are positive and ``max_i a_i`` where all are negative, ``a_i`` being
     ``max(A_i, 0) + slope · min(A_i, 0)``. With ``Q(t) = P(A > t) = erfc(t/√2)/2`` a minimum of K exceeds t with
     probability ``Q(t)^K``, so ``E[s*²] = (1 + slope²) ∫_0^∞ 2t Q(t)^K dt``. For two signed objectives that is
     ``½ (1 − 2/π)``. The derivation is ours; the paper (arXiv 2508.07768) leaves ``s*`` as it is.
 
-    Multiplied by it, what independent normal objectives leave has the size of one objective's advantages, what agreeing
-    ones leave is up to so many times larger, and what conflicting ones leave still goes to 0, as Theorem 2 of the paper
-    needs. A factor that is computed from what is left would undo that.
+    With this factor, the projection of independent normal objectives has the size of one objective's advantages, that
+    of objectives that agree is up to that many times larger, and that of objectives that conflict still goes to 0, as
+    Theorem 2 of the paper requires. A factor that is computed from the projection would violate that.
 
     Args:
         objectives: K, at least 1.
@@ -34,17 +34,17 @@ def unit_scale(objectives: int, slope: float = 1.0) -> float:
     """
     sides = 1 + slope**2
     if objectives == 1:
-        return math.sqrt(2 / sides)  # exact: one signed objective stays what it is, bit for bit
-    # erfc = 2Q, so that a power of 2 for each objective stays out of an integral that would be tiny.
+        return math.sqrt(2 / sides)  # exact: one signed objective is unchanged, bit for bit
+    # erfc = 2Q: the factor 2^K keeps the integral from becoming tiny.
     t = torch.linspace(0, 12, 2**16, dtype=torch.float64)
     integral = float(torch.trapezoid(2 * t * torch.special.erfc(t / math.sqrt(2)) ** objectives, t))
     return 2 ** (objectives / 2) / math.sqrt(sides * integral)
 
 
 def sampled_scale(objectives: int, combine: Callable[[Tensor], Tensor]) -> float:
-    """``1 / rms`` of ``combine`` (K, N) → (N,) over standard normal draws, for what has no closed form.
+    """``1 / rms`` of ``combine`` (K, N) → (N,) over standard normal draws, for combinations without a closed form.
 
-    The draws are the same every time (Sobol, mapped by the inverse normal distribution function).
+    The draws are fixed (a Sobol sequence, mapped by the inverse normal distribution function).
 
     >>> round(sampled_scale(2, lambda a_KN: a_KN.sum(0)), 2)  # 1/√2
     0.71

@@ -1,4 +1,4 @@
-"""Runs as their TensorBoard logs, or a sweep's results, have them."""
+"""Read runs from TensorBoard logs or from the results of a sweep."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from pama_plugin.errors import ConfigError
 
 Series = list[tuple[int, float]]
 COEFFICIENT, REWARD = "pama/coefficient/", "reward/"
-SPEC, RESULT = "run.json", "result.json"  # of a run of a sweep: its settings, and once it is finished its metrics
+SPEC, RESULT = "run.json", "result.json"  # files of a run in a sweep: its settings, and its metrics once finished
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Run:
     """One run, finished or not.
 
     Attributes:
-        folder: where it was read from.
-        arm: what it shares with the runs that differ in the seed alone; the folder's name outside of a sweep.
+        folder: the folder that it was read from.
+        arm: name shared by runs that differ in the seed only; the name of the folder outside a sweep.
         rule: the arm without its weights.
-        seed: None outside of a sweep.
-        scalars: tag, without the host's prefix ``train/``, → (step, value) in the order of the steps.
-        problems: what is missing of it, in words.
+        seed: None outside a sweep.
+        scalars: tag, without OpenRLHF's prefix ``train/``, → (step, value), sorted by step.
+        problems: descriptions of missing or invalid data.
     """
 
     folder: Path
@@ -38,14 +38,14 @@ class Run:
 
     @property
     def trained(self) -> list[str]:
-        """The objectives that were combined, sorted: the host logs in an order of its own, another one in each run."""
+        """The objectives that were combined, sorted, because the order in the log differs between runs."""
         return sorted(tag.removeprefix(COEFFICIENT) for tag in self.scalars if tag.startswith(COEFFICIENT))
 
     @property
     def scored(self) -> list[str]:
-        """Those, then the objectives that were only watched."""
-        found = sorted(tag.removeprefix(REWARD) for tag in self.scalars if tag.startswith(REWARD))
-        return [*self.trained, *(name for name in found if name not in self.trained)]
+        """``trained``, followed by the monitored objectives."""
+        rewards = sorted(tag.removeprefix(REWARD) for tag in self.scalars if tag.startswith(REWARD))
+        return [*self.trained, *(name for name in rewards if name not in self.trained)]
 
     @property
     def steps(self) -> int:
@@ -53,10 +53,10 @@ class Run:
 
 
 def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """The runs in these folders, a sweep's own each, and what is wrong with those that cannot be shown.
+    """The runs in the folders, including all runs of a sweep, and the problems of incomplete or unreadable runs.
 
     Raises:
-        ConfigError: there is not one run to show.
+        ConfigError: no run can be read.
     """
     runs, missing = [], []
     for folder in folders:
@@ -69,7 +69,7 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
                 runs.append(run)
                 missing += [f"{place}: {problem}" for problem in run.problems]
     if not runs:
-        raise ConfigError("; ".join(missing) or "no run was named")
+        raise ConfigError("; ".join(missing) or "at least one run is needed, found none")
     return runs, missing
 
 
@@ -79,10 +79,10 @@ def _places(folder: Path) -> Iterator[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """One run: its result if a sweep finished it, else its events so far.
+    """One run: its result if a sweep finished it, else its TensorBoard events so far.
 
     Raises:
-        ConfigError: there is nothing of a run with objectives in the folder.
+        ConfigError: the folder has no data of a run with objectives.
     """
     spec: dict[str, Any] = {"arm": folder.name, "rule": folder.name, "seed": None}
     for name in (SPEC, RESULT):
@@ -92,7 +92,7 @@ def read_run(folder: Path) -> Run:
             except ValueError as error:
                 raise ConfigError(f"{folder / name} is not JSON: {error}") from error
     if "scalars" in spec:
-        scalars = {tag: [(int(step), float(value)) for step, value in own] for tag, own in spec["scalars"].items()}
+        scalars = {tag: [(int(step), float(value)) for step, value in rows] for tag, rows in spec["scalars"].items()}
     else:
         scalars = read_scalars(folder)
     problems = []
@@ -109,16 +109,16 @@ def read_run(folder: Path) -> Run:
 
 
 def read_scalars(folder: Path) -> dict[str, Series]:
-    """Every scalar of the newest run in a ``--logger.tensorboard_dir``, without the host's prefix ``train/``.
+    """All scalars of the newest run in a ``--logger.tensorboard_dir``, without OpenRLHF's prefix ``train/``.
 
-    A run that was resumed has several files in one folder; where they repeat a step, the later one counts.
+    A resumed run has several files in one folder; if they repeat a step, the later value is used.
 
     Raises:
-        ConfigError: the folder has no event file, or none of a run with objectives.
+        ConfigError: the folder has no event file, or the newest run has no objectives.
     """
     files = sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
     if not files:
-        raise ConfigError(f"no TensorBoard events in {folder}: give the folder that --logger.tensorboard_dir named")
+        raise ConfigError(f"no TensorBoard events in {folder}: give the folder of --logger.tensorboard_dir")
     events = EventAccumulator(str(files[-1].parent), size_guidance={"scalars": 0})  # 0: keep every step
     events.Reload()
     tags = events.Tags()["scalars"]

@@ -1,16 +1,16 @@
-"""``pama sweep``: every rule, weight and seed of a file, one folder and one result each; started again, it goes on.
+"""``pama sweep``: train every rule × weights × seed of a file, each in its own folder; resumable.
 
-    flags: --actor.model_name_or_path ./policy --data.prompt_dataset ./prompts.jsonl     # of every run
+    flags: --actor.model_name_or_path ./policy --data.prompt_dataset ./prompts.jsonl     # for every run
     objectives:
       sentiment: hf:./sentiment-model
       length: builtin:length,scale=140
     seeds: [1, 2, 3]
-    grids:                           # each one: rules × weights × seeds
+    grids:                           # each: rules × weights × seeds
     - rules: {pama: --loss pama, linear: --loss linear}
     - rules: {morlhf: --loss morlhf}
       weights: [{sentiment: 1, length: 3}, {sentiment: 3, length: 1}]
 
-A run is known by a hash of its command, so that equal ones run once, whatever they are called.
+A run is identified by a hash of its flags, so runs with equal flags are trained once, under any name.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from pama_plugin.runs.logs import RESULT, SPEC, read_scalars
 from pama_plugin.settings.flags import load_flags
 from pama_plugin.settings.run import UniqueKeyLoader
 
-GLOBAL_STEP = re.compile(r"Global step (\d+): ")  # as the host prints every step
+GLOBAL_STEP = re.compile(r"Global step (\d+): ")  # OpenRLHF prints this line in every step
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seeds = Annotated[list[int], Field(min_length=1)]
 
 
 class Grid(BaseModel):
-    """Rules × weights × seeds; every rule is a name and the flags that it is made of."""
+    """Rules × weights × seeds; ``rules`` maps a name to flags."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,18 +56,18 @@ class Grid(BaseModel):
 
 
 class Sweep(BaseModel):
-    """The file: what all runs have in common, and the grids."""
+    """The content of a sweep file: settings of all runs, and the grids."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     flags: str = ""
     objectives: Annotated[dict[str, str], Field(min_length=1)]
-    seeds: Seeds = [42]  # the host's own
+    seeds: Seeds = [42]  # the default of OpenRLHF
     grids: Annotated[list[Grid], Field(min_length=1)]
 
 
 class Job(NamedTuple):
-    """One run of a sweep. Runs that differ in the seed alone are of one arm."""
+    """One run of a sweep. Runs that differ in the seed only belong to the same arm."""
 
     rule: str
     weights: dict[str, float]
@@ -89,12 +89,12 @@ class Job(NamedTuple):
 
 
 def load_sweep(file: Path) -> list[Job]:
-    """The runs of a file without repetitions: all with their first seed, all with their second, ….
+    """The runs of a file without duplicates: first all arms with their first seed, then with their second, and so on.
 
-    However early a sweep is stopped, its arms have then much the same seeds.
+    With this order, the arms of an interrupted sweep have nearly the same seeds.
 
     Raises:
-        ConfigError: the file cannot be read, or does not say what to run.
+        ConfigError: the file cannot be read or is invalid.
     """
     try:
         sweep = Sweep.model_validate(yaml.load(file.read_text(), UniqueKeyLoader))
@@ -108,47 +108,47 @@ def load_sweep(file: Path) -> list[Job]:
         raise ConfigError(f"{file}: {where}: {first['msg']}, found {first['input']!r}") from error
     jobs: dict[str, tuple[int, Job]] = {}
     for grid in sweep.grids:
-        for rule, own in grid.rules.items():
+        for rule, rule_flags in grid.rules.items():
             for weights in grid.weights:
                 if unknown := sorted(set(weights) - set(sweep.objectives)):
                     raise ConfigError(
-                        f"{file}: weights must be of {', '.join(sweep.objectives)}, found {', '.join(unknown)}"
+                        f"{file}: weights must name {', '.join(sweep.objectives)}, found {', '.join(unknown)}"
                     )
                 for turn, seed in enumerate(grid.seeds or sweep.seeds):
-                    job = _make_job(sweep, rule, own, weights, seed)
+                    job = _make_job(sweep, rule, rule_flags, weights, seed)
                     jobs.setdefault(job.identity, (turn, job))
-    return [job for _, job in sorted(jobs.values(), key=lambda found: found[0])]
+    return [job for _, job in sorted(jobs.values(), key=lambda entry: entry[0])]
 
 
-def _make_job(sweep: Sweep, rule: str, own: str, weights: dict[str, float], seed: int) -> Job:
+def _make_job(sweep: Sweep, rule: str, rule_flags: str, weights: dict[str, float], seed: int) -> Job:
     objectives = [
         f"{name}={spec},weight={weights[name]:g}" if name in weights else f"{name}={spec}"
         for name, spec in sweep.objectives.items()
     ]
-    flags = shlex.split(sweep.flags) + shlex.split(own) + ["--train.seed", str(seed)]
+    flags = shlex.split(sweep.flags) + shlex.split(rule_flags) + ["--train.seed", str(seed)]
     for objective in objectives:
         flags += ["--pama.objective", objective]
     return Job(rule, weights, seed, flags)
 
 
 def _check(jobs: list[Job], file: Path) -> None:
-    """Refuse a sweep of which one run would fail at its start, before the first is started."""
+    """Validate the flags of every run before the first run starts."""
     for job in jobs:
         try:
             if load_flags(job.flags) is None and not any(flag.startswith("--pama.conf") for flag in job.flags):
-                raise ConfigError("every rule needs --loss RULE, in full, found none")
+                raise ConfigError("every rule needs --loss RULE, not abbreviated, found none")
         except ConfigError as error:
             raise ConfigError(f"{file}: {job.arm}: {error}") from error
 
 
 def run_sweep(options: argparse.Namespace) -> int:
-    """Run what has no result yet, ``options.jobs`` at a time; the exit status is 1 if a run failed.
+    """Train the runs without a result, ``options.jobs`` at a time. The exit status is 1 if a run failed.
 
-    A run that fails, or was killed, starts anew the next time. One that is going on elsewhere is left to that.
+    Runs that failed or were killed restart from the beginning in the next sweep. Runs of another sweep are skipped.
     """
     from tqdm import tqdm
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the runs must not survive it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # end the runs too
     if options.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, found {options.jobs}")
     jobs, out = load_sweep(options.file), options.out
@@ -157,7 +157,7 @@ def run_sweep(options: argparse.Namespace) -> int:
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done; logs and results: {out}", flush=True)
     outcomes: dict[str, list[str]] = {"done": [], "failed": [], "running elsewhere": []}
     steps: dict[str, int] = {}
-    # A thread waits for its process and does nothing else.
+    # A thread only waits for its process.
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), initial=len(jobs) - len(waiting)) as bar:
 
         def show(job: Job, step: int) -> None:
@@ -174,7 +174,7 @@ def run_sweep(options: argparse.Namespace) -> int:
                 bar.update(outcome == "done")
                 if outcome != "done":
                     bar.write(f"{job.folder}: {outcome}")
-        except BaseException:  # Ctrl-C: what has not begun must not begin, what has is stopped by its own thread
+        except BaseException:  # Ctrl-C: cancel waiting runs and stop running ones
             pool.shutdown(wait=False, cancel_futures=True)
             _stop_all()
             raise
@@ -194,26 +194,26 @@ def _stop_all() -> None:
 
 @contextmanager
 def _lock(file: Path) -> Iterator[int | None]:
-    """An exclusive lock, or None. A process that inherits it holds it, even when this one has been killed."""
-    with file.open("w") as held:
+    """An exclusive lock, or None if it is held. A child that inherits it keeps it if this process is killed."""
+    with file.open("w") as handle:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield None
         else:
-            yield held.fileno()
+            yield handle.fileno()
 
 
 def run_job(job: Job, folder: Path, show: Any) -> str:
-    """``done``, ``failed`` or ``running elsewhere``; a result is written whole or not at all."""
+    """Train a run: ``done``, ``failed`` or ``running elsewhere``. The result file is written atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / "lock") as held:
-        if held is None:
+    with _lock(folder / "lock") as lock:
+        if lock is None:
             return "running elsewhere"
-        if (folder / RESULT).exists():  # another sweep was faster
+        if (folder / RESULT).exists():  # another sweep finished it
             return "done"
-        for rest in ("logs", "checkpoints", "model"):
-            shutil.rmtree(folder / rest, ignore_errors=True)
+        for partial in ("logs", "checkpoints", "model"):
+            shutil.rmtree(folder / partial, ignore_errors=True)
         spec = {"arm": job.arm, "rule": job.rule, "weights": job.weights, "seed": job.seed, "flags": job.flags}
         (folder / SPEC).write_text(json.dumps(spec, indent=1) + "\n")
         places = ("--logger.tensorboard_dir", "logs", "--ckpt.path", "checkpoints", "--ckpt.output_dir", "model")
@@ -227,7 +227,7 @@ def run_job(job: Job, folder: Path, show: Any) -> str:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                pass_fds=[held],
+                pass_fds=[lock],
                 start_new_session=True,
             )
             _running.add(process.pid)

@@ -1,10 +1,11 @@
-"""Time and memory of ``aggregate``: every rule, and how PAMA grows with the number of objectives.
+"""Time and memory of ``aggregate``: every rule, and ``pama`` by number of objectives.
 
     python tests/benchmarks/aggregation.py [--device cuda] [--objectives 2 8 64]
 
-The input is (K, 1024, 1024) float32. Peak is the most that torch held at once on top of the input while the call ran,
-as a multiple of the input's bytes. ``/ read`` is the time as a multiple of reading the input once, taken as half of the
-time of copying it, which reads and writes it. Calls and copies take turns; each number is the median over the rounds.
+The input is (K, 1024, 1024) float32. Peak is the largest memory that torch allocated during the call, in addition to
+the input, as a multiple of the input's bytes. ``/ read`` is the time as a multiple of reading the input once, taken as
+half of the time of copying it, which reads and writes it. Calls and copies are interleaved; each number is the median
+over the rounds.
 """
 
 import argparse
@@ -26,7 +27,7 @@ ROUNDS = 9
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """The most that torch held at once on top of what was there."""
+    """The largest memory that torch allocates during the call, in addition to the memory in use before."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -44,7 +45,7 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
 
 
 def seconds(functions: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
-    """Median time of each, all taking turns."""
+    """Median time of each function; the rounds are interleaved."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round in range(ROUNDS + 1):
         for name, function in functions.items():
@@ -52,9 +53,9 @@ def seconds(functions: dict[str, Callable[[], object]], device: str) -> dict[str
             function()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if round:  # the first one warms up
+            if round:  # the first round is a warm-up
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(own) for name, own in times.items()}
+    return {name: statistics.median(measured) for name, measured in times.items()}
 
 
 def make(objectives: int, device: str, tokens: int = A) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,24 +65,24 @@ def make(objectives: int, device: str, tokens: int = A) -> tuple[torch.Tensor, t
 
 
 def calls_of_every_rule(objectives: int, device: str) -> dict[str, Callable[[], object]]:
-    found: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Callable[[], object]] = {}
     whole, narrow = make(objectives, device), make(objectives, device, tokens=1)
     groups_B = (torch.arange(B) // 8).to(device)
     constraint = [None] * (objectives - 1)
     for rule in available_rules():
-        given: list[dict[str, Any]] = [{}]
+        variants: list[dict[str, Any]] = [{}]
         if rule == "pama":
-            given = [dict(level=level) for level in ("token", "sequence", "batch")]
-            given += [dict(soft=4.0), dict(rescale=False), dict(noon=True, rescale=False)]
+            variants = [dict(level=level) for level in ("token", "sequence", "batch")]
+            variants += [dict(soft=4.0), dict(rescale=False), dict(noon=True, rescale=False)]
         elif get_rule(rule).constrained:
-            given = [dict(violations_K=[*constraint, 0.1], multipliers_K=[*constraint, 1.0])]
+            variants = [dict(violations_K=[*constraint, 0.1], multipliers_K=[*constraint, 1.0])]
         advantages_KBA, mask_BA = narrow if get_rule(rule).combines == "rewards" else whole
-        for own in given:
-            words = [f"{key}={value}" for key, value in own.items() if not key.endswith("_K")]
-            found[" ".join([rule, *words])] = lambda rule=rule, own=own, a=advantages_KBA, m=mask_BA: aggregate(
-                rule, a, m, groups_B=groups_B, **own
+        for options in variants:
+            words = [f"{key}={value}" for key, value in options.items() if not key.endswith("_K")]
+            calls[" ".join([rule, *words])] = lambda rule=rule, options=options, a=advantages_KBA, m=mask_BA: aggregate(
+                rule, a, m, groups_B=groups_B, **options
             )
-    return found
+    return calls
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""What finding the combination costs: PAMA on advantages, against exact MGDA on K gradients, at a model's real shape.
+"""Cost of the combination: PAMA on advantages against exact MGDA on K gradients, for real model shapes.
 
     python tests/benchmarks/exact_mgda.py [--device cuda] [--model gpt2|qwen2.5-1.5b] [--responses 8] [--tokens 128]
 
-Random weights; one batch of B responses with A tokens. Exact MGDA takes one backward pass per objective of the PPO
-loss ``−mean(ratio · A_i)``, and torchjd's solver on the Gramian of the K gradients. PAMA takes one call of
-``aggregate``, and gives one (B, A) tensor. Neither the forward pass before nor the update after is timed; the latter
-needs one more backward pass with PAMA. The two take turns; times are medians.
+Random model weights; one batch of B responses with A tokens. Exact MGDA needs one backward pass of the PPO loss
+``−mean(ratio · A_i)`` per objective, and torchjd's solver on the Gramian of the K gradients. PAMA needs one call of
+``aggregate``, which returns one (B, A) tensor. The forward pass before and the update after are not timed; with PAMA
+the update needs one more backward pass. The rounds are interleaved; times are medians.
 """
 
 import argparse
@@ -48,8 +48,8 @@ def main() -> None:
     config: AutoConfig = CONFIGS[options.model]()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
-    parameters = [own for own in model.parameters() if own.requires_grad]
-    count = sum(own.numel() for own in parameters)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in parameters)
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(
         f"{options.model}, {count / 1e6:.0f} M parameters, {dtype}; {options.responses} responses of {options.tokens} "
@@ -67,7 +67,7 @@ def main() -> None:
         advantages_KBA = torch.randn(objectives, options.responses, options.tokens, device=device)
 
         def exact(advantages_KBA: torch.Tensor = advantages_KBA) -> None:
-            """One backward pass per objective, the Gram matrix of the gradients, its minimum norm."""
+            """One backward pass per objective, the Gram matrix of the gradients, and its min-norm point."""
             rows = []
             for advantages_BA in advantages_KBA:
                 grads = torch.autograd.grad(-(ratio_BA * advantages_BA).mean(), parameters, retain_graph=True)
@@ -91,7 +91,7 @@ def main() -> None:
                     torch.cuda.synchronize()
                 if round:
                     times[key].append(time.perf_counter() - start)
-        ours, theirs = (statistics.median(own) for own in times.values())
+        ours, theirs = (statistics.median(measured) for measured in times.values())
         print(f"{objectives:3} {ours:10.5f} {theirs:10.3f} {theirs / ours:12.0f}x", flush=True)
 
 

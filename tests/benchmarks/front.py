@@ -1,13 +1,13 @@
-"""Does a language model that is on the Pareto front stay there? The tiny policy of the tests, 60 steps, several seeds.
+"""Drift of a language model on the Pareto front: the tiny policy of the tests, 60 steps, several seeds.
 
     python tests/benchmarks/front.py [--steps 60] [--seeds 3]
 
-Rewards are the shares of K classes of tokens in a response: they sum to 1, so that every policy is on the front. Each
-that is read has a tenth of noise. 64 responses a step, group baseline, whitening, once per response, as OpenRLHF's
-``reinforce_baseline`` at the sequence level; its defaults of Adam. Beside ``pama`` runs a twin whose advantages have
-their signs drawn (pure noise of the same size), and what ``pama`` was before its constant: divided by its own root mean
-square. Drift: root mean square, over seeds and objectives, of how far the mean share of 4096 fresh responses moved, in
-standard deviations of one response; *floor* is what two such samples of one policy differ by.
+Rewards are the shares of K classes of tokens in a response. They sum to 1, so every policy is on the front. Each
+reward has noise of a tenth of the standard deviation. A step has 64 responses with a group baseline and whitening, as
+OpenRLHF's ``reinforce_baseline`` at the sequence level, and OpenRLHF's defaults for Adam. ``pama`` is compared with the
+same advantages with random signs (noise of the same size) and with a former default, which divided the result by its
+root mean square. Drift is the change of the mean share over 4096 new responses, in standard deviations of one response,
+as root mean square over seeds and objectives. *floor* is the drift between two samples of one policy.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from toy import BETAS, EPS, GROUPS, MAX_NORM, SAMPLES, by, noise_like, to_unit_r
 TOKENS, FRESH, NOISE = 12, 4096, 0.1
 PAMA = by("pama", level="sequence")
 ARMS = {"pama": PAMA, "noise of its size": noise_like(PAMA), "to unit rms": to_unit_rms(PAMA)}
-# Learning rates at which 60 steps with unit rms move the policy visibly.
+# Learning rates at which the policy visibly moves in 60 steps with unit rms.
 OPTIMIZERS = {"SGD": (3.0, 0.0), "Adam": (1e-3, 0.0), "Adam, KL loss 0.1": (1e-3, 0.1)}
 
 
 class Policy:
-    """The model, a copy of how it started, and prompts."""
+    """The model, a copy of the initial model, and prompts."""
 
     def __init__(self, seed: int, tokenizer: PreTrainedTokenizerFast) -> None:
         torch.manual_seed(seed)
@@ -42,7 +42,7 @@ class Policy:
 
     @torch.no_grad()
     def respond(self, prompt_ids: list[int]) -> Tensor:
-        """(B, P + TOKENS): prompts, cut to the shortest, and responses; the end of a text is a token like others."""
+        """(B, P + TOKENS): prompts, cut to the shortest, and responses; the end-of-text token ends no response."""
         length = min(len(self.prompts[index]) for index in prompt_ids)
         sequences = torch.stack([self.prompts[index][:length] for index in prompt_ids])
         for _ in range(TOKENS):
@@ -57,12 +57,12 @@ def log_probs(model: LlamaForCausalLM, sequences: Tensor) -> Tensor:
 
 
 def shares(sequences: Tensor, classes_V: Tensor, objectives: int) -> Tensor:
-    """(K, B) of the tokens of each class."""
+    """(K, B) share of the tokens of each class."""
     return torch.stack([(classes_V[sequences[:, -TOKENS:]] == k).float().mean(-1) for k in range(objectives)])
 
 
 def drift(arm: str, optimizer: str, objectives: int, seed: int, steps: int, bar: tqdm) -> tuple[Tensor, Tensor]:
-    """How far each mean share moved, (K,), and how far it is by chance, in the first responses' deviations."""
+    """(K,) drift of each mean share and (K,) drift between two samples, in deviations of the first responses."""
     tokenizer = make_tokenizer()
     policy, generator = Policy(seed, tokenizer), torch.Generator().manual_seed(seed)
     classes_V = torch.randint(objectives, (len(tokenizer),), generator=generator)
@@ -81,9 +81,9 @@ def drift(arm: str, optimizer: str, objectives: int, seed: int, steps: int, bar:
         advantages_B = ARMS[arm](whitened(rewards_KB), groups_B, generator)
         now_BA = log_probs(policy.model, sequences)
         with torch.no_grad():
-            behind_BA = now_BA - log_probs(policy.start, sequences)
+            log_ratio_BA = now_BA - log_probs(policy.start, sequences)
         ratio_BA = (now_BA - now_BA.detach()).exp()
-        loss = (kl * behind_BA * now_BA - advantages_B.float().unsqueeze(-1) * ratio_BA).mean()  # k2's gradient
+        loss = (kl * log_ratio_BA * now_BA - advantages_B.float().unsqueeze(-1) * ratio_BA).mean()  # k2's gradient
         stepper.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)

@@ -1,13 +1,12 @@
-"""``aggregate("gdpo", …)`` against verl's own ``compute_gdpo_outcome_advantage``, from the same rewards.
+"""``aggregate("gdpo", …)`` against verl's ``compute_gdpo_outcome_advantage``, on the same rewards.
 
     pip install --target /tmp/verl --no-deps verl==0.9.1 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 hydra-core \\
         tensordict pyvers orjson
     PYTHONPATH=/tmp/verl python tests/benchmarks/gdpo.py [--objectives 2 8]
 
-1024 responses of up to 1024 tokens, 8 to a prompt. verl starts from one reward per response and objective; so does ours
-here, with the time of spreading them over the tokens, as the host's estimators do. The two take turns; times are
-medians.
-TRL has its GDPO in the middle of ``GRPOTrainer._generate_and_score_completions``, where nothing can import it.
+1024 responses of up to 1024 tokens, 8 per prompt. Both start from one reward per response and objective; our time
+includes spreading the rewards over the tokens, as OpenRLHF's estimators do. The rounds are interleaved; times are
+medians. TRL's GDPO is a part of ``GRPOTrainer._generate_and_score_completions`` and cannot be imported.
 """
 
 import argparse
@@ -26,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objectives", type=int, nargs="+", default=(2, 8), metavar="K")
     options = parser.parse_args()
-    from verl.trainer.ppo.core_algos import compute_gdpo_outcome_advantage  # the tests import this file, without verl
+    from verl.trainer.ppo.core_algos import compute_gdpo_outcome_advantage  # the tests import this file without verl
 
     print(f"({B}, {A}), groups of {N}; {torch.get_num_threads()} CPU threads ({platform.machine()})")
     print(f"{'K':>3} {'ours ms':>9} {'verl ms':>9} {'verl / ours':>12} {'largest difference':>19}")
@@ -58,11 +57,11 @@ def main() -> None:
         difference = float((ours() - verls()).abs().max())
         times: list[list[float]] = [[], []]
         for _ in range(ROUNDS):
-            for function, own in zip((ours, verls), times):
+            for function, measured in zip((ours, verls), times):
                 start = time.perf_counter()
                 function()
-                own.append(time.perf_counter() - start)
-        mine, theirs = (statistics.median(own) * 1000 for own in times)
+                measured.append(time.perf_counter() - start)
+        mine, theirs = (statistics.median(measured) * 1000 for measured in times)
         print(f"{objectives:3} {mine:9.1f} {theirs:9.1f} {theirs / mine:11.1f}x {difference:19.1e}", flush=True)
 
 

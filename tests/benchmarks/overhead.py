@@ -1,15 +1,16 @@
-"""What a step costs with the plugin: against the stock host with one reward model, and as objectives are added.
+"""Time of a step with the plugin: against stock OpenRLHF with one reward model, and by number of objectives.
 
-    examples/quickstart.sh                              once: its policy, reward model and prompts are used
+    examples/quickstart.sh                              once, for the policy, reward model and prompts
     .venv/bin/python tests/benchmarks/overhead.py [BLOCKS]
 
-1. Short runs of PPO with a critic (GAE) on the real stack, in turn: stock, ours and stock again, same seeds and flags.
-   Ours has the same one reward model as its one objective, combined by ``linear``, which trains bit for bit what the
-   stock host trains. Steps are paired by their number; a step's time is make_experience + ppo_train + broadcast, as the
-   host logs them. Stock against itself is the control: a run starts a dozen processes, and what they cost varies.
+1. Short runs of PPO with a critic (GAE) on the real stack, interleaved: stock, ours and stock again, with the same
+   seeds and flags. Ours has the same reward model as its only objective, combined by ``linear``, and trains the same
+   policy as stock OpenRLHF bit for bit. Steps are paired by number. The time of a step is make_experience + ppo_train +
+   broadcast, as OpenRLHF logs them. Stock against stock is the control, because the time of a run's dozen processes
+   varies.
 2. The actor's training time with 1, 2, 4 and 8 objectives, without a critic.
-3. What the driver itself computes for a rollout batch, with models that answer at once: stock, and with K objectives;
-   and what it holds of the batch on the way to actor and critic.
+3. The driver's computing time for a rollout batch with models that answer immediately, for stock and for K objectives,
+   and the memory of the batch on its way to actor and critic.
 """
 
 import itertools
@@ -50,10 +51,10 @@ COMMON_OPTIONS = f"""
 
 
 def times_of(*flags: str) -> list[dict[str, float]]:
-    """Run the host's command and return the phases of each step after the warm-up."""
+    """Run OpenRLHF's command and return the times of the phases of each step after the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
-        own = ["--ckpt.path", f"{folder}/checkpoints", "--ckpt.output_dir", f"{folder}/model"]
-        command = [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", *COMMON_OPTIONS, *own, *flags]
+        paths = ["--ckpt.path", f"{folder}/checkpoints", "--ckpt.output_dir", f"{folder}/model"]
+        command = [sys.executable, "-m", "openrlhf.cli.train_ppo_ray", *COMMON_OPTIONS, *paths, *flags]
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     if run.returncode:
         sys.exit(run.stdout[-3000:])
@@ -62,7 +63,7 @@ def times_of(*flags: str) -> list[dict[str, float]]:
 
 
 def against_stock(blocks: int) -> None:
-    """Stock, ours, and stock once more as the control: how far the same program is from itself."""
+    """Stock, ours, and stock again as the control."""
     reward = QUICKSTART / "models" / "reward"
     gae = ["--algo.advantage.estimator", "gae", "--critic.model_name_or_path", str(reward)]
     stock = [*gae, "--reward.model_name_or_path", str(reward)]
@@ -83,8 +84,8 @@ def against_stock(blocks: int) -> None:
     print(f"{'phase':16} {'stock, s':>9} {'ours':>24} {'stock again':>24}")
     for phases in (*((phase,) for phase in PHASES), PHASES):
         times = {
-            name: torch.tensor([sum(step[phase] for phase in phases) for step in own]).view(blocks, -1)
-            for name, own in steps.items()
+            name: torch.tensor([sum(step[phase] for phase in phases) for step in measured]).view(blocks, -1)
+            for name, measured in steps.items()
         }
         columns = []
         for name in ("ours", "stock again"):
@@ -110,7 +111,7 @@ def by_objectives() -> None:
 
 
 class Immediate:
-    """A group of one rank, in this process, whose model gives random numbers at once."""
+    """A group of one rank, in this process, whose model returns random numbers immediately."""
 
     duplicate_actors = 1
     _actor_handlers = (None,)
@@ -124,10 +125,10 @@ class Immediate:
 
 
 def on_the_driver(samples: int = 64, tokens: int = 1024, rounds: int = 15) -> None:
-    """The rounds are interleaved; one thread, as the driver has."""
+    """Time the driver with one thread, as in training; the rounds are interleaved."""
     import one_process
 
-    one_process.pytest_configure()  # Ray's verbs in this process
+    one_process.pytest_configure()  # replaces Ray by calls in this process
     from openrlhf.trainer.ppo_utils.experience import Experience
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
@@ -173,11 +174,11 @@ def on_the_driver(samples: int = 64, tokens: int = 1024, rounds: int = 15) -> No
         return took, sum(part.nbytes for part in parts if isinstance(part, torch.Tensor)) / 2**20
 
     counts = (0, 1, 2, 4, 8)
-    found = [[make(count) for count in counts] for _ in range(rounds + 1)][1:]
+    measured = [[make(count) for count in counts] for _ in range(rounds + 1)][1:]
     print(f"\n{samples} responses of {tokens} tokens on the driver")
     print(f"{'objectives':>10} {'computes for, ms':>17} {'holds, MiB':>11}")
-    for count, own in zip(counts, zip(*found)):
-        took, held = (statistics.median(column) for column in zip(*own))
+    for count, rows in zip(counts, zip(*measured)):
+        took, held = (statistics.median(column) for column in zip(*rows))
         print(f"{count or 'stock':>10} {1000 * took:17.1f} {held:11.2f}")
 
 

@@ -1,12 +1,11 @@
-"""What rewards cost a step: are models scored at the same time, and rollout rewards while others still generate?
+"""Time of the rewards in a step: concurrent reward models, and rollout rewards during generation.
 
     python tests/benchmarks/rewards.py [ROUNDS]
 
-1. Real Ray, the host's own ``RayActorGroup`` and ``execute_batch``, our ``hf`` replicas and ``make_experience``; the
-   models wait a fixed time per micro-batch or response instead of computing, because on two cores models that compute
-   would share them.
-2. Our executor around a generation that finishes one response after the other, with a real server on a socket and a
-   function, each of which takes its time for every response.
+1. Real Ray, OpenRLHF's ``RayActorGroup`` and ``execute_batch``, our ``hf`` replicas and ``make_experience``. The models
+   wait for a fixed time per micro-batch or response instead of computing, because they would share two cores.
+2. Our executor around a generation that finishes the responses one by one, with a real server on a socket and a
+   function, which both take a fixed time per response.
 
 The rounds are interleaved.
 """
@@ -62,14 +61,14 @@ class WaitingReplica(replicas.Replica):
 
 
 def measure(rounds: int, cases: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """The median of each case, in turn with the others, after one round that nobody counts."""
-    found: dict[str, list[float]] = {name: [] for name in cases}
+    """The median time of each case over interleaved rounds, after one warm-up round."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
     for round in range(rounds + 1):
         for name, case in cases.items():
             took = case()
             if round:
-                found[name].append(took)
-    return {name: statistics.median(times) for name, times in found.items()}
+                times[name].append(took)
+    return {name: statistics.median(measured) for name, measured in times.items()}
 
 
 def models(rounds: int) -> None:
@@ -100,16 +99,16 @@ def models(rounds: int) -> None:
         return time.perf_counter() - start
 
     cases = {name: lambda name=name: run(name) for name in groups} | {"all three": lambda: run(*groups)}
-    found = measure(rounds, cases)
+    medians = measure(rounds, cases)
     ray.shutdown()
     print(f"{SAMPLES} responses in micro-batches of {MICRO_BATCH}, median of {rounds} interleaved rounds")
-    print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.items()))
-    *alone, together = found.values()
+    print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in medians.items()))
+    *alone, together = medians.values()
     print(f"all / slowest {together / max(alone):.2f}, all / sum {together / sum(alone):.2f}")
 
 
 class Generation:
-    """Finishes a response every so often."""
+    """A generation that finishes a response every ``GENERATED_EVERY`` seconds."""
 
     async def execute(self, index: int, **_: Any) -> dict[str, Any]:
         await asyncio.sleep((index + 1) * GENERATED_EVERY)
@@ -138,10 +137,10 @@ def rollout(rounds: int, folder: str, server: FaultServer) -> None:
         return asyncio.run(roll_out())
 
     cases = {"generation alone": run, "with http": lambda: run("http"), "with py": lambda: run("py")}
-    found = measure(rounds, cases | {"with both": lambda: run("http", "py")})
+    medians = measure(rounds, cases | {"with both": lambda: run("http", "py")})
     print(f"\n{RESPONSES} responses, one every {GENERATED_EVERY} s; {REWARD_SECONDS} s for a reward")
-    print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.items()))
-    print(f"one after the other it would be {found['generation alone'] + RESPONSES * REWARD_SECONDS * 2:.1f} s")
+    print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in medians.items()))
+    print(f"one after the other it would be {medians['generation alone'] + RESPONSES * REWARD_SECONDS * 2:.1f} s")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,57 @@ def test_where_nothing_differs_is_no_front() -> None:
     assert steps_until_the_end("0.1:2", [dict(active=0.02, conflict=0.03)] * 9)[1] == 10
 
 
+@pytest.mark.parametrize("last", [1, 2, 3, 4])
+def test_a_synchronous_run_ends_with_the_logs_and_the_evaluation_of_its_last_step(last, monkeypatch) -> None:
+    """The host's own loop, over four batches in two episodes."""
+    from unittest import mock
+
+    from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+
+    from pama_plugin.host.actors import trainer as module
+    from pama_plugin.host.actors.evaluation import ScoredSamplesGenerator
+
+    batches, done = [1, 2, 3, 4], []
+
+    class Training(module.PPOTrainer.__ray_metadata__.modified_class):
+        def init_checkpoint_states(self):
+            return {"episode": 0, "global_step": 0, "total_consumed_prompts": 0}
+
+        def restore_best_checkpoint_state(self, states): ...
+
+        def train_step(self, samples, step):
+            done.append(("step", *samples))
+            if samples == [last]:
+                self.end_run()
+            return {}, step + 1
+
+        def save_logs_and_checkpoints(self, step, *_):
+            done.append(("logs", step))
+
+        def evaluate(self, step, **_):
+            done.append(("evaluation", step))
+            return {}
+
+        def save_best_checkpoint(self, *_): ...
+
+    def generate(self, **_):
+        batch = batches.pop(0)
+        return [batch], None, 1, batch % 2 == 0
+
+    monkeypatch.setattr(SamplesGenerator, "generate_samples", generate)
+    samples, training = ScoredSamplesGenerator.__new__(ScoredSamplesGenerator), Training.__new__(Training)
+    args = SimpleNamespace(
+        train=SimpleNamespace(num_episodes=2, full_determinism_enable=False),
+        eval=SimpleNamespace(steps=1, temperature=1.0, n_samples_per_prompt=1),
+        algo=SimpleNamespace(dynamic_filtering_enable=False),
+    )
+    vars(samples).update(args=args, batches=0, ended=False)
+    vars(training).update(args=args, samples_generator=samples, prompts_dataloader=mock.MagicMock(), generate_kwargs={})
+    vars(training).update(eval_dataloader=[1], wandb_logger=None, tensorboard_logger=None)
+    super(module.MultiObjectiveTrainer, training).fit()
+    assert done == [(what, step) for step in range(1, last + 1) for what in ("step", "logs", "evaluation")]
+
+
 def test_the_steps_at_the_front_go_on_after_a_resume() -> None:
     ours, _ = steps_until_the_end("0.1:3", [AT_THE_FRONT] * 2)
     states = {"pama": ours.state.model_dump_json()}

@@ -139,5 +139,53 @@ def test_a_run_that_ends_at_the_front_lets_both_halves_end(size, last, empty, mo
     assert steps == [[number] for number in range(1, last + 1)]
 
 
+@pytest.mark.parametrize("partial", [False, True], ids=["whole", "partial"])
+def test_partial_rollouts_go_on_while_weights_are_sent(partial, monkeypatch) -> None:
+    """The halves take turns under a lock; with partial rollouts generation takes none, and the engines pause."""
+    from types import SimpleNamespace
+    from unittest import mock
+
+    from openrlhf.trainer import ppo_trainer_async as host
+
+    from pama_plugin.host.actors import trainer_async
+
+    order = []
+
+    def note(name: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda: order.append(name))
+
+    def half(kind, **attributes):
+        made = kind.__ray_metadata__.modified_class
+        made = made.__new__(made)
+        lock = SimpleNamespace(acquire=note("acquire"), release=note("release"))
+        vars(made).update(vllm_lock=lock, _partial_rollout=partial, vllm_engines=[], **attributes)
+        return made
+
+    def generate(**_):
+        order.append("generate")
+        return [1], None, 1, True
+
+    monkeypatch.setattr(host, "ray", mock.Mock(get=lambda value: value))
+    monkeypatch.setattr(host, "batch_vllm_engine_call", lambda engines, call: order.append(call))
+    monkeypatch.setattr(host.BasePPOTrainer, "broadcast_to_vllm", lambda self: order.append("weights"))
+    half(
+        trainer_async.GenerateSamplesActor,
+        samples_generator=SimpleNamespace(generate_samples=generate, batches=0),
+        prompts_dataloader=mock.MagicMock(),
+        eval_dataloader=None,
+        generate_kwargs={},
+        args=SimpleNamespace(train=SimpleNamespace(num_episodes=1)),
+        rollout_slots=mock.Mock(),
+        rollout_queue=mock.Mock(),
+        steps_done=0,
+    ).fit(episode=0, total_consumed_prompts=0)
+    assert order == (["generate"] if partial else ["acquire", "generate", "release"])
+
+    order.clear()
+    half(trainer_async.TrainingActor).broadcast_to_vllm()
+    sent = ["pause_generation", "weights", "resume_generation"] if partial else ["weights"]
+    assert order == ["acquire", *sent, "release"]
+
+
 def test_a_run_that_ends_well(trainer) -> None:
     trainer("ends", "ends").fit()

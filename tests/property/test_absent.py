@@ -1,4 +1,4 @@
-"""An objective without a reward for a response is left out there, and nowhere else."""
+"""An objective without a reward for a response is excluded for that response only."""
 
 import math
 
@@ -30,12 +30,12 @@ def project(values: list[float], noon: bool) -> float:
 
 
 @given(with_absences(), st.booleans(), st.sampled_from(["token", "sequence"]))
-def test_the_others_are_projected_as_if_it_were_not_there(case, noon, level) -> None:
+def test_an_absent_objective_does_not_affect_the_others(case, noon, level) -> None:
     advantages_KBA, mask_BA, present_KB, weights = case
     K, B, A = advantages_KBA.shape
     all_on = torch.ones(K, dtype=torch.bool)
-    given = dict(level=level, noon=noon, rescale=False, weights=weights, active=all_on, present_KB=present_KB)
-    result = aggregate("pama", advantages_KBA, mask_BA, **given)
+    options = dict(level=level, noon=noon, rescale=False, weights=weights, active=all_on, present_KB=present_KB)
+    result = aggregate("pama", advantages_KBA, mask_BA, **options)
     inactive = [result.metrics[f"inactive/{index}"] for index in range(K)]
     for b in range(B):
         kept = [index for index in range(K) if present_KB[index, b] and not inactive[index]]
@@ -51,19 +51,19 @@ def test_batch_means_are_over_the_responses_that_have_a_reward() -> None:
     advantages_KBA = torch.tensor([[[2.0], [4.0], [99.0]], [[3.0], [5.0], [1.0]]])
     present_KB = torch.tensor([[True, True, False], [True, True, True]])
     result = aggregate("pama", advantages_KBA, torch.ones(3, 1), level="batch", present_KB=present_KB)
-    # Means 3 and 3: a tie, half of each; the third response has the second objective alone.
+    # Means 3 and 3: a tie, half of each; the third response has a reward from the second objective only.
     assert result.advantages.flatten().tolist() == [2.5, 4.5, 0.5]
 
 
-def test_linear_sums_what_there_is() -> None:
+def test_linear_sums_the_present_objectives() -> None:
     advantages_KBA = torch.tensor([[[2.0], [4.0]], [[3.0], [5.0]]])
     present_KB = torch.tensor([[True, False], [True, True]])
     result = aggregate("linear", advantages_KBA, torch.ones(2, 1), weights=[2.0, 1.0], present_KB=present_KB)
     assert result.advantages.flatten().tolist() == [7.0, 5.0]
-    assert result.metrics["gain/0"] == 14.0  # of the one token that it has a reward for
+    assert result.metrics["gain/0"] == 14.0  # over the one token with a reward
 
 
-def test_an_objective_that_never_has_a_reward_leaves() -> None:
+def test_an_objective_without_any_reward_is_excluded() -> None:
     live = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0))
     present_KB = torch.tensor([[True] * 4, [False] * 4])
     both = aggregate("pama", torch.cat([live, live * math.nan]), torch.ones(4, 3), present_KB=present_KB)

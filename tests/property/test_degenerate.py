@@ -1,4 +1,4 @@
-"""Every rule on what no rollout should hold and some rollout will."""
+"""Every rule on degenerate input: constants, duplicates, extreme values, empty masks, single tokens."""
 
 import math
 from typing import Any
@@ -18,15 +18,15 @@ TINY = 2.0**-149  # the smallest float32 above 0
 
 
 def run(rule: str, advantages_KBA: Tensor, mask_BA: Tensor = MASK, **more: Any) -> Aggregation:
-    """With what the rule needs besides; one token per response for rules of rewards."""
+    """``aggregate`` with the context that the rule needs; one token per response for rules that combine rewards."""
     if get_rule(rule).combines == "rewards":
         advantages_KBA, mask_BA = advantages_KBA[..., :1], mask_BA[:, :1]
     if get_rule(rule).constrained:
         more |= dict(violations_K=[None, None, 0.5], multipliers_K=[None] * 3)
-    found = aggregate(rule, advantages_KBA, mask_BA, groups_B=torch.arange(len(mask_BA)) // 2, **more)
-    assert found.advantages.isfinite().all() and found.coefficients.isfinite().all()
-    assert all(math.isfinite(value) for value in found.metrics.values())
-    return found
+    result = aggregate(rule, advantages_KBA, mask_BA, groups_B=torch.arange(len(mask_BA)) // 2, **more)
+    assert result.advantages.isfinite().all() and result.coefficients.isfinite().all()
+    assert all(math.isfinite(value) for value in result.metrics.values())
+    return result
 
 
 def some(seed: int = 0) -> Tensor:
@@ -34,31 +34,31 @@ def some(seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("rule", available_rules())
-def test_nothing_in_nothing_out(rule) -> None:
+def test_no_valid_token_and_all_zeros_give_zeros(rule) -> None:
     nowhere = torch.zeros_like(MASK)
-    for found in (run(rule, some(), nowhere), run(rule, torch.zeros(K, B, A)), run(rule, -torch.zeros(K, B, A))):
-        assert (found.advantages == 0).all() and found.coefficients.sum() == 0
-        assert found.metrics["active_fraction"] == found.metrics["effective_objectives"] == 0
+    for result in (run(rule, some(), nowhere), run(rule, torch.zeros(K, B, A)), run(rule, -torch.zeros(K, B, A))):
+        assert (result.advantages == 0).all() and result.coefficients.sum() == 0
+        assert result.metrics["active_fraction"] == result.metrics["effective_objectives"] == 0
 
 
 @pytest.mark.parametrize("rule", available_rules())
 def test_one_token(rule) -> None:
     mask_BA = torch.zeros_like(MASK)
     mask_BA[1, 0] = True
-    found = run(rule, some(), mask_BA)
-    assert (found.advantages[~mask_BA[:, : found.advantages.shape[1]]] == 0).all()
+    result = run(rule, some(), mask_BA)
+    assert (result.advantages[~mask_BA[:, : result.advantages.shape[1]]] == 0).all()
 
 
 @pytest.mark.parametrize("rule", available_rules())
 @pytest.mark.parametrize("value", [1.0, -3.0, TINY, -TINY, 1e8, 0.1])
 def test_all_the_same(rule, value) -> None:
-    found = run(rule, torch.full((K, B, A), value))
-    assert found.advantages.unique().numel() == 1, "no response is better than another"
+    result = run(rule, torch.full((K, B, A), value))
+    assert result.advantages.unique().numel() == 1, "no response is better than another"
 
 
 @pytest.mark.parametrize("rule", available_rules())
 def test_subnormal_numbers(rule) -> None:
-    assert run(rule, some() * TINY * 8).advantages.abs().max() < 10  # a rule that whitens makes ordinary ones of them
+    assert run(rule, some() * TINY * 8).advantages.abs().max() < 10  # a rule that whitens scales them to ordinary size
 
 
 @pytest.mark.parametrize("rule", available_rules())
@@ -75,25 +75,25 @@ def test_duplicates(rule) -> None:
 
 @pytest.mark.parametrize("rule", available_rules())
 @pytest.mark.parametrize("constant", [0.0, 0.7])
-def test_a_constant_objective_is_reported_and_everything_else_goes_on(rule, constant) -> None:
+def test_a_constant_objective_is_reported_as_inactive(rule, constant) -> None:
     advantages_KBA = some()
     advantages_KBA[0] = constant
-    found = run(rule, advantages_KBA)
-    assert [found.metrics[f"inactive/{index}"] for index in range(K)] == [1, 0, 0]
-    assert (found.advantages != 0).any()
+    result = run(rule, advantages_KBA)
+    assert [result.metrics[f"inactive/{index}"] for index in range(K)] == [1, 0, 0]
+    assert (result.advantages != 0).any()
 
 
 @pytest.mark.parametrize("rule", available_rules())
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_refused_and_named(rule, bad) -> None:
+def test_non_finite_advantages_are_refused(rule, bad) -> None:
     advantages_KBA = some()
     advantages_KBA[1, 2, 0] = bad
-    with pytest.raises(ValueError, match="found NaN or inf in objective 1"):
+    with pytest.raises(ValueError, match="finite.* found NaN or inf in objective 1"):
         run(rule, advantages_KBA)
 
 
 @pytest.mark.parametrize("rule", available_rules())
 def test_bfloat16_is_computed_in_float32(rule) -> None:
     half = some().bfloat16()
-    found, expected = run(rule, half), run(rule, half.float())
-    assert found.advantages.dtype == torch.float32 and torch.equal(found.advantages, expected.advantages)
+    result, expected = run(rule, half), run(rule, half.float())
+    assert result.advantages.dtype == torch.float32 and torch.equal(result.advantages, expected.advantages)

@@ -1,8 +1,8 @@
-"""A policy on the Pareto front stays there, and before it the default is no slower than dividing by what is left was.
+"""A policy on the Pareto front stays there, and before the front the default is no slower than unit root mean square.
 
-On a front the rewards' true values only trade against each other; what a rule leaves is then made of noise alone, and
-must be as small as that. The uniform policy that every walk starts from is on the front, as any is with these rewards.
-Every figure is over seeds that are fixed.
+On a front one true reward rises only if another falls. The combined advantages then consist of noise, and must be as
+small as the noise. With these rewards every policy is on the front, including the uniform policy at the start. All
+seeds are fixed.
 """
 
 import functools
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.property
 PAMA = by("pama")
 COMBINES: dict[str, Combine] = {"pama": PAMA, "noise": noise_like(PAMA), "unit rms": to_unit_rms(PAMA)}
 SGD, ADAM, ADAM_WITH_KL = Optimizer("sgd", 2.0), Optimizer("adam", 0.02), Optimizer("adam", 0.02, kl=0.1)
-AROUND = 1.5  # root mean squares over 8 seeds differ by about a quarter by chance
+AROUND = 1.5  # by chance, root mean squares over 8 seeds differ by about a quarter
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def walk(objectives: int, optimizer: Optimizer, combine: str) -> Walk:
 @pytest.mark.parametrize("objectives", [2, 3])
 @pytest.mark.parametrize("optimizer", [SGD, ADAM, ADAM_WITH_KL], ids=["sgd", "adam", "adam with a KL loss"])
 def test_a_policy_on_the_front_stays_there(optimizer, objectives) -> None:
-    """No objective drifts farther than with numbers of the same size whose signs are drawn."""
+    """No objective drifts farther than with the same numbers with random signs."""
     noise = walk(objectives, optimizer, "noise").drift
     assert (walk(objectives, optimizer, "pama").drifts_K < AROUND * noise).all()
 
@@ -39,12 +39,12 @@ def test_a_policy_on_the_front_stays_there(optimizer, objectives) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("objectives", [2, 3])
 @pytest.mark.parametrize("optimizer", [SGD, ADAM_WITH_KL], ids=["sgd", "adam with a KL loss"])
-def test_dividing_by_what_is_left_makes_noise_of_full_size(optimizer, objectives) -> None:
-    """The default until now: held to what noise of the size of what is really left would do, it drifts too far.
+def test_unit_rms_drifts_farther_than_noise(optimizer, objectives) -> None:
+    """A former default, dividing by the root mean square of the result, drifts farther than noise of its true size.
 
-    Adam alone is left out: it divides every gradient by its running size, so that under it no constant makes a step
-    smaller, and both walk as far as any noise does. A KL loss does not shrink with what is left: it keeps up what Adam
-    divides by, and pulls back.
+    Adam without KL is not tested: it divides every gradient by its running size, so no constant makes a step smaller,
+    and both drift as far as noise of any size. A KL loss does not shrink with the advantages: it keeps up the running
+    size, and pulls back.
     """
     assert walk(objectives, optimizer, "unit rms").drift > AROUND * walk(objectives, optimizer, "noise").drift
 
@@ -59,9 +59,9 @@ def test_before_the_front_it_is_no_slower(optimizer, objectives) -> None:
     assert now > 0.95 * before > 0
 
 
-# How large the combined advantages are on a front of two and of three objectives when a hundredth of the noise is left:
-# "vanishes", they are as much smaller; "remains", noise is trained on as if it were a signal, or the rule trades on.
-# The rules' texts say why.
+# The combined advantages on a front of two and of three objectives when the noise is a hundred times smaller:
+# "vanishes" if they shrink in proportion, "remains" if the rule amplifies noise or moves along the front. The
+# docstrings of the rules explain the reason.
 ON_THE_FRONT = {
     "pama": (by("pama"), "vanishes", "vanishes"),
     "pama, Noon": (by("pama", noon=True), "vanishes", "vanishes"),
@@ -86,28 +86,28 @@ ON_THE_FRONT = {
 
 @pytest.mark.parametrize("rule", ON_THE_FRONT)
 @pytest.mark.parametrize("objectives", [2, 3])
-def test_what_a_rule_leaves_on_the_front(objectives, rule) -> None:
+def test_combined_advantages_on_the_front(objectives, rule) -> None:
     combine, *expected = ON_THE_FRONT[rule]
-    standing = Optimizer("sgd", 0.0)
-    left, with_a_hundredth_of_the_noise = (
-        float(train(on_the_front, combine, standing, objectives=objectives, noise=noise, steps=4, seeds=4).rms.mean())
+    frozen = Optimizer("sgd", 0.0)
+    rms, rms_with_little_noise = (
+        float(train(on_the_front, combine, frozen, objectives=objectives, noise=noise, steps=4, seeds=4).rms.mean())
         for noise in (0.2, 0.002)
     )
-    found = "vanishes" if with_a_hundredth_of_the_noise < left / 20 else "remains"
-    assert found == expected[objectives - 2], (left, with_a_hundredth_of_the_noise)
+    behaviour = "vanishes" if rms_with_little_noise < rms / 20 else "remains"
+    assert behaviour == expected[objectives - 2], (rms, rms_with_little_noise)
 
 
-BLOWN_UP = {"gdpo", "gd2po", "rvpo"}  # as published they whiten what they have combined
+WHITENED = {"gdpo", "gd2po", "rvpo"}  # as published they whiten their result
 
 
 @pytest.mark.parametrize(
-    "rule", ["pama", "linear", "min_norm", *(f"gram:{name}" for name in WEIGHTINGS), *sorted(BLOWN_UP)]
+    "rule", ["pama", "linear", "min_norm", *(f"gram:{name}" for name in WEIGHTINGS), *sorted(WHITENED)]
 )
-def test_what_a_group_of_responses_that_barely_agree_gets(rule) -> None:
-    """Sixteen groups of four: in one all objectives agree, by a few thousandths; in all others they are opposites."""
+def test_a_group_that_barely_agrees(rule) -> None:
+    """In one of sixteen groups the two objectives agree, at a few thousandths; in the others they are opposed."""
     rows_GN = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
     opposed_2B = torch.tensor([[1.0], [-1.0]]) * (rows_GN - rows_GN.mean(-1, keepdim=True)).flatten()
     opposed_2B[:, 8:12] = torch.tensor([1e-3, 2e-3, 3e-3, 4e-3])
-    found = aggregate(rule, opposed_2B.unsqueeze(-1), torch.ones(64, 1), groups_B=torch.arange(64) // 4)
-    largest = float(found.advantages[8:12].abs().max())
-    assert (largest > 1) if rule in BLOWN_UP else (largest < 5 * 4e-3)
+    result = aggregate(rule, opposed_2B.unsqueeze(-1), torch.ones(64, 1), groups_B=torch.arange(64) // 4)
+    largest = float(result.advantages[8:12].abs().max())
+    assert (largest > 1) if rule in WHITENED else (largest < 5 * 4e-3)

@@ -1,4 +1,4 @@
-"""Whatever is written as an objective or a file: a configuration, or one error of ours that says what is wrong."""
+"""Any text given as an objective or a file results in a configuration or in a ``ConfigError``."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from pama_plugin.settings.run import dump_config, load_config
 
 pytestmark = pytest.mark.property
 
-# Pieces that make a deep part of the parser likely, between any characters at all.
+# Pieces that reach deep parts of the parser, mixed with arbitrary characters.
 OPTIONS = (
     *COMMON_OPTIONS,
     "scale",
@@ -69,7 +69,7 @@ CONTENT = st.fixed_dictionaries(
 
 @contextlib.contextmanager
 def nothing_else(folder: Path):
-    """Our own error is all that may be raised, and the folder stays as it is."""
+    """No exception but ``ConfigError`` is raised, and no file is created or removed."""
     before = sorted(os.listdir(folder))
     with contextlib.suppress(ConfigError):
         yield
@@ -80,7 +80,7 @@ def run(check: Callable[[Any], None], strategy: st.SearchStrategy, cases: int) -
     settings(max_examples=cases, deadline=None, suppress_health_check=[HealthCheck.too_slow])(given(strategy)(check))()
 
 
-CASES = pytest.mark.parametrize("cases", [300, pytest.param(5_000, marks=pytest.mark.e2e)])  # of these, a minute
+CASES = pytest.mark.parametrize("cases", [300, pytest.param(5_000, marks=pytest.mark.e2e)])  # 5,000 take a minute
 
 
 @CASES
@@ -111,7 +111,7 @@ def test_files(tmp_path, monkeypatch, cases) -> None:
     run(check, CONTENT | VALUES, cases)
 
 
-def test_files_that_are_no_yaml(tmp_path, monkeypatch) -> None:
+def test_files_that_are_not_yaml(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").touch()
 

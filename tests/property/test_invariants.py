@@ -1,4 +1,4 @@
-"""What must hold for every rule and level, whatever the advantages."""
+"""Invariants of every rule and level, for any advantages."""
 
 import pytest
 import torch
@@ -13,25 +13,25 @@ pytestmark = pytest.mark.property
 
 @given(advantages(max_objectives=1), st.sampled_from([v for v in VARIANTS if v["rule"] == "pama"]))
 def test_a_duplicated_objective_changes_nothing_but_the_constant(case, variant) -> None:
-    """Two that agree on everything leave all of it, where the constant expects what independent ones leave."""
+    """Duplicates agree everywhere, but the constant is that of independent objectives."""
     advantages_KBA, mask_BA = case
     single = call(variant, advantages_KBA, mask_BA)
     double = call(variant, advantages_KBA.repeat(2, 1, 1), mask_BA)
-    scales = [found.metrics.get("scale", 1.0) for found in (double, single)]
+    scales = [result.metrics.get("scale", 1.0) for result in (double, single)]
     torch.testing.assert_close(double.advantages / scales[0], single.advantages / scales[1])
     torch.testing.assert_close(double.coefficients, single.coefficients / 2 * torch.ones(2))
 
 
 @pytest.mark.parametrize("variant", [dict(rule="linear"), dict(rule="pama")])
 @given(case=advantages(max_objectives=1))
-def test_one_objective_is_itself_bit_for_bit(variant, case) -> None:
+def test_one_objective_is_unchanged_bit_for_bit(variant, case) -> None:
     advantages_KBA, mask_BA = case
     result = call(variant, advantages_KBA, mask_BA)
     assert torch.equal(result.advantages[mask_BA], advantages_KBA[0][mask_BA])
 
 
 @given(advantages(), variants, st.integers(2, 4))
-def test_scaling_every_weight_alike_changes_no_pama(case, variant, factor) -> None:
+def test_scaling_all_weights_does_not_change_pama(case, variant, factor) -> None:
     weights = torch.linspace(0.5, 2, len(case[0]))
     one, other = (call(variant, *case, weights=w) for w in (weights, weights * factor))
     scale = factor if variant["rule"] == "linear" else 1
@@ -39,7 +39,7 @@ def test_scaling_every_weight_alike_changes_no_pama(case, variant, factor) -> No
 
 
 def test_weights_shift_the_gains() -> None:
-    """Two objectives that agree: the projection equalises ``A_i / w_i``, so the heavier one binds."""
+    """The projection compares ``A_i / w_i``, so of two objectives that agree the one with the larger weight decides."""
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(1, 4, 64, generator=generator) + 0.5
     both = base + 0.1 * torch.rand(2, 4, 64, generator=generator)
@@ -61,8 +61,8 @@ def test_a_constant_objective_does_not_veto(level, noon) -> None:
         assert both.coefficients[1] == 0
 
 
-def test_an_objective_known_to_be_inactive_leaves() -> None:
-    """Whitening blows the rounding error of a constant reward up to a signal: the caller knows better."""
+def test_an_objective_known_to_be_inactive_is_excluded() -> None:
+    """Whitening amplifies the rounding error of a constant reward, so the caller passes ``active``."""
     generator = torch.Generator().manual_seed(2)
     live, noise = torch.randn(2, 1, 6, 5, generator=generator)
     both = aggregate("pama", torch.cat([live, noise]), torch.ones(6, 5), active=[True, False])
@@ -84,7 +84,7 @@ def test_full_conflict_is_zero_at_token_level() -> None:
 
 
 def test_coefficients_are_means_over_tokens_at_sequence_level_too() -> None:
-    """Ten tokens follow the first objective, one the second: 10/11 and 1/11, not one half each."""
+    """Ten tokens follow the first objective and one the second: 10/11 and 1/11, not one half each."""
     mask_BA = torch.zeros(2, 10, dtype=torch.bool)
     mask_BA[0], mask_BA[1, 0] = True, True
     advantages_KBA = torch.tensor([[1.0, 2.0], [2.0, 1.0]])[..., None].expand(2, 2, 10)

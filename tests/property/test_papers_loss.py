@@ -1,4 +1,4 @@
-"""PAMA as its paper writes it, K surrogates and one set of coefficients, against the host's loss on our advantages.
+"""The loss of the PAMA paper, K surrogates with coefficients, against OpenRLHF's loss with the combined advantages.
 
 For ``A ≥ 0``:  ``min(uA, clip(u)A) = A · min(u, clip(u))``, linear in A, hence
 ``Σ_i c_i L(max(A_i, 0)) = L(Σ_i c_i max(A_i, 0)) = L(s*)``.
@@ -18,7 +18,7 @@ CLIP = 0.2
 
 
 def paper_loss(log_probs, old_log_probs, advantages_KBA, mask_BA):
-    """Eq. 5 per objective, combined by Theorem 1's c at every token: all of it on an objective with the least A⁺."""
+    """Eq. 5 per objective, combined with c of Theorem 1 at every token: 1 for the objective with the least A⁺."""
     ratio = (log_probs - old_log_probs).exp()
     positive_KBA = advantages_KBA.nan_to_num().clamp(min=0)
     surrogates_KBA = torch.min(ratio * positive_KBA, ratio.clamp(1 - CLIP, 1 + CLIP) * positive_KBA)
@@ -34,7 +34,7 @@ def test_gradient_equals_that_of_the_hosts_policy_loss(case, spread) -> None:
     advantages_KBA, mask_BA = case
     generator = torch.Generator().manual_seed(0)
     old = -torch.rand(mask_BA.shape, generator=generator) - 0.5
-    drift = spread * torch.randn(mask_BA.shape, generator=generator)  # on both sides of the clip, and at u = 1
+    drift = spread * torch.randn(mask_BA.shape, generator=generator)  # tokens on both sides of the clip, and at u = 1
     gradients = []
     result = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale=False)
     live_KBA = advantages_KBA[[not result.metrics[f"inactive/{k}"] for k in range(len(advantages_KBA))]]
@@ -49,7 +49,7 @@ def test_gradient_equals_that_of_the_hosts_policy_loss(case, spread) -> None:
 
 
 def test_the_clip_is_exercised() -> None:
-    """The test above would hold vacuously if no token were clipped: here is one of each, by hand."""
+    """Without clipped tokens the test above would be vacuous: one token of each kind, by hand."""
     from openrlhf.models import PolicyLoss
 
     mask_BA = torch.ones(1, 3, dtype=torch.bool)
@@ -58,6 +58,6 @@ def test_the_clip_is_exercised() -> None:
     result = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale=False)
     loss = PolicyLoss(CLIP, CLIP)(log_probs, torch.zeros(1, 3), result.advantages, action_mask=mask_BA)[0]
     loss.backward()
-    # d/dlogp of -u·s*/3: clipped above (u = 1.5) there is no gradient; below (u = .5) there is, as A > 0
+    # d/dlogp of -u·s*/3: no gradient above the clip (u = 1.5); a gradient below it (u = .5), because A > 0
     assert log_probs.grad is not None
     torch.testing.assert_close(log_probs.grad, torch.tensor([[0.0, -0.5 * 0.8 / 3, -0.5 / 3]]))

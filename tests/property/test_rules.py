@@ -1,4 +1,4 @@
-"""Every rule against the kit that others can run on theirs."""
+"""Every built-in rule has the properties of ``pama_plugin.testing``, with listed exceptions."""
 
 import pytest
 import torch
@@ -40,23 +40,23 @@ SETTINGS = {
     "gram:aligned_mtl": ("gram:aligned_mtl", {}),
 }
 
-# What a rule does not claim, and why.
+# Properties that a rule does not have, and the reason.
 EXCEPT = {
-    ("pama, whitened", "metrics_are_what_they_say"): "they are of the whitened advantages",
+    ("pama, whitened", "metrics_are_what_they_say"): "the metrics describe the whitened advantages",
     **{
-        (rule, "coefficients_follow_the_order"): "they are not unique where the Gram matrix is singular"
+        (rule, "coefficients_follow_the_order"): "coefficients are not unique if the Gram matrix is singular"
         for rule in ("min_norm", "min_norm, Noon")
     },
-    ("gram:pcgrad", "order_of_objectives_does_not_matter"): "it projects in an order that is drawn once",
-    ("gram:pcgrad", "coefficients_follow_the_order"): "it projects in an order that is drawn once",
-    ("tchebycheff, smooth", "scale_is_followed"): "μ is in the unit of the rewards",
-    ("tchebycheff, smooth", "an_objective_without_signal_has_no_say"): "its distance to the ideal is part of the sum",
-    ("gram:imtl_g", "weights_have_a_say"): "it undoes any scale",
+    ("gram:pcgrad", "order_of_objectives_does_not_matter"): "it projects in a fixed random order",
+    ("gram:pcgrad", "coefficients_follow_the_order"): "it projects in a fixed random order",
+    ("tchebycheff, smooth", "scale_is_followed"): "μ has the unit of the rewards",
+    ("tchebycheff, smooth", "an_objective_without_signal_has_no_say"): "the sum includes its distance to the ideal",
+    ("gram:imtl_g", "weights_have_a_say"): "it is invariant to scale",
     ("lagrangian", "order_of_objectives_does_not_matter"): "the last objective is the constraint",
-    ("linear", "an_objective_without_signal_has_no_say"): "it adds what the estimator made of it",
-    ("morlhf", "an_objective_without_signal_has_no_say"): "a constant shifts every reward, of which estimators know",
-    ("tchebycheff, augmented", "an_objective_without_signal_has_no_say"): "so does a constant in the augmentation",
-    ("lagrangian", "an_objective_without_signal_has_no_say"): "it has its share of A_0",
+    ("linear", "an_objective_without_signal_has_no_say"): "it adds inactive objectives too",
+    ("morlhf", "an_objective_without_signal_has_no_say"): "it shifts rewards; the estimator removes the shift",
+    ("tchebycheff, augmented", "an_objective_without_signal_has_no_say"): "it shifts the augmentation",
+    ("lagrangian", "an_objective_without_signal_has_no_say"): "it is part of A_0",
     ("lagrangian", "coefficients_follow_the_order"): "the last objective is the constraint",
 }
 
@@ -66,12 +66,12 @@ def test_all_rules_are_here() -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_what_comes_back_has_the_precision_that_was_given(setting) -> None:
+def test_the_result_has_the_precision_of_the_input(setting) -> None:
     rule, options = SETTINGS[setting]
-    options = {key: own(2) if callable(own) else own for key, own in options.items()}
+    options = {key: value(2) if callable(value) else value for key, value in options.items()}
     advantages_KBA = torch.randn(2, 4, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = aggregate(rule, advantages_KBA, torch.ones(4, 1), groups_B=[0, 0, 1, 1], **options)
-    assert found.advantages.dtype == found.coefficients.dtype == torch.float64
+    result = aggregate(rule, advantages_KBA, torch.ones(4, 1), groups_B=[0, 0, 1, 1], **options)
+    assert result.advantages.dtype == result.coefficients.dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", PROPERTIES)

@@ -1,4 +1,4 @@
-"""The closed form against a slow, obvious search over the simplex, and the three cases of Theorem 1 with signs."""
+"""The closed form of ``pama`` against a grid search over the simplex, and the three cases of Theorem 1."""
 
 import itertools
 
@@ -16,7 +16,7 @@ ONE_TOKEN = torch.ones(1, 1, dtype=torch.bool)
 
 
 def search(values_K: list[float], steps: int = 40) -> float:
-    """``min_c (Σ_i c_i a_i)²`` over a grid on the simplex: the value ``Σ_i c_i a_i`` at the minimum."""
+    """``Σ_i c_i a_i`` at the minimum of ``(Σ_i c_i a_i)²`` over a grid on the simplex."""
     grid = [c for c in itertools.product(range(steps + 1), repeat=len(values_K)) if sum(c) == steps]
     mixes = [sum(c * a for c, a in zip(point, values_K)) / steps for point in grid]
     return min(mixes, key=abs)
@@ -25,10 +25,10 @@ def search(values_K: list[float], steps: int = 40) -> float:
 @given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=3))
 def test_token_value_is_the_minimum_over_the_simplex(values_K: list[float]) -> None:
     column = torch.tensor(values_K).reshape(-1, 1, 1)
-    found = aggregate("pama", column, ONE_TOKEN, rescale=False).advantages.item()
+    value = aggregate("pama", column, ONE_TOKEN, rescale=False).advantages.item()
     spread = max(values_K) - min(values_K)
-    assert abs(found) <= abs(search(values_K)) + 1e-6  # the closed form is at least as good as any grid point
-    assert abs(abs(search(values_K)) - abs(found)) <= spread / 40 + 1e-6  # and the grid comes that near it
+    assert abs(value) <= abs(search(values_K)) + 1e-6  # the closed form is at least as good as any grid point
+    assert abs(abs(search(values_K)) - abs(value)) <= spread / 40 + 1e-6  # the resolution of the grid
 
 
 @given(advantages(), st.booleans(), st.booleans())
@@ -72,8 +72,8 @@ def test_sequence_level_is_token_level_of_the_means(case) -> None:
 @given(advantages())
 def test_the_batch_level_alone_is_the_papers_by_default(case) -> None:
     for level, paper in (("token", False), ("sequence", False), ("batch", True)):
-        given = aggregate("pama", *case, level=level, noon=paper, rescale=not paper)
-        assert torch.equal(aggregate("pama", *case, level=level).advantages, given.advantages)
+        explicit = aggregate("pama", *case, level=level, noon=paper, rescale=not paper)
+        assert torch.equal(aggregate("pama", *case, level=level).advantages, explicit.advantages)
 
 
 @given(advantages(min_objectives=2))

@@ -1,4 +1,4 @@
-"""Closed forms and vectorised sums against slow, obvious twins, and the optimality conditions of ``min_norm``."""
+"""Closed forms and vectorised sums against slow reference code, and the optimality conditions of ``min_norm``."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.property
 
 @st.composite
 def gram_matrices(draw: st.DrawFn, max_objectives: int = 8) -> torch.Tensor:
-    """Of full rank, of lower rank, with duplicates, and with objectives of very different scales."""
+    """Gram matrices of full and lower rank, with duplicates, and with objectives of very different scales."""
     size, rank = draw(st.integers(1, max_objectives)), draw(st.integers(1, 10))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     rows = torch.randn(size, rank, generator=generator, dtype=torch.float64) + draw(st.sampled_from([0.0, 1.0, 5.0]))
@@ -32,7 +32,7 @@ def gram_matrices(draw: st.DrawFn, max_objectives: int = 8) -> torch.Tensor:
 
 @given(gram_matrices())
 def test_min_norm_satisfies_its_optimality_conditions(gram_KK) -> None:
-    """``(Mc)_i ≥ c'Mc`` for all i, with equality where ``c_i > 0``: necessary and sufficient, the problem is convex."""
+    """``(Mc)_i ≥ c'Mc`` for all i, with equality where ``c_i > 0``: necessary and sufficient for a convex problem."""
     c_K = min_norm_point(gram_KK)
     assert (c_K >= 0).all() and c_K.sum().item() == pytest.approx(1)
     slopes_K, value = gram_KK @ c_K, c_K @ gram_KK @ c_K
@@ -52,8 +52,8 @@ def test_min_norm_is_no_worse_than_any_point_of_a_grid(gram_KK) -> None:
 
 
 @pytest.mark.parametrize("weight", [1e-5, 1e-9, 1e-14, 1e9])
-def test_min_norm_knows_small_objectives_beside_large_ones(weight) -> None:
-    """The largest has next to no share; the others share as if it were not there."""
+def test_min_norm_with_objectives_of_different_size(weight) -> None:
+    """A large objective gets almost no share, and the others share as without it."""
     small = torch.tensor([[1.0, 0.2], [0.2, 2.0]], dtype=torch.float64)
     gram_KK = torch.block_diag(torch.tensor([[1 / weight**2]], dtype=torch.float64), small)
     if weight < 1:
@@ -68,9 +68,9 @@ def test_min_norm_agrees_with_a_quadratic_program(gram_KK) -> None:
     from qpsolvers import solve_qp
 
     size = len(gram_KK)
-    scaled = gram_KK / gram_KK.diagonal().max() + 1e-9 * torch.eye(size)  # the solver needs it positive definite
+    scaled = gram_KK / gram_KK.diagonal().max() + 1e-9 * torch.eye(size)  # the solver needs a positive definite matrix
     ones = torch.ones(1, size, dtype=torch.float64)
-    found = solve_qp(
+    solution = solve_qp(
         scaled.numpy(),
         torch.zeros(size, dtype=torch.float64).numpy(),
         A=ones.numpy(),
@@ -78,7 +78,7 @@ def test_min_norm_agrees_with_a_quadratic_program(gram_KK) -> None:
         lb=torch.zeros(size, dtype=torch.float64).numpy(),
         solver="quadprog",
     )
-    other = torch.as_tensor(found)
+    other = torch.as_tensor(solution)
     c_K = min_norm_point(gram_KK)
     assert c_K @ scaled @ c_K <= other @ scaled @ other + 1e-8
 
@@ -86,18 +86,18 @@ def test_min_norm_agrees_with_a_quadratic_program(gram_KK) -> None:
 @given(cases())
 def test_gram_is_a_mean_of_products(case: Case) -> None:
     advantages_KBA, mask_BA, present_KB, _, weights_K = case
-    found = gram_matrix(advantages_KBA, mask_BA, present_KB, weights_K, 1.0)
+    gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, weights_K, 1.0)
     rows = (advantages_KBA.masked_fill(~(mask_BA & present_KB.unsqueeze(-1)), 0) * weights_K[:, None, None]).double()
     for i, j in itertools.product(range(len(rows)), repeat=2):
         expected = (rows[i] * rows[j]).sum() / mask_BA.sum()
-        assert found[i, j].item() == pytest.approx(expected.item(), abs=1e-5)
+        assert gram_KK[i, j].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def scores(case: Case) -> list[list[list[float]]]:
-    """``Z_i[b]``, at every token, by loops; an objective that does not vary in a group scores 0 there."""
+    """``Z_i[b]`` at every token, by loops; 0 for an objective that is constant within a group."""
     advantages_KBA, mask_BA, present_KB, groups_B, _ = case
     K, B, A = advantages_KBA.shape
-    found = [[[0.0] * A for _ in range(B)] for _ in range(K)]
+    z = [[[0.0] * A for _ in range(B)] for _ in range(K)]
     for k in range(K):
         for group in set(groups_B.tolist()):
             rows = [b for b in range(B) if groups_B[b] == group and present_KB[k, b] and mask_BA[b].any()]
@@ -106,8 +106,8 @@ def scores(case: Case) -> list[list[list[float]]]:
             if not rows or spread <= 1e-6 * max(map(abs, means)):
                 continue
             for b, mean in zip(rows, means):
-                found[k][b] = [(mean - statistics.fmean(means)) / spread] * A
-    return found
+                z[k][b] = [(mean - statistics.fmean(means)) / spread] * A
+    return z
 
 
 def whitened(values: list[float]) -> list[float]:
@@ -118,8 +118,8 @@ def whitened(values: list[float]) -> list[float]:
 
 
 def check_twin(rule: str, case: Case, combine, counts) -> None:
-    """``combine(z, w, present)`` of a token's scores, whitened over the responses that ``counts(b)``; 0 elsewhere."""
-    found = aggregate(
+    """The rule equals ``combine([(w, Z), …])`` per token, whitened over responses where ``counts``, 0 elsewhere."""
+    result = aggregate(
         rule,
         case.advantages_KBA,
         case.mask_BA,
@@ -128,21 +128,21 @@ def check_twin(rule: str, case: Case, combine, counts) -> None:
         groups_B=case.groups_B,
         active=[True] * len(case.weights_K),
     )
-    kept = [k for k in range(len(case.weights_K)) if not found.metrics[f"inactive/{k}"]]
+    kept = [k for k in range(len(case.weights_K)) if not result.metrics[f"inactive/{k}"]]
     z = scores(case)
     tokens = [
         (b, t)
         for b, t in case.mask_BA.nonzero().tolist()
         if any(case.present_KB[k, b] for k in kept) and counts(b, kept, z)
     ]
-    expected = torch.zeros_like(found.advantages)
+    expected = torch.zeros_like(result.advantages)
     if tokens:
         raw = [
             combine([(case.weights_K[k].item(), z[k][b][t]) for k in kept if case.present_KB[k, b]]) for b, t in tokens
         ]
         for (b, t), value in zip(tokens, whitened(raw)):
             expected[b, t] = value
-    torch.testing.assert_close(found.advantages, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(result.advantages, expected, atol=1e-4, rtol=1e-3)
 
 
 def everyone(*_) -> bool:
@@ -181,22 +181,22 @@ def test_gd2po(case: Case) -> None:
 def test_tchebycheff(case: Case, smooth, augment) -> None:
     rewards_KB1, mask_B1, present_KB, _, weights_K = case
     options = dict(ideal=[0.5] * len(weights_K), smooth=smooth, augment=augment)
-    found = aggregate("tchebycheff", rewards_KB1, mask_B1, weights=weights_K, **options).advantages
+    combined_B1 = aggregate("tchebycheff", rewards_KB1, mask_B1, weights=weights_K, **options).advantages
     for b in mask_B1.flatten().nonzero().flatten().tolist():
         behind = [w * (0.5 - r) for w, r in zip(weights_K.tolist(), rewards_KB1[:, b, 0].tolist())]
         worst = max(behind) if smooth is None else smooth * math.log(sum(math.exp(x / smooth) for x in behind))
         total = sum(w * r for w, r in zip(weights_K.tolist(), rewards_KB1[:, b, 0].tolist()))
-        assert found[b].item() == pytest.approx(-worst + augment * total, abs=1e-4)
+        assert combined_B1[b].item() == pytest.approx(-worst + augment * total, abs=1e-4)
 
 
-def test_tchebycheffs_ideal_is_the_best_of_the_batch_by_default() -> None:
+def test_the_default_ideal_of_tchebycheff_is_the_best_reward_of_the_batch() -> None:
     rewards_KB1 = torch.tensor([[[1.0], [3.0]], [[5.0], [4.0]]])
     assert aggregate("tchebycheff", rewards_KB1, torch.ones(2, 1)).advantages.flatten().tolist() == [-2.0, -1.0]
 
 
 @given(cases(complete=True), st.floats(0.1, 50))
 def test_soft_pama(case: Case, soft: float) -> None:
-    """Token by token: between the minimum and the mean of what Noon leaves, and nearer to the minimum the sharper."""
+    """The value at each token is a softmax mean, between the minimum and the mean of the positive parts."""
     advantages_KBA, mask_BA, _, _, _ = case
     arguments = dict(active=[True] * len(advantages_KBA))
     values = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale=False, soft=soft, **arguments)
@@ -214,36 +214,36 @@ def test_soft_pama(case: Case, soft: float) -> None:
 def test_leak_is_between_noon_and_signed(case: Case) -> None:
     arguments = (case.advantages_KBA, case.mask_BA)
     same = dict(present_KB=case.present_KB, weights=case.weights_K, rescale=False)
-    found = {leak: aggregate("pama", *arguments, noon=True, leak=leak, **same).advantages for leak in (0.0, 0.5, 1.0)}
-    assert torch.equal(found[0.0], aggregate("pama", *arguments, noon=True, **same).advantages)
-    assert torch.equal(found[1.0], aggregate("pama", *arguments, noon=False, **same).advantages)
-    torch.testing.assert_close(found[0.5], torch.where(found[1.0] < 0, 0.5 * found[1.0], found[1.0]))
+    leaky = {leak: aggregate("pama", *arguments, noon=True, leak=leak, **same).advantages for leak in (0.0, 0.5, 1.0)}
+    assert torch.equal(leaky[0.0], aggregate("pama", *arguments, noon=True, **same).advantages)
+    assert torch.equal(leaky[1.0], aggregate("pama", *arguments, noon=False, **same).advantages)
+    torch.testing.assert_close(leaky[0.5], torch.where(leaky[1.0] < 0, 0.5 * leaky[1.0], leaky[1.0]))
 
 
-def test_rescale_makes_no_signal_of_rounding() -> None:
-    """Where no reward differs any more all objectives are inactive, so all are kept, and small they stay."""
+def test_rescale_does_not_amplify_rounding() -> None:
+    """If all rewards are constant, all objectives are inactive and kept, and rounding errors stay small."""
     noise = 1e-6 * torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
-    found = aggregate("pama", noise, torch.ones(8, 4), active=[False, False])
-    assert 0 < found.metrics["rms"] < 3e-6
+    result = aggregate("pama", noise, torch.ones(8, 4), active=[False, False])
+    assert 0 < result.metrics["rms"] < 3e-6
 
 
 @given(cases(min_objectives=2))
 def test_lagrangian(case: Case) -> None:
     K = len(case.weights_K)
-    given = dict(violations_K=[None] * (K - 1) + [-0.4], multipliers_K=[None] * (K - 1) + [2.0])
-    found = aggregate("lagrangian", case.advantages_KBA, case.mask_BA, weights=case.weights_K, rate=0.5, **given)
+    duals = dict(violations_K=[None] * (K - 1) + [-0.4], multipliers_K=[None] * (K - 1) + [2.0])
+    result = aggregate("lagrangian", case.advantages_KBA, case.mask_BA, weights=case.weights_K, rate=0.5, **duals)
     multiplier = 2.0 * math.exp(0.5 * 2.0 * -0.4)
-    assert found.metrics[f"multiplier/{K - 1}"] == pytest.approx(multiplier)
+    assert result.metrics[f"multiplier/{K - 1}"] == pytest.approx(multiplier)
     w, A = case.weights_K[:, None, None], case.advantages_KBA
     main = (w[:-1] * A[:-1]).sum(0) / w[:-1].sum()
     expected = (main + multiplier * w[-1] * A[-1]) / (1 + multiplier)
-    torch.testing.assert_close(found.advantages, expected.masked_fill(~case.mask_BA, 0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result.advantages, expected.masked_fill(~case.mask_BA, 0), atol=1e-5, rtol=1e-4)
 
 
 def test_a_multiplier_moves_at_most_e_fold_and_not_beyond_its_ceiling() -> None:
     def step(violation: float, **options: float) -> float:
-        given = dict(violations_K=[None, violation], multipliers_K=[None, 1.0])
-        return aggregate("lagrangian", torch.randn(2, 3, 4), torch.ones(3, 4), **given, **options).metrics[
+        duals = dict(violations_K=[None, violation], multipliers_K=[None, 1.0])
+        return aggregate("lagrangian", torch.randn(2, 3, 4), torch.ones(3, 4), **duals, **options).metrics[
             "multiplier/1"
         ]
 
@@ -251,7 +251,8 @@ def test_a_multiplier_moves_at_most_e_fold_and_not_beyond_its_ceiling() -> None:
     assert step(1e6, ceiling=1.5) == 1.5 and step(0.0) == 1.0
 
 
-@pytest.mark.parametrize("given", [[None, None], [0.1, 0.1]])
-def test_lagrangian_needs_both_kinds(given) -> None:
-    with pytest.raises(ValueError, match="at least one constraint and one objective among 2"):
-        aggregate("lagrangian", torch.ones(2, 1, 1), torch.ones(1, 1), violations_K=given, multipliers_K=[None, None])
+@pytest.mark.parametrize(("violations", "constraints"), [([None, None], 0), ([0.1, 0.1], 2)])
+def test_lagrangian_needs_both_kinds(violations, constraints) -> None:
+    duals = dict(violations_K=violations, multipliers_K=[None, None])
+    with pytest.raises(ValueError, match=f"lagrangian .*one constraint and one objective.* found {constraints}"):
+        aggregate("lagrangian", torch.ones(2, 1, 1), torch.ones(1, 1), **duals)

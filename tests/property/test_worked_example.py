@@ -1,4 +1,4 @@
-"""The four tokens of two objectives on which every rule's outcome was worked out by hand."""
+"""Four tokens of two objectives, with the results of the rules computed by hand."""
 
 import pytest
 import torch

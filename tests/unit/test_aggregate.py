@@ -1,4 +1,4 @@
-"""What ``aggregate`` refuses, and the types it takes."""
+"""Argument validation of ``aggregate``, and the types that it accepts."""
 
 import pytest
 import torch
@@ -13,37 +13,31 @@ DUAL = dict(rule="lagrangian", violations_K=[None, 0.5], multipliers_K=[None, No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(advantages_KBA=torch.ones(3, 4)), r"must be \(K, B, A\) .* found \(3, 4\) and \(3, 4\)"),
-        (dict(advantages_KBA=torch.ones(0, 3, 4)), "K ≥ 1"),
+        (dict(advantages_KBA=torch.ones(3, 4)), r"advantages .*\(K, B, A\).* found \(3, 4\) and \(3, 4\)"),
+        (dict(advantages_KBA=torch.ones(0, 3, 4)), r"K ≥ 1.* found \(0, 3, 4\)"),
         (dict(mask_BA=torch.ones(4, 3)), r"found \(2, 3, 4\) and \(4, 3\)"),
-        (dict(level="word"), "level must be one of token, sequence, batch, found 'word'"),
-        (dict(weights=[1.0]), r"weights must be 2 positive finite numbers, found \[1.0\]"),
-        (dict(weights=[1.0, 0.0]), "positive finite"),
-        (dict(weights=[1.0, float("nan")]), "positive finite"),
-        (dict(weights=[1.0, float("inf")]), "positive finite"),
-        (dict(weights="12"), "weights must be numbers, as a tensor or lists"),
-        (dict(weights=[1.0, 1e-50]), r"positive finite numbers, found \[1.0, 1e-50\]"),
-        (dict(noon="false"), "noon and whiten must be true or false, found 'false'"),
-        (dict(whiten="no"), "noon and whiten must be true or false, found None and 'no'"),
-        (dict(mask_BA=None), "the mask must be numbers, as a tensor"),
-        (dict(active=[True]), r"active must be 2 flags, found \[True\]"),
-        (dict(present_KB=torch.ones(3, 2, dtype=torch.bool)), r"\(K, B\) = \(2, 3\) booleans, found \(3, 2\)"),
-        (dict(present_KB=torch.ones(2, 3)), r"booleans, found \(2, 3\) of torch.float32"),
-        (dict(rule="gdpo"), "'gdpo' needs groups_B, the prompt of each response, found none"),
-        (
-            dict(rule="gdpo", groups_B=torch.zeros(3)),
-            r"must be \(B,\) = \(3,\) integers, found \(3,\) of torch.float32",
-        ),
-        (
-            dict(rule="lagrangian"),
-            "needs violations_K, a list of 2 in which each is a finite number or None, found None",
-        ),
-        (DUAL | dict(violations_K=[None, "x"]), "needs violations_K, a list of 2"),
-        (DUAL | dict(multipliers_K=[None, float("nan")]), "needs multipliers_K, a list of 2"),
-        (DUAL | dict(multipliers_K=[None, 0.0]), "multipliers_K must be positive, found 0 for objective 1"),
-        (DUAL | dict(start=3.0, ceiling=2.0), "start must be at most the ceiling 2, found 3"),
-        (dict(sharpness=2), "rule 'pama' has no option sharpness; it takes rescale, soft, leak"),
-        (dict(rule="linear", sharpness=2), "rule 'linear' has no option sharpness; it takes none"),
+        (dict(level="word"), "level .*token, sequence, batch.* found 'word'"),
+        (dict(weights=[1.0]), r"weights .*2 positive finite.* found \[1.0\]"),
+        (dict(weights=[1.0, 0.0]), r"weights .*positive finite.* found \[1.0, 0.0\]"),
+        (dict(weights=[1.0, float("nan")]), r"weights .*positive finite.* found \[1.0, nan\]"),
+        (dict(weights=[1.0, float("inf")]), r"weights .*positive finite.* found \[1.0, inf\]"),
+        (dict(weights="12"), "weights .*numbers.*tensor or list"),
+        (dict(weights=[1.0, 1e-50]), r"weights .*positive finite.* found \[1.0, 1e-50\]"),
+        (dict(noon="false"), "noon .*true or false.* found 'false'"),
+        (dict(whiten="no"), "whiten .*true or false.* found .*'no'"),
+        (dict(mask_BA=None), "mask .*numbers.*tensor or list"),
+        (dict(active=[True]), r"active .*2 flags.* found \[True\]"),
+        (dict(present_KB=torch.ones(3, 2, dtype=torch.bool)), r"present_KB .*\(2, 3\) booleans.* found \(3, 2\)"),
+        (dict(present_KB=torch.ones(2, 3)), r"present_KB .*booleans.* found \(2, 3\) of torch.float32"),
+        (dict(rule="gdpo"), "'gdpo' needs groups_B.* found none"),
+        (dict(rule="gdpo", groups_B=torch.zeros(3)), r"groups_B .*\(3,\) integers.* found \(3,\) of torch.float32"),
+        (dict(rule="lagrangian"), "'lagrangian' needs violations_K, .* 2 finite numbers or None.* found None"),
+        (DUAL | dict(violations_K=[None, "x"]), r"violations_K, .* 2 finite numbers or None.* found \[None, 'x'\]"),
+        (DUAL | dict(multipliers_K=[None, float("nan")]), r"multipliers_K, .* finite numbers.* found \[None, nan\]"),
+        (DUAL | dict(multipliers_K=[None, 0.0]), "multipliers_K .*positive.* found 0 for objective 1"),
+        (DUAL | dict(start=3.0, ceiling=2.0), "start .*at most .*2.* found 3"),
+        (dict(sharpness=2), "'pama' has no option sharpness; .*rescale, soft, leak"),
+        (dict(rule="linear", sharpness=2), "'linear' has no option sharpness; .*none"),
     ],
 )
 def test_bad_arguments(arguments, message) -> None:
@@ -52,17 +46,17 @@ def test_bad_arguments(arguments, message) -> None:
 
 
 def test_lists_stand_for_tensors() -> None:
-    given = dict(advantages_KBA=[[[1.0], [2.0]], [[3.0], [1.0]]], mask_BA=[[1], [1]], active=[True, True])
-    given |= dict(present_KB=[[True, True], [True, False]], groups_B=[0, 0], weights=[1.0, 2.0])
-    found = aggregate("gdpo", **given)
-    expected = aggregate("gdpo", **{key: torch.tensor(value) for key, value in given.items()})
-    assert torch.equal(found.advantages, expected.advantages) and found.metrics == expected.metrics
+    lists = dict(advantages_KBA=[[[1.0], [2.0]], [[3.0], [1.0]]], mask_BA=[[1], [1]], active=[True, True])
+    lists |= dict(present_KB=[[True, True], [True, False]], groups_B=[0, 0], weights=[1.0, 2.0])
+    result = aggregate("gdpo", **lists)
+    expected = aggregate("gdpo", **{key: torch.tensor(value) for key, value in lists.items()})
+    assert torch.equal(result.advantages, expected.advantages) and result.metrics == expected.metrics
 
 
 def test_lists_go_where_the_advantages_are_and_keep_their_precision() -> None:
-    away = torch.zeros(2, 2, 1, device="meta")
-    with pytest.raises(Exception, match="meta") as raised:  # where nothing can be computed
-        aggregate("gdpo", away, [[1], [1]], present_KB=[[True, True], [True, False]], groups_B=[0, 0])
+    on_meta = torch.zeros(2, 2, 1, device="meta")
+    with pytest.raises(Exception, match="meta") as raised:  # a device that computes nothing
+        aggregate("gdpo", on_meta, [[1], [1]], present_KB=[[True, True], [True, False]], groups_B=[0, 0])
     assert "not on the expected device" not in str(raised.value)
     exact = aggregate("linear", torch.ones(2, 1, 1, dtype=torch.float64), [[1]], weights=[0.1, 0.2])
     assert exact.advantages.item() == pytest.approx(0.3, abs=1e-15)
@@ -72,7 +66,7 @@ def test_lists_go_where_the_advantages_are_and_keep_their_precision() -> None:
 def test_a_valid_token_that_is_not_finite_is_refused(bad) -> None:
     advantages = torch.ones(2, 3, 4)
     advantages[1, 2, 3] = bad
-    with pytest.raises(ValueError, match="found NaN or inf in objective 1"):
+    with pytest.raises(ValueError, match="finite.* found NaN or inf in objective 1"):
         aggregate("pama", advantages, MASK)
 
 

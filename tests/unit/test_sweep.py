@@ -1,4 +1,4 @@
-"""A sweep runs everything once, goes on where it was killed, and leaves whole results or none."""
+"""``pama sweep`` trains each run once, resumes after an interruption, and writes complete results only."""
 
 import fcntl
 import json
@@ -28,7 +28,7 @@ grids:
 - rules: {again: --loss linear}
 """
 
-# Stands for the host's command: leaves the log of two steps, unless told to fail or to wait.
+# Stands in for ``pama train``: writes the log of two steps, and fails or waits on request.
 PAMA = """#!/bin/bash
 echo "$1" >> {folder}/calls
 while [ "$1" != --logger.tensorboard_dir ]; do shift; done
@@ -42,7 +42,7 @@ echo "Global step 2: ..."
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """A file, and a ``pama`` beside a Python that counts its calls."""
+    """A sweep file, and a fake ``pama`` that records its calls."""
     (tmp_path / "sweep.yaml").write_text(FILE)
     fake = tmp_path / "bin" / "pama"
     fake.parent.mkdir()
@@ -65,7 +65,7 @@ def run(folder: Path, *flags: str) -> int:
 def test_the_grid(sweep) -> None:
     jobs = load_sweep(sweep / "sweep.yaml")
     assert [(job.arm, job.seed) for job in jobs] == [
-        *[("pama", 1), ("linear", 1), ("morlhf 1:3", 7), ("morlhf 0.5", 7)],  # every arm's first seed first
+        *[("pama", 1), ("linear", 1), ("morlhf 1:3", 7), ("morlhf 0.5", 7)],  # first seeds first
         *[("pama", 2), ("linear", 2)],  # "again" is linear by another name
     ]
     assert jobs[2].flags == [
@@ -79,15 +79,15 @@ def test_everything_runs_once(sweep, capsys) -> None:
     assert run(sweep, "--jobs", "2") == 0
     results = sorted((sweep / "out").glob("*/result.json"))
     assert len(results) == 6 and (sweep / "calls").read_text() == 6 * "train\n"
-    found = json.loads(results[0].read_text())
-    assert (found["arm"], found["seed"]) == ("linear", 1)
-    assert found["scalars"]["reward/a"] == [[1, 0.333333], [2, 0.666667]]
+    result = json.loads(results[0].read_text())
+    assert (result["arm"], result["seed"]) == ("linear", 1)
+    assert result["scalars"]["reward/a"] == [[1, 0.333333], [2, 0.666667]]
     assert run(sweep) == 0
     assert len((sweep / "calls").read_text().split()) == 6
     assert "6 runs, 6 of them done" in capsys.readouterr().out
 
 
-def test_a_failed_run_has_no_result_and_starts_anew(sweep, capsys) -> None:
+def test_a_failed_run_has_no_result_and_restarts(sweep, capsys) -> None:
     (sweep / "fail").touch()
     assert run(sweep) == 1
     assert "failed: " in capsys.readouterr().out and not list((sweep / "out").glob("*/result.json"))
@@ -106,8 +106,8 @@ def test_a_run_without_a_log_has_failed(sweep, capsys) -> None:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_sweep_goes_on(sweep, sent) -> None:
-    """Told to stop, it takes its run along. Killed, it leaves one behind, which the next sweep does not start twice."""
+def test_a_killed_sweep_resumes(sweep, sent) -> None:
+    """SIGTERM and SIGINT also end the run. After SIGKILL it goes on, and the next sweep does not start it again."""
     (sweep / "wait").touch()
     code = (
         f"import sys; sys.executable = {sys.executable!r}; from pama_plugin.cli import main; "
@@ -117,7 +117,7 @@ def test_a_killed_sweep_goes_on(sweep, sent) -> None:
         [f"{sys.prefix}/bin/python", "-c", code],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # What a shell starts in the background, such as a whole run of the tests, ignores SIGINT.
+        # A shell makes background processes, such as a whole run of the tests, ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 60
@@ -128,16 +128,16 @@ def test_a_killed_sweep_goes_on(sweep, sent) -> None:
     assert process.wait(30) != 0
 
     (lock,) = (sweep / "out").glob("*/lock")
-    with lock.open("w") as held:
-        if sent == signal.SIGKILL:  # its run goes on, and holds the lock
+    with lock.open("w") as handle:
+        if sent == signal.SIGKILL:  # the run goes on and holds the lock
             with pytest.raises(OSError):
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if sent == signal.SIGKILL:
         (sweep / "wait").unlink()
-        with lock.open("w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
+        with lock.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
     (sweep / "wait").unlink(missing_ok=True)
     assert run(sweep) == 0
     assert len(list((sweep / "out").glob("*/result.json"))) == 6
@@ -148,10 +148,10 @@ def test_a_killed_sweep_goes_on(sweep, sent) -> None:
     ("content", "message"),
     [
         ("objectives: {", "is not valid YAML"),
-        ("objectives: {a: 'builtin:length'}", "grids: Field required"),
+        ("objectives: {a: 'builtin:length'}", "sweep.yaml: grids: Field required"),
         ("objectives: {a: 'builtin:length'}\ngrids: [{rules: {}}]", "grids.0.rules: .*at least 1"),
-        ("objectives: {a: x}\ngrids: [{rules: {p: --loss p}, weights: [{b: 1}]}]", "must be of a, found b"),
-        ("objectives: {a: x}\ngrids: [{rules: {p: --loss p}, weights: [{a: 0}]}]", "greater than 0"),
+        ("objectives: {a: x}\ngrids: [{rules: {p: --loss p}, weights: [{b: 1}]}]", "weights .*a, found b"),
+        ("objectives: {a: x}\ngrids: [{rules: {p: --loss p}, weights: [{a: 0}]}]", "weights.*greater than 0.* found 0"),
         ("objectives: {a: x}\ngrids: [{rules: {p: --loss p}, seed: [1]}]", "grids.0.seed: Extra"),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_bad_file(content, message, tmp_path) -> None:
         ),
         (
             "objectives: {a: 'builtin:length'}\ngrids: [{rules: {good: --loss pama, bad: --loss pamma}}]",
-            "sweep.yaml: bad: --loss must be one of .* found 'pamma'",
+            "sweep.yaml: bad: --loss .* found 'pamma'",
         ),
         (
             "objectives: {a: 'builtin:length,weight=2'}\ngrids: [{rules: {p: --loss pama}, weights: [{a: 1}]}]",
@@ -181,19 +181,19 @@ def test_a_bad_file(content, message, tmp_path) -> None:
         ),
         (
             "objectives: {a: 'builtin:length'}\ngrids: [{rules: {stock: --loss ppo}}]",
-            "sweep.yaml: stock: every rule needs --loss RULE",
+            "sweep.yaml: stock: .*needs --loss RULE",
         ),
         (
             "objectives: {a: 'builtin:length'}\ngrids: [{rules: {none: --pama.level token}}]",
-            "sweep.yaml: none: every rule needs --loss RULE",
+            "sweep.yaml: none: .*needs --loss RULE",
         ),
         (
             "flags: --pama.lvel token\nobjectives: {a: 'builtin:length'}\ngrids: [{rules: {p: --loss pama}}]",
-            "there is no flag --pama.lvel; did you mean --pama.level",
+            "sweep.yaml: p: .*--pama.lvel.*--pama.level",
         ),
     ],
 )
-def test_what_would_fail_later_is_refused_before_the_first_run(content, message, sweep, capsys) -> None:
+def test_invalid_runs_are_refused_before_the_first_run(content, message, sweep, capsys) -> None:
     (sweep / "sweep.yaml").write_text(content)
     assert run(sweep) == 2
     assert re.search(message, capsys.readouterr().err)
@@ -201,5 +201,5 @@ def test_what_would_fail_later_is_refused_before_the_first_run(content, message,
 
 
 def test_a_missing_file(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match="sweep.yaml: No such file"):
         load_sweep(tmp_path / "sweep.yaml")

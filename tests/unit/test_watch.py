@@ -1,4 +1,4 @@
-"""The quickstart's progress bar follows the host's output and tells a finished command from one that died."""
+"""The progress bar of the quickstart follows OpenRLHF's output and detects a command that did not finish."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A reading of PAMA that cannot learn: the one scalar of the batch on every token. Here as a negative control."""
+"""A reading of PAMA that cannot learn, as a negative control: every token gets the same scalar of the batch."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ from pama_plugin.aggregation import Combination
 def uniform_scalar(
     advantages_KBA: Tensor, mask_BA: Tensor, weights_K: Tensor, active_K: Tensor, present_KB: Tensor
 ) -> Combination:
-    """``s* = min_i E_t[max(A_i, 0) / w_i]`` on every token, as the baseline in the code of CTWA has it.
+    """``s* = min_i E_t[max(A_i, 0) / w_i]`` at every token, as in the baseline of the CTWA code.
 
-    It tells no token or response from another: all that was sampled becomes likelier. Coefficients are 1 for the
-    objective whose mean is the least, 1/m each for m in a tie.
+    It does not distinguish tokens or responses, so it makes all sampled responses more likely. Coefficients are 1 for
+    the objective with the smallest mean, or 1/m for each of m tied objectives.
     """
     valid_KBA = mask_BA & present_KB.unsqueeze(-1)
     positive_KBA = torch.where(valid_KBA, advantages_KBA.clamp(min=0), 0)

@@ -1,4 +1,4 @@
-"""The rules, one file each; importing this package registers all of them, so that a new rule is one new file."""
+"""The rules, one per file. Importing this package imports, and so registers, every file in it."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""GD2PO: GDPO without the responses over which the objectives disagree (arXiv 2606.16771)."""
+"""GD2PO: GDPO without the responses on which objectives disagree (arXiv 2606.16771)."""
 
 from torch import Tensor
 
@@ -16,14 +16,14 @@ def gd2po(
     *,
     groups_B: Tensor,
 ) -> Combination:
-    """``gdpo`` over the responses in which no two objectives' scores ``Z_i`` have different signs; 0 in all others.
+    """``gdpo`` over the responses on which all ``Z_i`` have the same sign; 0 for all others.
 
-    The more objectives, the fewer responses are left: of independent ones a share of ``2^(1−K)``. Whitening is over
-    what is left, and centres it: of responses that all objectives like, the least liked is trained down. Weights and
-    coefficients as in ``gdpo``.
+    Independent objectives agree on a share of ``2^(1−K)`` of the responses. Whitening is over the remaining responses
+    and centres them, so of responses with positive ``Z_i`` only, the lowest gets a negative advantage. Weights and
+    coefficients are as in ``gdpo``.
 
-    On a Pareto front fewer and fewer responses are left, but whitening, as published, divides them by what is left: two
-    that barely agree get 1 and −1 (a single one 0).
+    On a Pareto front fewer and fewer responses remain. Whitening, as published, divides their advantages by their
+    standard deviation: two responses on which objectives barely agree get 1 and −1 (a single one gets 0).
 
     >>> import torch
     >>> from pama_plugin import aggregate

@@ -1,4 +1,4 @@
-"""GDPO: each objective whitened within its prompt's group before they are summed (Liu et al., arXiv 2601.05242)."""
+"""GDPO: whiten each objective within the group of a prompt, then sum (Liu et al., arXiv 2601.05242)."""
 
 from torch import Tensor
 
@@ -16,19 +16,21 @@ def gdpo(
     *,
     groups_B: Tensor,
 ) -> Combination:
-    """``Σ_i w_i Z_i``, whitened over the valid tokens of the batch; ``Z_i`` is ``A_i`` whitened in its prompt's group.
+    """``Σ_i w_i Z_i``, whitened over the valid tokens of the batch; ``Z_i`` is ``A_i`` whitened within its group.
 
-    Once per response, ``Z_i[b] = (m_i[b] − μ) / σ``: ``m_i[b]`` is the mean of ``A_i`` over the response's tokens, μ
-    and σ its mean and sample standard deviation over the prompt's responses. So no reward can hide behind the scale of
-    another. The paper has rewards in the place of ``m``, which is the same for estimators that subtract a number per
-    group and spread the rest over all tokens (``reinforce_baseline``, ``rloo``, ``group_norm``, ``dr_grpo``, with KL as
-    a loss), and adds small numbers to its denominators, where this rule has 0 for what does not vary.
-    Only the proportions of weights matter; coefficients are their shares. An objective without signal is left out.
-    Needs groups of at least two responses.
+    ``Z_i[b] = (m_i[b] − μ) / σ`` is one number per response: ``m_i[b]`` is the mean of ``A_i`` over the tokens of the
+    response, μ and σ are its mean and sample standard deviation over the responses to the prompt. So the scale of one
+    reward cannot hide another. Only the ratios of the weights matter; coefficients are the shares of the weights. An
+    inactive objective is excluded. Needs groups of at least two responses.
 
-    Whitening the sum, as published, divides by what is left of it: on a Pareto front, where the scores cancel, noise is
-    blown up to full steps, and the policy walks. Two responses
-    that are barely liked among 62 whose scores cancel get 5.6 and −5.6.
+    Differs from the paper in: the paper whitens rewards instead of ``m``, which is equivalent for estimators that
+    subtract a number per group and assign the difference to all tokens (``reinforce_baseline``, ``rloo``,
+    ``group_norm``, ``dr_grpo``, with KL as a loss). It also adds small numbers to its denominators; this rule returns 0
+    for constant values.
+
+    Whitening the sum, as published, divides it by its standard deviation. On a Pareto front, where the ``Z_i`` cancel,
+    this amplifies noise to full steps, and the policy drifts. Two responses with slightly different sums get 5.6 and
+    −5.6 if the sums of the 62 others cancel.
 
     >>> import torch
     >>> from pama_plugin import aggregate

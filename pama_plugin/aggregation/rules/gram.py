@@ -1,22 +1,22 @@
-"""Rules that see of the objectives what a Gram matrix of their advantages says: who agrees with whom, and how much.
+"""Rules that weight objectives by the Gram matrix of their advantages, with the weightings of TorchJD.
 
 ``Σ_i c_i w_i A_i`` with c from TorchJD's weighting of the Gram matrix ``M_ij = w_i w_j E_t[A_i A_j]``. The weightings
-were made for gradients of losses; here they see advantages instead, for which no backward pass is needed.
+were published for gradients of losses; with advantages in place of gradients they need no backward pass.
 
 - ``gram:upgrad``: arXiv 2406.16232
 - ``gram:cagrad``: arXiv 2110.14048, with its authors' radius of 0.5
-- ``gram:pcgrad``: arXiv 2001.06782, in an order that is drawn once and for all
-- ``gram:imtl_g``: Liu et al., ICLR 2021; it undoes any scale, so it knows no weights
+- ``gram:pcgrad``: arXiv 2001.06782, in a fixed random order
+- ``gram:imtl_g``: Liu et al., ICLR 2021; it is invariant to scale, so weights have no effect
 - ``gram:aligned_mtl``: arXiv 2305.19000
 
-A weight scales its objective. c need be neither positive nor sum to 1; coefficients are the shares of ``|c_i|``.
-Objectives without signal are left out.
+A weight scales the advantages of its objective. c may be negative and need not sum to 1; coefficients are the shares
+of ``|c_i|``. Inactive objectives are excluded.
 
-None is divided by the size of its own result. On a Pareto front that goes to 0 with ``upgrad``, ``imtl_g`` and
-``aligned_mtl``, and with all of them for two objectives; of three and more ``cagrad`` keeps what it takes from the mean
-of the objectives, and ``pcgrad`` what its order leaves, and the policy walks.
+No result is divided by its own size. On a Pareto front it goes to 0 with ``upgrad``, ``imtl_g`` and ``aligned_mtl``,
+and with all weightings for two objectives. With three or more objectives, ``cagrad`` keeps its share of the mean of the
+objectives and ``pcgrad`` a part that depends on its order, so the policy drifts.
 
-They need ``pip install 'pama_plugin[gram]'``.
+These rules need ``pip install 'pama_plugin[gram]'``.
 """
 
 import functools
@@ -28,7 +28,7 @@ from torch import Tensor
 from pama_plugin.aggregation.blocks import blocks, valid_at
 from pama_plugin.aggregation.registry import Combination, register_rule
 
-# Our names of TorchJD's weightings.
+# Name of the rule → class in TorchJD, and its arguments.
 WEIGHTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "upgrad": ("UPGradWeighting", {}),
     "cagrad": ("CAGradWeighting", {"c": 0.5}),
@@ -42,8 +42,8 @@ def gram_matrix(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, sca
     """(K, K) float64 ``M_ij = E_t[a_i a_j]`` over the valid tokens, ``a = scale · (max(A, 0) + slope · min(A, 0))``.
 
     If token gradients are orthogonal and of equal norm, M is the Gram matrix of the objectives' gradients: the shared
-    representation of MGDA-UB (Sener & Koltun, arXiv 1810.04650) with the tokens' ratios in its place. An objective is 0
-    where it has no reward.
+    representation of MGDA-UB (Sener & Koltun, arXiv 1810.04650), with the token ratios as that representation. ``a`` is
+    0 where an objective has no reward.
     """
     total_KK = torch.zeros(len(scale_K), len(scale_K), dtype=torch.float64, device=mask_BA.device)
     for rows in blocks(advantages_KBA):
@@ -55,7 +55,7 @@ def gram_matrix(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, sca
 def mix(
     advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, scale_K: Tensor, slope: float, c_K: Tensor
 ) -> Tensor:
-    """(B, A) ``Σ_i c_i a_i`` of the same ``a``."""
+    """(B, A) ``Σ_i c_i a_i``, with ``a`` as in ``gram_matrix``."""
     combined_BA = torch.empty_like(advantages_KBA[0])
     for rows in blocks(advantages_KBA):
         a_KbA = scaled(rows, advantages_KBA, mask_BA, present_KB, scale_K, slope)
@@ -66,7 +66,7 @@ def mix(
 def scaled(
     rows: slice, advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, scale_K: Tensor, slope: float
 ) -> Tensor:
-    """(K, b, A) ``a`` of a block, 0 where it does not count."""
+    """(K, b, A) ``a`` of a block; 0 at invalid tokens and where an objective has no reward."""
     a_KbA = advantages_KBA[:, rows].masked_fill(~valid_at(rows, mask_BA, present_KB), 0).mul_(scale_K[:, None, None])
     return a_KbA if slope == 1 else torch.where(a_KbA < 0, a_KbA * slope, a_KbA)
 
@@ -74,10 +74,10 @@ def scaled(
 def _torchjd(
     name: str, advantages_KBA: Tensor, mask_BA: Tensor, weights_K: Tensor, active_K: Tensor, present_KB: Tensor
 ) -> Combination:
-    """The rule ``gram:<name>``; the text of this module says what it is.
+    """The rule ``gram:<name>``; see the docstring of this module.
 
     Raises:
-        ValueError: TorchJD, or what it needs for this weighting, is not installed.
+        ValueError: TorchJD, or a dependency of this weighting, is not installed.
     """
     kind, settings = WEIGHTINGS[name]
     try:
@@ -88,13 +88,13 @@ def _torchjd(
         raise ValueError(f"rule 'gram:{name}' needs pip install 'pama_plugin[gram]', found {error}") from error
     scale_K = weights_K * active_K
     gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0).cpu()
-    kept_K = gram_KK.diagonal() > 1e-40 * gram_KK.diagonal().max()  # some weightings divide by it
+    kept_K = gram_KK.diagonal() > 1e-40 * gram_KK.diagonal().max()  # some weightings divide by the diagonal
     gram_KK = gram_KK[kept_K][:, kept_K]
     c_K = torch.zeros(len(weights_K), dtype=torch.float64)
     if kept_K.any():
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # PCGrad draws an order: always the same one
-            c_K[kept_K] = weighting(gram_KK / gram_KK.trace()).double()  # in units in which nothing is tiny
+            torch.default_generator.manual_seed(0)  # PCGrad draws an order: keep it the same
+            c_K[kept_K] = weighting(gram_KK / gram_KK.trace()).double()  # scaled, so that no entry is tiny
     c_K = c_K.to(mask_BA.device)
     combined_BA = mix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0, c_K)
     total = c_K.abs().sum()

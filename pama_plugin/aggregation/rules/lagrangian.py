@@ -24,31 +24,33 @@ def lagrangian(
     start: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0,
     ceiling: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0,
 ) -> Combination:
-    """``(A_0 + Σ_k λ_k A_k) / (1 + Σ_k λ_k)``: k are the constraints, ``A_0 = Σ_i w_i A_i / Σ_i w_i`` all others.
+    """``(A_0 + Σ_k λ_k A_k) / (1 + Σ_k λ_k)``, k over the constraints, ``A_0 = Σ_i w_i A_i / Σ_i w_i`` over all others.
 
     A multiplier rises while its constraint is violated: ``log λ_k ← log λ_k + rate · λ_k · (threshold_k − mean r_k)``,
-    gradient ascent in log space as in Safe RLHF, from the rewards of the batch that is combined. In one step it changes
-    at most e-fold, which is ours: a single outlier must not throw it away. Its new value is
-    ``metrics["multiplier/<k>"]``, to be given back next time. The weight of a constraint scales ``A_k``; an objective
-    without signal stays in. Coefficients are the shares of ``w_i / Σ w`` and ``λ_k w_k``.
+    gradient ascent in log space as in Safe RLHF, with the rewards of the batch. Differs from Safe RLHF in: λ changes at
+    most e-fold per step, to limit the effect of a single outlier. The new value is ``metrics["multiplier/<k>"]``; pass
+    it as ``multipliers_K`` in the next step. The weight of a constraint scales ``A_k``. An inactive objective is not
+    excluded. Coefficients are the shares of ``w_i / Σ w`` and ``λ_k w_k``.
 
-    On a Pareto front it is ``linear`` with weights that move: it goes on until the constraints hold.
+    On a Pareto front the rule behaves as ``linear`` with changing weights: it moves along the front until the
+    constraints hold.
 
     Args:
-        violations_K: ``threshold_k − mean r_k`` of each constraint; None for any other objective.
-        multipliers_K: λ of each constraint so far, None before the first step.
-        rate: of the ascent, per unit of reward and step.
+        violations_K: ``threshold_k − mean r_k`` for a constraint, None for any other objective.
+        multipliers_K: current λ of each constraint, None before the first step.
+        rate: step size of the ascent, per unit of reward and step.
         start: λ before the first step.
-        ceiling: λ is never larger.
+        ceiling: upper bound of λ.
 
     Raises:
-        ValueError: no constraint, or nothing but constraints; a λ that is not positive; ``start`` above ``ceiling``.
+        ValueError: no objective or all objectives are constraints, a λ is not positive, or ``start`` exceeds
+            ``ceiling``.
 
     >>> import torch
     >>> from pama_plugin import aggregate
     >>> advantages_KBA = torch.tensor([[[1.0, -1.0]], [[0.5, 2.0]]])
-    >>> given = dict(violations_K=[None, 0.5], multipliers_K=[None, None], rate=0.2)
-    >>> result = aggregate("lagrangian", advantages_KBA, torch.ones(1, 2), **given)
+    >>> duals = dict(violations_K=[None, 0.5], multipliers_K=[None, None], rate=0.2)
+    >>> result = aggregate("lagrangian", advantages_KBA, torch.ones(1, 2), **duals)
     >>> round(result.metrics["multiplier/1"], 4)  # e^(0.2 · 0.5)
     1.1052
     >>> result.advantages

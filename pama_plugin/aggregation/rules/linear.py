@@ -11,14 +11,14 @@ from pama_plugin.aggregation.registry import Combination, register_rule
 def linear(
     advantages_KBA: Tensor, mask_BA: Tensor, weights_K: Tensor, active_K: Tensor, present_KB: Tensor
 ) -> Combination:
-    """``Σ_i w_i A_i``: each ``A_i`` from its own run of the host's estimator, so whitened where the estimator whitens.
+    """``Σ_i w_i A_i``, with ``A_i`` estimated, and whitened if the estimator whitens, for each objective separately.
 
-    Weights are used as given, and an objective without signal stays in: it adds what its estimator made of it. With one
-    objective of weight 1 the result is ``A_1`` bit for bit. Of a response it sums the objectives that have a
-    reward for it. Coefficients are the weights' shares.
+    Weights are not normalised. An inactive objective is not excluded. With one objective of weight 1 the result is
+    ``A_1`` bit for bit. The sum for a response is over the objectives that have a reward for it. Coefficients are the
+    shares of the weights.
 
-    On a Pareto front it goes on towards the point that the weights ask for: what it leaves goes to 0 only where the
-    weighted advantages cancel, as those of two opposed objectives of equal weight do once they are whitened.
+    On a Pareto front it moves towards the point that the weights define. The result goes to 0 only where the weighted
+    advantages cancel, as whitened advantages of two opposed objectives of equal weight do.
 
     >>> from pama_plugin import aggregate
     >>> aggregate("linear", torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]]), torch.ones(1, 2), weights=[2, 1]).advantages

@@ -20,14 +20,14 @@ def min_norm(
     """``Σ_i c_i a_i`` with ``min_c c'Mc``, c on the simplex, ``M_ij = E_t[a_i a_j]`` over the valid tokens.
 
     ``a_i`` is ``A_i / w_i``, the weights scaled to mean 1 (with ``noon``, ``max(A_i, 0) / w_i``). It is MGDA-UB (Sener
-    & Koltun, arXiv 1810.04650) with the tokens' ratios as the shared representation, and unlike ``pama`` it is right
-    for signed advantages of any estimator: every objective gains, ``E_t[A_i · d] ≥ w_i E_t[d²]``. For two objectives
-    ``c_1 = (M_22 − M_12) / (M_11 + M_22 − 2 M_12)``, clamped to [0, 1]; for more, Wolfe's algorithm, which is exact.
-    Cost: O(K² · tokens), no backward pass. Objectives without signal leave; where an objective has no reward for a
-    response, its ``a_i`` counts as 0 there. Coefficients are c.
+    & Koltun, arXiv 1810.04650) with the token ratios as the shared representation. Unlike ``pama``, it is right for
+    signed advantages of any estimator: every objective gains, ``E_t[A_i · d] ≥ w_i E_t[d²]`` for the result d. For two
+    objectives ``c_1 = (M_22 − M_12) / (M_11 + M_22 − 2 M_12)``, clamped to [0, 1]; for more, Wolfe's algorithm, which
+    is exact. Cost: O(K² · tokens), no backward pass. Inactive objectives are excluded; ``a_i`` is 0 for a response
+    without a reward. Coefficients are c.
 
-    On a Pareto front what is left goes to 0 with the Gram matrix's smallest value over the simplex, and is not divided
-    by itself. With ``noon`` it does not: positive parts cannot cancel.
+    On a Pareto front the result goes to 0 with ``min_c c'Mc``, and is not divided by its own size. With ``noon`` it
+    does not go to 0, because positive parts cannot cancel.
 
     >>> from pama_plugin import aggregate
     >>> advantages_KBA = torch.tensor([[[1.0, -0.5, -1.2, 0.7]], [[0.4, 0.8, -0.6, -0.6]]])
@@ -48,7 +48,7 @@ def min_norm_point(gram_KK: Tensor) -> Tensor:
     """(K,) ``argmin_c c'Mc`` over the simplex, for a positive semidefinite M in double precision.
 
     Wolfe, "Finding the nearest point in a polytope", Mathematical Programming 11 (1976): grow a set of objectives whose
-    affine hull has its point of least norm inside the simplex, until no other objective lies on the near side of it.
+    affine hull has its point of least norm inside the simplex, until no other objective is nearer to the origin.
 
     >>> min_norm_point(torch.tensor([[4.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
     tensor([0.2000, 0.8000], dtype=torch.float64)
@@ -63,12 +63,12 @@ def min_norm_point(gram_KK: Tensor) -> Tensor:
         spread = gram_KK[0, 0] + gram_KK[1, 1] - 2 * gram_KK[0, 1]
         first = ((gram_KK[1, 1] - gram_KK[0, 1]) / spread).clamp(0, 1) if spread > 1e-15 else torch.tensor(0.5)
         return torch.stack([first, 1 - first]).double()
-    # Every round lowers c'Mc, so that no set of objectives comes up twice; the bound is for rounding.
+    # Every round lowers c'Mc, so no set of objectives recurs; the bound guards against rounding.
     lengths_K = gram_KK.diagonal().clamp(min=1e-300).sqrt()
     for _ in range(50 * len(c_K)):
         slopes_K = gram_KK @ c_K
         value = (c_K @ slopes_K).clamp(min=0)
-        # By how much an objective is on the near side, in units of its own length: scales may differ a lot.
+        # By how much an objective is nearer than the current point, in units of its length: scales may differ a lot.
         nearness_K = (value - slopes_K) / lengths_K
         nearest = int(nearness_K.argmax())
         if nearness_K[nearest] <= 1e-12 * value.sqrt() + 1e-15 * lengths_K[nearest] or c_K[nearest] > 0:
@@ -93,7 +93,7 @@ def min_norm_point(gram_KK: Tensor) -> Tensor:
 
 
 def _affine_minimum(gram_SS: Tensor, lengths_S: Tensor) -> Tensor:
-    """``argmin_c c'Mc`` with ``Σ c = 1`` and any signs, solved for ``c_i`` times the length of objective i."""
+    """``argmin_c c'Mc`` with ``Σ c = 1`` and any signs; the unknowns are ``c_i`` times the length of objective i."""
     size = len(gram_SS)
     unit_S = lengths_S.min() / lengths_S
     system = gram_SS.new_zeros(size + 1, size + 1)

@@ -1,4 +1,4 @@
-"""MORLHF: one reward from all, before the estimator: what multi-objective RLHF is usually compared with."""
+"""MORLHF: a weighted sum of rewards before the estimator, the usual baseline of multi-objective RLHF."""
 
 from torch import Tensor
 
@@ -10,19 +10,20 @@ from pama_plugin.aggregation.rules.linear import linear
 def morlhf(
     advantages_KBA: Tensor, mask_BA: Tensor, weights_K: Tensor, active_K: Tensor, present_KB: Tensor
 ) -> Combination:
-    """``Σ_i w_i r_i`` of the rewards (K, B, 1), which the estimator then takes for the one reward of each response.
+    """``Σ_i w_i r_i`` of the rewards (K, B, 1), passed to the estimator as the reward of each response.
 
-    The baseline of arXiv 2508.07768 and of most work before it. It feels the scale of every reward: one that varies ten
-    times as much as another has ten times its say, whatever the weights. ``linear`` sums after the estimator, which
-    whitens each objective by itself. Weights are used as given, coefficients are their shares. With a critic the
-    baseline is ``Σ_i w_i V_i`` of the value heads, which is the value of this sum unless the KL is part of the rewards:
-    every head has learned it, so that it counts ``Σ w`` times; take it as a loss, or weights that sum to 1.
+    The baseline of arXiv 2508.07768 and of most work before it. It depends on the scale of every reward: a reward that
+    varies ten times as much as another has ten times its influence at equal weights. ``linear`` sums after the
+    estimator, which whitens each objective separately. Weights are not normalised; coefficients are their shares. With
+    a critic the baseline is ``Σ_i w_i V_i`` of the value heads. It is the value of this sum unless the KL is part of
+    the rewards: every head then includes the KL, which counts ``Σ w`` times. Use the KL as a loss, or weights that sum
+    to 1.
 
-    On a Pareto front it goes on as ``linear`` does, and an estimator that whitens (all but ``rloo``, ``dr_grpo`` and
-    ``flash_reinforce``) divides by what is left: the less the sum varies, the more its noise grows.
+    On a Pareto front it moves as ``linear`` does. An estimator that whitens (all but ``rloo``, ``dr_grpo`` and
+    ``flash_reinforce``) divides by the standard deviation of the sum: the less the sum varies, the more noise grows.
 
-    An objective without signal stays in. A missing reward adds nothing here; a training run has filled it in before,
-    with the mean of the objective's rewards for the same prompt where the estimator compares those, else of the batch.
+    An inactive objective is not excluded. A missing reward adds 0 here; training fills it in beforehand, with the mean
+    of the objective's rewards for the same prompt if the estimator compares those, else with the mean of the batch.
 
     >>> import torch
     >>> from pama_plugin import aggregate

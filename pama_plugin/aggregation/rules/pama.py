@@ -12,7 +12,7 @@ from pama_plugin.aggregation.blocks import blocks, tokens_per_response, valid_at
 from pama_plugin.aggregation.registry import Combination, register_rule
 from pama_plugin.aggregation.unit_scale import sampled_scale, unit_scale
 
-# The constant of a soft minimum is sampled, and of more objectives agreement is too rare for that.
+# The constant of a soft minimum is sampled; more objectives agree too rarely for that.
 LARGEST_SOFT = 8
 
 
@@ -33,63 +33,62 @@ def pama(
     """``min_c (Σ_i c_i a_i)²``, c on the simplex (Eq. 10): the projection of 0 on ``[min_i a_i, max_i a_i]``.
 
     The minimum is ``s* = min_i a_i`` if all are positive, ``max_i a_i`` if all are negative, else 0. ``a_i`` is
-    ``A_i / w_i`` with the weights scaled to mean 1 over what is combined: the larger a weight, the more often its
-    objective is the binding one, and what it gains is at least in proportion, ``A_i · s* ≥ w_i · s*²``. With Noon
-    ("No Negative", Eq. 5) ``a_i`` is ``max(A_i, 0) / w_i``. What is projected is chosen by ``level``:
+    ``A_i / w_i``, with the weights scaled to mean 1 over the combined objectives: an objective with a larger weight
+    determines ``s*`` more often, and its gain is at least proportional to it, ``A_i · s* ≥ w_i · s*²``. With Noon ("No
+    Negative", Eq. 5) ``a_i`` is ``max(A_i, 0) / w_i``. ``level`` selects the unit of the projection:
 
-    - ``token``: every token by itself, ``s*[b,t]``. The paper's bound is exact here, because at one token all
+    - ``token``: one projection per token, ``s*[b,t]``. The bound of the paper is exact here, because at one token all
       objectives share the direction ``∇ log π``.
-    - ``sequence``: every response by itself; ``A_i`` is the mean over its tokens, from which Noon and ``leak`` then
-      take what is negative, and ``s*[b]`` goes to all of the tokens.
-    - ``batch``: the batch means of ``a_i``, so after Noon, as Algorithm 1 is worded; tokens get ``Σ_i c_i a_i``. With
-      Noon, c picks one objective a step. Signed batch means vanish under estimators that whiten, and then c is decided
-      by rounding.
+    - ``sequence``: one projection per response. ``A_i`` is the mean over its tokens, and Noon and ``leak`` apply to
+      that mean. All tokens of the response get ``s*[b]``.
+    - ``batch``: one projection of the batch means of ``a_i``, taken after Noon as in Algorithm 1; tokens get
+      ``Σ_i c_i a_i``. With Noon, c selects one objective per step. Signed batch means vanish under estimators that
+      whiten, and rounding then determines c.
 
-    Objectives that are not active leave the projection: a constant would veto every other one. So does one without a
-    reward for a response, for that response. Coefficients are the mean of c over the tokens with an advantage.
+    Inactive objectives are excluded, because a constant would veto all others. An objective without a reward for a
+    response is excluded for that response. Coefficients are the mean of c over the tokens with an advantage.
 
     Args:
         level: see above.
-        noon: see above. If not given, with ``level=batch`` alone.
-        rescale: multiply the result by the constant that gives K independent standard normal advantages unit root mean
-            square, ``unit_scale``: 2.346 for two signed objectives, 4.555 for three, 8.141 for four, √2 times that with
-            Noon. K counts what is combined: the active objectives with a reward for the response. The constant is a
-            pure number, so advantages that are not whitened keep their unit. Except with ``soft`` and ``level=batch``,
-            which have constants of their own and do not take the smallest, no response or token gets more than it times
-            its smallest ``|a_i|``, and where objectives only disagree the result still goes to 0. Rewards that are not
-            normal come out at another size: ±1 at 1.66 for two objectives, 2.88 for four. The constant's mean over the
-            tokens is ``metrics["scale"]``. If not given, at token and sequence level.
-        soft: instead of the minimum take ``Σ_i c_i a_i`` with ``c = softmax(−soft · a / σ)``, σ the root mean square of
-            the token's (or response's) own ``a_i``, and the mirror image instead of the maximum: one noisy objective no
-            longer vetoes all others. The larger, the closer to the minimum; towards 0 it becomes the mean. Not with
-            ``level=batch``.
-        leak: with Noon, the share of negative advantages that stays: ``a_i = max(A_i, 0) + leak · min(A_i, 0)``. 1 is
+        noon: see above. Default: true with ``level=batch`` only.
+        rescale: multiply the result by ``unit_scale``, the constant that gives K independent standard normal advantages
+            unit root mean square: 2.346 for two signed objectives, 4.555 for three, 8.141 for four, √2 times as much
+            with Noon. K is the number of active objectives with a reward for the response. The constant is a pure
+            number, so advantages that are not whitened keep their unit. The result is at most the constant times the
+            smallest ``|a_i|`` of the token or response, and still goes to 0 where objectives only disagree. This bound
+            does not hold with ``soft`` and ``level=batch``, which have other constants and do not take the smallest.
+            Rewards of ±1 give a root mean square of 1.66 for two objectives and 2.88 for four. The mean of the constant
+            over the tokens is ``metrics["scale"]``. Default: true at token and sequence level.
+        soft: replace the minimum by ``Σ_i c_i a_i`` with ``c = softmax(−soft · a / σ)``, σ the root mean square of the
+            ``a_i`` of the token or response, and the maximum by its mirror image: one noisy objective no longer vetoes
+            all others. Large values approach the minimum, small ones the mean. Not with ``level=batch``.
+        leak: with Noon, the share of negative advantages that is kept: ``a_i = max(A_i, 0) + leak · min(A_i, 0)``. 1 is
             signed PAMA.
 
     Raises:
-        ValueError: an option without a meaning here.
+        ValueError: ``leak`` without Noon, ``soft`` with ``level=batch``, or ``soft`` rescaled for over 8 objectives.
 
-    Differs from the paper in: by token and by sequence signed advantages (what examples/paper/RESULTS.md found better)
-    and ``rescale`` are the default, neither of which is in it; ``noon=True, rescale=False`` is the paper's.
-    The importance ratio is gated by the PPO clip alone, so c is computed once per rollout. ``soft``, ``leak`` and
-    ``level=sequence`` are not in it.
+    Differs from the paper in: at token and sequence level, signed advantages (better in examples/paper/RESULTS.md) and
+    ``rescale`` are the default; neither is in the paper, which is ``noon=True, rescale=False``. Only the PPO clip gates
+    the importance ratio, so c is computed once per rollout. ``soft``, ``leak`` and ``level=sequence`` are not in the
+    paper.
     """
     noon = level == "batch" if noon is None else noon
     rescale = level != "batch" if rescale is None else rescale
     if leak and not noon:
-        raise ValueError("leak needs noon: without it all of the negative advantages stay")
+        raise ValueError("leak needs noon: without it all negative advantages are kept")
     if soft is not None and level == "batch":
         raise ValueError("soft has no meaning with level=batch, which has one minimum per batch")
     slope = leak if noon else 1.0
     present_KB = present_KB[active_K]
     weights_K1 = weights_K[active_K].unsqueeze(-1)
-    # To mean 1 over those that a response is combined of; a batch has one combination of them all.
+    # Weights have mean 1 over the objectives that are combined for a response; at batch level, over all.
     counted_KB = torch.ones_like(present_KB) if level == "batch" else present_KB
     mean_B = (weights_K1 * counted_KB).sum(0) / counted_KB.sum(0).clamp(min=1)
     units_KB1 = (weights_K1 / torch.where(mean_B > 0, mean_B, 1)).unsqueeze(-1)
 
     def block(rows: slice) -> tuple[Tensor, Tensor]:
-        """``a`` before Noon, and where it counts."""
+        """``a`` before Noon, and the mask of its valid entries."""
         return advantages_KBA[active_K, rows].div_(units_KB1[:, rows]), valid_at(rows, mask_BA, present_KB)
 
     combined_BA = torch.empty_like(advantages_KBA[0])
@@ -119,7 +118,7 @@ def pama(
 
 
 def _scale_per_response(level: str, slope: float, soft: float | None, counts_B: Tensor) -> Tensor:
-    """(B,) float64 the constant of as many objectives as each response is combined of."""
+    """(B,) float64 constant for the number of objectives that are combined for each response."""
     counts, which_B = torch.unique(counts_B, return_inverse=True)
     constants = [_constant(level, slope, soft, max(objectives, 1)) for objectives in counts.tolist()]
     return torch.tensor(constants, dtype=torch.float64, device=counts_B.device)[which_B]
@@ -127,7 +126,7 @@ def _scale_per_response(level: str, slope: float, soft: float | None, counts_B: 
 
 @functools.cache
 def _constant(level: str, slope: float, soft: float | None, objectives: int) -> float:
-    if level == "batch":  # one objective's own size, less where its mean is mixed with another's
+    if level == "batch":  # the scale of one objective, smaller where means are mixed
         return unit_scale(1, slope) * (sampled_scale(objectives, _length_of_c) if slope == 1 else 1.0)
     if soft is None or objectives == 1:
         return unit_scale(objectives, slope)
@@ -143,7 +142,7 @@ def _constant(level: str, slope: float, soft: float | None, objectives: int) -> 
 
 
 def _length_of_c(means_KN: Tensor) -> Tensor:
-    """``√Σ c_i²`` of ``_project_means`` for N batches at once: the size of a mix of independent objectives."""
+    """``√Σ c_i²`` of ``_project_means`` for N batches: the root mean square of a mix of independent objectives."""
     low_N, high_N = means_KN.amin(0), means_KN.amax(0)
     mixed_N = low_N.hypot(high_N) / (high_N - low_N).clamp(min=1e-300)
     return torch.where((low_N < 0) & (high_N > 0), mixed_N, 1)
@@ -160,16 +159,16 @@ def _mean_over_tokens(a_KbA: Tensor, valid_KbA: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _project(a_KU: Tensor, valid_KU: Tensor, soft: float | None) -> tuple[Tensor, Tensor]:
-    """``s*`` of every unit, a token or a response, and the ``c`` (K', U) that it comes from: 0 where ``s* = 0``."""
+    """``s*`` (U,) of every unit, a token or a response, and its ``c`` (K', U), which is 0 where ``s* = 0``."""
     if soft is not None:
         return _project_softly(a_KU.masked_fill(~valid_KU, 0), valid_KU, soft)
-    if len(valid_KU) < len(a_KU):  # all objectives have a value or none has
+    if len(valid_KU) < len(a_KU):  # one mask for all objectives
         low_U, high_U = a_KU.amin(0), a_KU.amax(0)
     else:
         low_U = torch.where(valid_KU, a_KU, torch.inf).amin(0)
         high_U = torch.where(valid_KU, a_KU, -torch.inf).amax(0)
     projected_U = torch.where(valid_KU.any(0), low_U.clamp_(min=0) + high_U.clamp_(max=0), 0)
-    # Where s* ≠ 0 it is the extreme objective's own value, and c is 1 there: 1/m each for m objectives in a tie.
+    # Where s* ≠ 0 it is the value of the extreme objective, for which c is 1, or 1/m for each of m tied ones.
     extreme_KU = (a_KU == projected_U).logical_and_(valid_KU).to(a_KU.dtype)
     share_U = (projected_U != 0) / extreme_KU.sum(0).clamp_(min=1)
     return projected_U, extreme_KU.mul_(share_U)
@@ -188,9 +187,9 @@ def _project_softly(a_KU: Tensor, valid_KU: Tensor, soft: float) -> tuple[Tensor
 
 
 def _project_means(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """c for the whole batch: on the lowest and the highest mean, such that their mix is ``s*`` of the means.
+    """c for the whole batch, on the objectives with the lowest and the highest mean, whose mix is ``s*`` of the means.
 
-    An objective's mean is over its own tokens, those of the responses that it has a reward for.
+    The mean of an objective is over the valid tokens of responses for which it has a reward.
     """
     sums = [
         (a_KbA.masked_fill(~valid, 0).sum((1, 2), dtype=torch.float64), valid.expand_as(a_KbA).sum((1, 2)))
@@ -200,7 +199,7 @@ def _project_means(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     means_K = totals_K / tokens_K.clamp(min=1)
     low, high = means_K.min(), means_K.max()
     at_low_K, at_high_K = means_K == low, means_K == high
-    # c_low·low + (1 - c_low)·high = 0 unless both have one sign; if low = high, all tie and any c_low is right.
+    # c_low·low + (1 - c_low)·high = 0 unless both have the same sign; if low = high, any c_low is right.
     spread = torch.where(high > low, high - low, 1)
     c_low = (high / spread).clamp(0, 1)
     return c_low * at_low_K / at_low_K.sum() + (1 - c_low) * at_high_K / at_high_K.sum()

@@ -1,4 +1,4 @@
-"""RVPO: a soft minimum over objectives that were whitened in their group (Montero et al., arXiv 2605.05750)."""
+"""RVPO: a soft minimum of objectives that are whitened within groups (Montero et al., arXiv 2605.05750)."""
 
 from typing import Annotated
 
@@ -24,18 +24,19 @@ def rvpo(
 ) -> Combination:
     """``−(1/k) log Σ_i ŵ_i exp(−k Z_i)``, whitened over the valid tokens; ``Z_i`` as in ``gdpo``, ``ŵ`` sums to 1.
 
-    To second order it is the mean of the scores minus ``k/2`` times their variance: a response that is good in one
-    objective and bad in another counts less than one that is middling in both. Coefficients are the mean over the valid
-    tokens of ``ŵ_i exp(−k Z_i) / Σ_j ŵ_j exp(−k Z_j)``, the derivatives. An objective without signal is left
-    out. Whitening at the end is ours, so that k → 0 is ``gdpo`` with weights that sum to 1; without it the mean is
-    below 0 and every response is pushed down.
+    To second order it is the mean of the ``Z_i`` minus ``k/2`` times their variance: a response that is good in one
+    objective and bad in another gets less than one that is mediocre in both. Coefficients are the mean over the valid
+    tokens of the derivatives, ``ŵ_i exp(−k Z_i) / Σ_j ŵ_j exp(−k Z_j)``. An inactive objective is excluded.
 
-    On a Pareto front it goes on: it likes responses on which opposed scores are both small, so that the policy narrows
-    to those. What is divided by its own standard deviation there is not small, the scores being whitened.
+    Differs from the paper in: the result is whitened, so that k → 0 is ``gdpo`` with weights that sum to 1. Without
+    whitening its mean is negative, which lowers the probability of every response.
+
+    On a Pareto front the policy drifts: the rule favours responses for which opposed ``Z_i`` are both small, and the
+    policy narrows to those. The result is not small there even before it is whitened, because the ``Z_i`` are whitened.
 
     Args:
-        groups_B: the prompt of each response.
-        risk: k; towards 0 the weighted mean, towards infinity the minimum.
+        groups_B: index of the prompt of each response.
+        risk: k; the weighted mean for k → 0, the minimum for k → ∞.
 
     >>> from pama_plugin import aggregate
     >>> advantages_KBA = torch.tensor([[[-1.0], [0.0], [1.0]], [[1.0], [0.0], [-1.0]]])
@@ -45,7 +46,7 @@ def rvpo(
     """
     scores_KB = group_scores(advantages_KBA, mask_BA, present_KB, groups_B)
     counted_KB = present_KB & active_K.unsqueeze(-1)
-    # Weights are relative to those of the objectives that have a reward for the response.
+    # Weights are normalised over the objectives that have a reward for the response.
     log_weights_KB = weights_K.double().log().unsqueeze(-1).masked_fill(~counted_KB, -torch.inf)
     logits_KB = log_weights_KB - risk * scores_KB
     combined_B = ((log_weights_KB.logsumexp(0) - logits_KB.logsumexp(0)) / risk).nan_to_num(nan=0.0)

@@ -1,4 +1,4 @@
-"""Tchebycheff scalarisation: each response is judged by the objective in which it falls furthest behind."""
+"""Tchebycheff scalarisation: the reward of a response is its weighted distance to the ideal in the worst objective."""
 
 from typing import Annotated
 
@@ -21,26 +21,26 @@ def tchebycheff(
     augment: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
     smooth: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None,
 ) -> Combination:
-    """``−max_i w_i (z_i − r_i) + ρ Σ_i w_i r_i`` of the rewards (K, B, 1), one reward for each response.
+    """``−max_i w_i (z_i − r_i) + ρ Σ_i w_i r_i`` of the rewards (K, B, 1), one reward per response.
 
-    Smooth Tchebycheff (Lin et al., arXiv 2402.19078) has ``μ log Σ_i exp(w_i (z_i − r_i) / μ)`` instead of the maximum.
-    It is taken once per response: taken at every token, it would add a penalty on length that nobody asked for. The
-    estimator makes advantages of it as of any reward; with a critic there is no value head for it, so ``gae`` cannot be
-    used. It feels the scale of every reward; ``normalize=`` of the objectives takes that away. An objective with a
-    larger weight is kept closer to its ideal. Coefficients are the share of responses in which an objective is the
-    furthest behind, or of its softmax weight with ``smooth``. An objective without signal stays in;
-    a missing reward is left out of the maximum, unless a training run has filled it in before, as for ``morlhf``.
+    Smooth Tchebycheff (Lin et al., arXiv 2402.19078) replaces the maximum by ``μ log Σ_i exp(w_i (z_i − r_i) / μ)``. It
+    is computed once per response, because a sum over tokens would penalise length. The estimator computes advantages
+    from the result as from any reward. No value head predicts it, so it does not work with ``gae``. It depends on the
+    scale of every reward, unless ``normalize=`` is set for the objectives. An objective with a larger weight is kept
+    closer to its ideal. Coefficients are the shares of responses in which an objective is the worst, or the means of
+    the softmax weights with ``smooth``. An inactive objective is not excluded. A missing reward is excluded from the
+    maximum; training fills it in beforehand, as for ``morlhf``.
 
-    On a Pareto front it goes on, towards responses that are equally far behind in all objectives; an estimator that
-    whitens makes full steps of what the combined reward still varies by.
+    On a Pareto front the policy drifts towards responses at equal distance from the ideal in all objectives; an
+    estimator that whitens amplifies the remaining variation of the result to full steps.
 
     Args:
-        ideal: z, K numbers; if not given, the largest reward of each objective in the batch.
-        augment: ρ; 0 is the plain form, a little keeps it from being weakly Pareto optimal alone.
+        ideal: z, K numbers. Default: the largest reward of each objective in the batch.
+        augment: ρ; 0 is the plain form, and a small value excludes solutions that are only weakly Pareto optimal.
         smooth: μ, in units of the rewards.
 
     Raises:
-        ValueError: ``ideal`` is not K numbers.
+        ValueError: ``ideal`` is not a list of K numbers.
 
     >>> from pama_plugin import aggregate
     >>> rewards_KB1 = torch.tensor([[[1.0], [0.0]], [[0.2], [0.6]]])

@@ -1,4 +1,4 @@
-"""From the logs of runs to tables, pictures and a page."""
+"""``pama report``: tables, figures and an HTML page from the logs of runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,14 +29,14 @@ def report_runs(
     """Print tables of the runs; write ``curves.png``, ``front.png`` and ``report.html``.
 
     Args:
-        folders: each a run's ``--logger.tensorboard_dir``, or a folder of a sweep.
-        out: where the files go; the first folder unless told.
-        reference: ``NAME=VALUE`` for every objective: what hypervolume is measured above. The rewards before the first
-            update unless told.
-        baseline: an arm that all others are compared with, seed by seed.
+        folders: ``--logger.tensorboard_dir`` of a run, or the folder of a sweep.
+        out: output folder. Default: the first of ``folders``.
+        reference: ``NAME=VALUE`` for every objective, the reference point of the hypervolume. Default: the rewards
+            before the first update.
+        baseline: the arm that all others are compared with, paired over seeds.
 
     Raises:
-        ConfigError: there is no run to show, the reference is not one, or no arm is called as the baseline.
+        ConfigError: no run can be read, the reference is invalid, or no arm has the name of the baseline.
     """
     runs, missing = find_runs(folders)
     out = out or folders[0]
@@ -48,7 +48,7 @@ def report_runs(
         grids.append(front_table(runs, names, point))
     if baseline is not None:
         if not names:
-            raise ConfigError("--baseline needs an objective that all of the runs train on, found none")
+            raise ConfigError("--baseline needs an objective that all runs train, found none")
         grids.append(differences_table(runs, names, baseline))
     figures = {"curves": draw_curves(runs)}
     if len(names) > 1:
@@ -76,5 +76,5 @@ def _parse_reference(reference: Sequence[str], names: Sequence[str]) -> list[flo
         except ValueError:
             raise ConfigError(f"--reference must be NAME=NUMBER, found {text!r}") from None
     if set(values) != set(names):
-        raise ConfigError(f"--reference must be of {', '.join(names)}, found {', '.join(values)}")
+        raise ConfigError(f"--reference must name {', '.join(names)}, found {', '.join(values)}")
     return [values[name] for name in names]

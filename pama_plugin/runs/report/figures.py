@@ -1,4 +1,4 @@
-"""The pictures of a report: curves with bands over seeds, and where the arms end."""
+"""The figures of a report: curves with bands over seeds, and the final rewards of the arms."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +16,11 @@ from pama_plugin.runs.logs import Run
 from pama_plugin.runs.report.pareto import by_arm, ends, interval, nondominated, starts
 from pama_plugin.runs.report.tables import OF_THE_HOST
 
-SMOOTH = 5  # steps: a curve is the mean of so many around it; a rollout batch is a noisy sample
+SMOOTH = 5  # steps in the moving average of a curve, because a rollout batch is a noisy sample
 
 
 def draw_curves(runs: Sequence[Run]) -> Figure:
-    """A panel for each reward, coefficient, gain and cosine, conflict rate, KL, length and entropy that is logged."""
+    """A panel per logged metric: reward, coefficient, gain, cosine, conflict rate, KL, length, entropy and others."""
     names = list(dict.fromkeys(name for run in runs for name in run.scored))
     per_objective = ("reward", "pama/coefficient", "pama/gain", "pama/gradient_cosine")
     wanted = [f"{key}/{name}" for key in per_objective for name in names]
@@ -32,10 +32,10 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
         rows, columns, figsize=(4 * columns, 2.6 * rows + 0.5), layout="constrained", squeeze=False
     )
     for tag, panel in zip(tags, panels.flat):
-        for index, (arm, own) in enumerate(by_arm(runs).items()):
+        for index, (arm, arm_runs) in enumerate(by_arm(runs).items()):
             style: dict[str, Any] = {"color": f"C{index % 10}", "ls": ["-", "--", ":", "-."][index // 10 % 4]}
-            _band(panel, [run.scalars[tag] for run in own if run.scalars.get(tag)], arm, style)
-        # The range of the curves: the band of two seeds is often far wider than anything that happened.
+            _band(panel, [run.scalars[tag] for run in arm_runs if run.scalars.get(tag)], arm, style)
+        # Limit the axis to the curves: the band of two seeds is often much wider.
         drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in panel.lines])
         drawn = drawn[np.isfinite(drawn)]
         if len(drawn):
@@ -50,13 +50,13 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
 
 
 def _band(panel: Axes, series: list[list[tuple[int, float]]], label: str, style: dict[str, Any]) -> None:
-    """The mean over seeds where all have a step, with its 95 % interval if there are several."""
+    """Plot the mean over seeds at the steps that all have, with its 95 % interval if there are several seeds."""
     if not series:
         return
-    by_step = [dict(own) for own in series]
-    steps = sorted(set.intersection(*(set(own) for own in by_step)))
-    values = np.array([[own[step] for step in steps] for own in by_step])
-    width = min(SMOOTH, max(len(steps) // 5, 1))  # what is logged now and then has few
+    by_step = [dict(points) for points in series]
+    steps = sorted(set.intersection(*(set(values) for values in by_step)))
+    values = np.array([[values[step] for step in steps] for values in by_step])
+    width = min(SMOOTH, max(len(steps) // 5, 1))  # metrics that are not logged in every step have few
     smooth = np.array([np.convolve(row, np.ones(width) / width, "valid") for row in values])
     middle = steps[(width - 1) // 2 : (width - 1) // 2 + smooth.shape[1]]
     panel.plot(middle, smooth.mean(0), label=label, **style)
@@ -70,15 +70,15 @@ def _band(panel: Axes, series: list[list[tuple[int, float]]], label: str, style:
 
 
 def draw_front(runs: Sequence[Run], names: Sequence[str], reference: Sequence[float]) -> Figure:
-    """Every pair of objectives: each arm's mean end with 95 % intervals, filled where no arm dominates it."""
+    """A panel per pair of objectives: final rewards of each arm, 95 % intervals, filled if no arm dominates it."""
     pairs = [(a, b) for a in range(len(names)) for b in range(a + 1, len(names))]
     figure, panels = pyplot.subplots(1, len(pairs), figsize=(5 * len(pairs), 4.6), layout="constrained", squeeze=False)
     arms = by_arm(runs)
-    points = {arm: ends(own, names) for arm, own in arms.items()}
-    kept = nondominated(np.array([own.mean(0) for own in points.values()]))
+    points = {arm: ends(arm_runs, names) for arm, arm_runs in arms.items()}
+    kept = nondominated(np.array([rewards.mean(0) for rewards in points.values()]))
     for (a, b), panel in zip(pairs, panels.flat):
-        for index, (arm, own) in enumerate(points.items()):
-            x, y = interval(own[:, a].tolist()), interval(own[:, b].tolist())
+        for index, (arm, rewards) in enumerate(points.items()):
+            x, y = interval(rewards[:, a].tolist()), interval(rewards[:, b].tolist())
             bars = {"xerr": x.half, "yerr": y.half} if x.n > 1 else {}
             face = f"C{index % 10}" if kept[index] else "white"
             style = {"fmt": "os^Dv"[index // 10 % 5], "color": f"C{index % 10}", "mfc": face, "elinewidth": 0.8}

@@ -1,4 +1,4 @@
-"""The report as one HTML page with everything in it."""
+"""The report as one self-contained HTML page."""
 
 import base64
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ img { max-width: 100% } figure { margin: 1.5rem 0 } ul { color: #a40 }
 
 
 def write_page(file: Path, title: str, grids: Sequence[Grid], pictures: Sequence[Path], missing: Sequence[str]) -> None:
-    """Tables and PNG files → one file that needs no other."""
+    """Write the tables and the PNG files to one HTML file, with the pictures embedded."""
     encoded = [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in pictures]
     page = Environment(autoescape=True).from_string(PAGE)
     file.write_text(page.render(title=title, grids=grids, pictures=encoded, missing=missing), encoding="utf-8")

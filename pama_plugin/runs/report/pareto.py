@@ -1,6 +1,6 @@
-"""Where runs end, and what that says of their rules: intervals over seeds, the Pareto front and its indicators.
+"""Statistics of the final rewards of runs: intervals over seeds, the Pareto front and its indicators.
 
-All rewards are maximised. A run ends where the mean of its last fifth of steps is, one of its objectives' columns each.
+All rewards are maximised. The final reward of a run is the mean over the last fifth of its steps, for each objective.
 """
 
 import math
@@ -18,7 +18,7 @@ FIFTH = 0.2
 
 
 class Interval(NamedTuple):
-    """A mean over n values and half the width of its 95 % confidence interval, Student's; NaN for one value alone."""
+    """A mean over n values and half the width of its 95 % confidence interval (Student's t); NaN for a single value."""
 
     mean: float
     half: float
@@ -43,13 +43,13 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(statistics.fmean(values) if n else math.nan, float(half), n)
 
 
-def paired(ours: dict[int, float], theirs: dict[int, float]) -> Interval:
-    """Of the differences, ours − theirs, over the seeds that both have."""
-    return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+def paired(values: dict[int, float], baseline: dict[int, float]) -> Interval:
+    """Interval of the differences, ``values − baseline``, over the seeds that both have."""
+    return interval([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
 
 
 def fifth(series: Series, *, last: bool) -> float:
-    """The mean of the first or last fifth of the steps, at least one, without those that are NaN; NaN for none."""
+    """The mean over the first or last fifth of the steps, at least one, ignoring NaN; NaN if there are none."""
     values = [value for _, value in series if not math.isnan(value)]
     count = max(1, int(len(values) * FIFTH))
     part = values[-count:] if last else values[:count]
@@ -57,7 +57,7 @@ def fifth(series: Series, *, last: bool) -> float:
 
 
 class Indicators(NamedTuple):
-    """Of some points: hypervolume above the reference (larger is better); IGD+ and ε to a front (smaller is)."""
+    """Hypervolume above the reference point (larger is better); IGD+ and ε to a front (smaller is better)."""
 
     hypervolume: float
     igd_plus: float
@@ -65,7 +65,7 @@ class Indicators(NamedTuple):
 
 
 def indicators(points: np.ndarray, front: np.ndarray, reference: Sequence[float]) -> Indicators:
-    """moocore's, of (points, objectives) to maximise; ``front`` is what IGD+ and additive ε are distances to.
+    """Indicators, by moocore, of ``points`` (points, objectives) to maximise; IGD+ and ε are distances to ``front``.
 
     >>> indicators(np.array([[1.0, 2.0]]), np.array([[1.0, 2.0], [2.0, 1.0]]), [0.0, 0.0])
     Indicators(hypervolume=2.0, igd_plus=0.5, epsilon=1.0)
@@ -78,35 +78,35 @@ def indicators(points: np.ndarray, front: np.ndarray, reference: Sequence[float]
 
 
 def nondominated(points: np.ndarray) -> np.ndarray:
-    """(n,) true for the points that no other is at least as good as in all objectives and better in one."""
+    """(n,) true for points that no other dominates: at least as good in all objectives and better in one."""
     kept: np.ndarray = moocore.is_nondominated(points, maximise=True, keep_weakly=True)
     return kept
 
 
 def last_fifth(series: Series) -> float:
-    """Where a run ends."""
+    """The final reward: the mean over the last fifth of the steps."""
     return fifth(series, last=True)
 
 
 def whole_mean(series: Series) -> float:
-    """The mean of all steps that are not NaN: the sooner a reward rises, the larger."""
+    """The mean over all steps, ignoring NaN. It is larger the sooner a reward rises."""
     return statistics.fmean([value for _, value in series if not math.isnan(value)] or [math.nan])
 
 
 def ends(runs: Iterable[Run], names: Sequence[str], measure: Callable[[Series], float] = last_fifth) -> np.ndarray:
-    """(runs, objectives) where each ends, or another measure of each reward's series."""
+    """(runs, objectives) the final reward, or another measure, of each run and objective."""
     return np.array([[measure(run.scalars[f"reward/{name}"]) for name in names] for run in runs])
 
 
 def starts(runs: Iterable[Run], names: Sequence[str]) -> np.ndarray:
-    """(objectives,) the mean of all runs' first steps: the policy that they began with, before any update."""
+    """(objectives,) the mean reward in the first step of all runs: that of the policy before any update."""
     first = np.array([[run.scalars[f"reward/{name}"][0][1] for name in names] for run in runs])
     return np.asarray(first.mean(0))
 
 
 def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Arm → its seeds, in the order in which arms appear."""
-    found: dict[str, list[Run]] = {}
+    """Arm → its runs, in the order in which the arms appear."""
+    arms: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(run.arm, []).append(run)
-    return found
+        arms.setdefault(run.arm, []).append(run)
+    return arms

@@ -24,7 +24,7 @@ _OF_REWARDS = ("Response", "available_rewards", "register_reward", "rewards")
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: ``pama --help`` need not wait for torch."""
+    """Import public names on first access, so that ``pama --help`` does not import torch."""
     if name not in (*__all__, "aggregation", "rewards"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = importlib.import_module("pama_plugin.rewards" if name in _OF_REWARDS else "pama_plugin.aggregation")

@@ -1,4 +1,4 @@
-"""``pama``: the explicit launcher, the switch of the literal command, and the reports on a site and on a run."""
+"""The command ``pama``: train, doctor, enable, disable, report, sweep and score."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from pama_plugin import __version__
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command ``pama``."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # train passes everything on to the host's own parser, --help included, so ours must not see it.
+    # OpenRLHF's parser handles all arguments of train, including --help.
     if arguments[:1] == ["train"]:
         from pama_plugin.host.hook import train
 
@@ -25,65 +25,73 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="pama", description="Pareto multi-objective alignment for OpenRLHF.")
     parser.add_argument("--version", action="version", version=f"pama_plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser(
-        "train", help="run OpenRLHF's PPO command with the plugin: same flags, plus --loss and --pama.*"
-    )
+    commands.add_parser("train", help="run OpenRLHF's PPO command with the plugin: its flags, plus --loss and --pama.*")
     commands.add_parser(
         "doctor",
         usage="pama doctor [FLAGS]",
-        help="say whether a run could start here; exit code 0 if so",
-        description="Say whether a run could start here, and with the flags of `pama train`, whether that run could. "
-        "Exit code 0 if so, else 1.",
+        help="check whether a run could start on this machine",
+        description="Check whether a run could start on this machine. Pass the flags of `pama train` to check that "
+        "run. The exit code is 0 if it could, else 1.",
     )
-    commands.add_parser("enable", help="let the literal command, python -m openrlhf.cli.train_ppo_ray, take our flags")
-    commands.add_parser("disable", help="take that back; pama train works either way")
+    commands.add_parser(
+        "enable",
+        help="let the stock OpenRLHF command, python -m openrlhf.cli.train_ppo_ray, accept --loss and --pama.*",
+    )
+    commands.add_parser("disable", help="undo enable; pama train is not affected")
     report = commands.add_parser(
         "report",
-        help="compare runs by their logs: tables, curves, the Pareto front",
-        description="Compare runs by their logs: tables here; curves.png, front.png and report.html in a folder. It "
-        "works on one run, on many, on one that is still going, and says what is missing of one that is broken.",
+        help="compare runs from their logs: tables, curves, Pareto front",
+        description="Compare runs from their logs. Prints tables and writes curves.png, front.png and report.html. "
+        "Accepts any number of runs, finished, unfinished or broken, and lists missing data.",
     )
     report.add_argument(
-        "folder", type=Path, nargs="+", metavar="RUN", help="what --logger.tensorboard_dir was, or a sweep's --out"
+        "folder",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="the --logger.tensorboard_dir of a run, or the --out of a sweep",
     )
-    report.add_argument("--out", type=Path, help="where the files go (default: the first RUN)")
+    report.add_argument("--out", type=Path, help="folder for the files (default: the first RUN)")
     report.add_argument(
         "--reference",
         nargs="+",
         default=(),
         metavar="NAME=VALUE",
-        help="what hypervolume is measured above, for every objective (default: the rewards before the first update)",
+        help="reference point of the hypervolume, one value per objective (default: rewards before the first update)",
     )
     report.add_argument(
         "--baseline",
         metavar="ARM",
-        help="an arm that all others are compared with, paired over seeds: a table of its own",
+        help="add a table of the differences between each arm and this arm, paired over seeds",
     )
     sweep = commands.add_parser(
         "sweep",
-        help="train every rule, weight and seed of a file; started again, go on where it stopped",
-        description="Train every rule, weight and seed of a YAML file, each in a folder of its own with one "
-        "result.json. What has a result is never run again. README: Many runs.",
+        help="train every rule, weight and seed of a file; can be interrupted and resumed",
+        description="Train every rule, weight and seed of a YAML file, each in a separate folder with a result.json. "
+        "Runs with a result are skipped. See pama_plugin/runs/README.md.",
     )
-    sweep.add_argument("file", type=Path, help="objectives, grids of rules × weights × seeds, flags of all runs")
-    sweep.add_argument("--out", type=Path, required=True, help="the folder of the runs' folders")
-    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    sweep.add_argument("file", type=Path, help="YAML: objectives, grids of rules × weights × seeds, common flags")
+    sweep.add_argument("--out", type=Path, required=True, help="folder for the folders of the runs")
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="number of parallel runs (default: 1)")
     score = commands.add_parser(
         "score",
-        help="score prompts and responses in a file with the objectives of a run, without training",
-        description="Score prompts and responses in a JSONL file with the objectives of a run, without training: a way "
-        "to try another reward model in a minute.",
+        help="score the prompts and responses of a file with the objectives of a run, without training",
+        description="Score the prompts and responses of a JSONL file with the objectives of a run, without training. "
+        "Prints a table and writes the lines with their rewards. Exit code 1 if an objective scored no response.",
     )
     score.add_argument("file", type=Path, help='JSONL: {"prompt": text or messages, "response": text, "label": text}')
-    if arguments[:1] == ["score"]:  # kinds of other packages are imported to list them
+    if arguments[:1] == ["score"]:  # imports the kinds of other packages, to list them
         from pama_plugin.settings.flags import add_objective_flags
 
         add_objective_flags(score)
-    score.add_argument("--out", type=Path, help="where the lines go with their rewards (default: FILE.scored.jsonl)")
+    score.add_argument(
+        "--out", type=Path, help="output file: the lines with their rewards (default: FILE.scored.jsonl)"
+    )
     score.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="the policy, whose tokens rm reads and builtin counts (default: the first rm objective's model)",
+        help="the policy, whose tokenizer encodes text for rm and counts tokens for builtin (default: the model of the "
+        "first rm objective)",
     )
     options = parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""``pama score``: what the objectives of a run make of prompts and responses in a file, without training."""
+"""``pama score``: score the prompts and responses of a file with the objectives of a run, without training."""
 
 import argparse
 import asyncio
@@ -17,34 +17,37 @@ from pama_plugin.rewards import Conversation, Response
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import load_objectives
 
-AT_ONCE = 64  # responses that py, http and builtin objectives are asked for together
+AT_ONCE = 64  # responses that an objective of the rollout scores in parallel
 
 Row = dict[str, Any]
 
 
 class _Uncounted(Response):
-    """A response where no tokenizer is at hand."""
+    """A response without a tokenizer to count its tokens."""
 
     @property
     def num_tokens(self) -> int:
-        raise PamaError("counts tokens, which needs --tokenizer MODEL, the policy's folder")
+        raise PamaError("--tokenizer MODEL (the policy) is required to count tokens, found none")
 
 
 def score_file(options: argparse.Namespace) -> int:
-    """Score every line, write the lines with their rewards, print a table; the exit code is 1 if an objective is dead.
+    """Score every line, write the lines with their rewards and print a table.
+
+    Returns:
+        The exit code: 1 if an objective scored no response, else 0.
 
     Raises:
-        ConfigError: no such file, a line that cannot be read, or objectives that cannot be scored here.
+        ConfigError: the file or a line cannot be read, or an objective cannot be scored without a run.
     """
     from tqdm import tqdm
 
     flags = vars(options)
     objectives = load_objectives(flags["pama.objective"], flags["pama.config"])
     if agents := [objective.name for objective in objectives if objective.reward_kind.scored_in == "agent"]:
-        raise ConfigError(f"pama score has no rollouts for an agent to score, found {agents[0]!r}")
+        raise ConfigError(f"pama score cannot score kind agent, which needs rollouts, found objective {agents[0]!r}")
     out = options.out or options.file.with_suffix(".scored.jsonl")
     if not out.parent.is_dir() or out.is_dir() or out.resolve() == options.file.resolve():
-        raise ConfigError(f"--out must be another file than {options.file}, in a folder that exists, found {out}")
+        raise ConfigError(f"--out must be a file other than {options.file}, in an existing folder, found {out}")
     rows = _read(options.file)
     tokenizer = _load_tokenizer(options.tokenizer, objectives)
     responses = [_as_response(row, tokenizer) for row in rows]
@@ -67,7 +70,7 @@ def score_file(options: argparse.Namespace) -> int:
 
 def _read(path: Path) -> list[Row]:
     try:
-        with path.open(encoding="utf-8") as file:  # not splitlines, which also splits at U+2028 inside a text
+        with path.open(encoding="utf-8") as file:  # splitlines would also split at U+2028 in a text
             lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
@@ -100,23 +103,24 @@ def _load_tokenizer(location: str | None, objectives: tuple[Objective, ...]) -> 
     models = [objective.location for objective in objectives if objective.reward_kind.scored_in == "ranks"]
     location = location or (models[0] if models else None)
     if location is None:
-        for own in objectives:
-            if (own.kind, own.location) == ("builtin", "length") and own.options.get("unit", "tokens") == "tokens":
+        for objective in objectives:
+            is_length = (objective.kind, objective.location) == ("builtin", "length")
+            if is_length and objective.options.get("unit", "tokens") == "tokens":
                 raise ConfigError(
-                    f"--tokenizer MODEL, the policy's folder, is needed to count tokens for {own.name!r}, found none "
-                    "(length counts unit=words or unit=characters without)"
+                    f"--tokenizer MODEL (the policy) is required to count tokens for {objective.name!r}, found none; "
+                    "unit=words and unit=characters need no tokenizer"
                 )
         return None
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(location)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # transformers raises many types
         raise ConfigError(f"--tokenizer: cannot load the tokenizer of {location}: {_first_line(error)}") from error
 
 
 def _as_response(row: Row, tokenizer: Any) -> Response:
-    """As the rollout has it: a prompt of messages goes through the tokenizer's chat template."""
+    """Build a ``Response`` as in a rollout: messages are formatted with the chat template of the tokenizer."""
     prompt, text = row["prompt"], row["response"]
     if not isinstance(prompt, str):
         if tokenizer is None or not tokenizer.chat_template:
@@ -124,7 +128,7 @@ def _as_response(row: Row, tokenizer: Any) -> Response:
         else:
             prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     end = tokenizer.eos_token or "" if tokenizer else ""
-    label = "" if row.get("label") is None else row["label"]  # of whatever type: a run passes it on as it is, too
+    label = "" if row.get("label") is None else row["label"]  # of any type, as in a run
     fields = {"query": prompt + text + end, "prompt": prompt, "label": label, "response": text}
     if tokenizer is None:
         return _Uncounted(**fields, num_tokens=0)
@@ -152,7 +156,7 @@ def _score_texts(objective: Objective, rows: list[Row], advance: Callable[[int],
     device = "cuda" if torch.cuda.is_available() and options.gpus else "cpu"
     try:
         model = objective.reward_kind.resolve("load")(objective.location, options, device)
-    except Exception as error:  # a label or a model that is not there, a damaged file
+    except Exception as error:  # unknown label or model, damaged file
         raise ConfigError(f"objective {objective.name!r}: {_first_line(error)}") from error
     outcomes = []
     for start in range(0, len(rows), options.batch_size):
@@ -170,8 +174,8 @@ async def _score_in_turn(
     objective: Objective, responses: list[Response], advance: Callable[[int], Any]
 ) -> list[Outcome]:
     try:
-        scorer = objective.load_scorer(patient=False)  # nothing is lost here if a server is down
-    except Exception as error:  # of the user's own file, too
+        scorer = objective.load_scorer(patient=False)  # a failure does not end a run here
+    except Exception as error:  # user code may raise any exception
         raise ConfigError(f"objective {objective.name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     slots = asyncio.Semaphore(AT_ONCE)
 

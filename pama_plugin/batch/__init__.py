@@ -1,1 +1,1 @@
-"""What becomes of one rollout batch's rewards: pure functions of tensors that know no host."""
+"""Processing of the rewards of a rollout batch: pure functions of tensors, independent of OpenRLHF."""

@@ -1,4 +1,4 @@
-"""K rewards per response, or K advantages per token, into one: the only place of a run that calls a rule."""
+"""Combine K rewards per response, or K advantages per token, into one. The only module of a run that calls a rule."""
 
 import math
 
@@ -20,17 +20,17 @@ def combine(
     steps_done: int,
     active: list[bool] | None = None,
 ) -> Aggregation:
-    """What the rule makes of the values, with everything that a rule may ask for; multipliers go into ``state``.
+    """Apply the rule to the values, with all context that rules use, and store the new multipliers in ``state``.
 
     Args:
         config: the rule and its options.
-        state: holds the multipliers of constraints.
-        table: the rewards, from which constraints are judged, and which responses are to one prompt.
-        values_KBA: advantages of the trained objectives; of a rule of rewards these, as (K, B, 1).
-        mask_BA: valid tokens.
-        present_KB: which responses each has a reward for.
-        steps_done: decides the weights.
-        active: which objectives tell responses apart, if that is known.
+        state: contains the multipliers of constraints. Modified.
+        table: the rewards, for the violations of constraints, and the prompt of each response.
+        values_KBA: advantages of the trained objectives, or their rewards (K, B, 1) for a rule that combines rewards.
+        mask_BA: true at valid tokens.
+        present_KB: true where an objective has a reward for a response.
+        steps_done: number of steps done, for the weights.
+        active: for each objective, whether its rewards differ between responses, if known.
     """
     result = config.combine(
         values_KBA,
@@ -48,31 +48,31 @@ def combine(
 
 
 def _violations(config: PamaConfig, table: RewardTable) -> list[float | None]:
-    """How far each constraint's mean reward is from its threshold; None of what is no constraint."""
+    """Threshold minus mean reward of each constraint; None for other objectives."""
     violations: list[float | None] = []
     for objective in config.trained:
         if objective.threshold is None:
             violations.append(None)
             continue
         mean = table.row(objective.name).float().nanmean().item()
-        # With no reward at all there is nothing to learn from: the multiplier stays.
+        # Without any reward, a violation of 0 keeps the multiplier.
         violations.append(0.0 if math.isnan(mean) else objective.threshold - mean)
     return violations
 
 
 def estimated(
-    found: Aggregation, estimate_BA: Tensor, advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor
+    of_rewards: Aggregation, estimate_BA: Tensor, advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor
 ) -> Aggregation:
-    """A combination of rewards, with what the estimator made of it; the metrics are of the advantages."""
+    """A combination of rewards, with its estimated advantages, and metrics computed from advantages."""
     estimate_BA = estimate_BA.masked_fill(~(mask_BA & present_KB.any(0).unsqueeze(-1)), 0)
     metrics = describe(advantages_KBA, mask_BA, present_KB, estimate_BA)
-    return Aggregation(estimate_BA, found.coefficients, found.metrics | metrics)
+    return Aggregation(estimate_BA, of_rewards.coefficients, of_rewards.metrics | metrics)
 
 
 def tells_responses_apart(rewards_GN: Tensor, present_GN: Tensor, *, by_group: bool) -> bool:
-    """Whether the rewards that the estimator sees differ where it compares them: in the batch, or a prompt's group.
+    """Whether rewards differ among the responses that the estimator compares: in the batch, or in a group.
 
-    Where they do not, the advantages are 0 up to rounding, which whitening blows up to a signal.
+    If they do not differ, advantages are 0 up to rounding errors, which whitening would amplify.
 
     >>> import torch
     >>> rewards_GN = torch.tensor([[1.0, 1.0], [2.0, 2.0]])

@@ -1,4 +1,4 @@
-"""Every metric that a batch gives, by its key in the trackers, and the columns in which the host carries them."""
+"""The metrics of a batch, their keys in the trackers, and the columns in which OpenRLHF transports them."""
 
 import itertools
 import math
@@ -10,15 +10,15 @@ from torch import Tensor
 from pama_plugin.aggregation import Aggregation
 from pama_plugin.settings.run import PamaConfig
 
-# Prefixes of columns: the host takes along one number per response and key. The trainer takes them out again, but for
-# the numbers of problems, which end where the table is made.
+# Prefixes of columns: OpenRLHF transports one number per response and key. The trainer removes the columns, except for
+# problem codes, which are removed when the table is built.
 REWARD, SECONDS, PROBLEM = "reward/", "seconds/", "pama/problem/"
 FAILURES, PAMA, EXPLAINED = "pama/failures/", "pama/", "explained_variance/"
 OUR_COLUMNS = (REWARD, SECONDS, PAMA, EXPLAINED)
 
 
 def name_metrics(config: PamaConfig, result: Aggregation, steps_done: int) -> dict[str, float]:
-    """Of a combination: ``gain/1`` → ``pama/gain/<name of objective 1>``, coefficients, and weights on a schedule."""
+    """Metrics of a combination by name: ``gain/1`` → ``pama/gain/<name>``, coefficients, weights with a schedule."""
     names = config.trained_names
     named = {f"{PAMA}coefficient/{name}": float(c) for name, c in zip(names, result.coefficients)}
     for key, value in result.metrics.items():
@@ -30,9 +30,9 @@ def name_metrics(config: PamaConfig, result: Aggregation, steps_done: int) -> di
 
 
 def reduce_columns(columns: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
-    """One number for each column of a whole rollout batch, and the correlations of the rewards of ``names``.
+    """Reduce each column of a rollout batch to one number, and add the correlations of the rewards of ``names``.
 
-    A mean is of the responses that have a number; failures are counted.
+    Failures are summed. All other columns are averaged over the responses that have a number.
     """
     metrics = {}
     for one, other in itertools.combinations(names, 2):
@@ -45,7 +45,7 @@ def reduce_columns(columns: Mapping[str, Tensor], names: Iterable[str]) -> dict[
 
 
 def correlate(one_B: Tensor, other_B: Tensor) -> float:
-    """Pearson's, over the responses that both have a reward for; NaN where one of them does not vary.
+    """Pearson correlation over the responses that have both rewards; NaN if one of them is constant.
 
     >>> round(correlate(torch.tensor([1.0, 2.0, 3.0, torch.nan]), torch.tensor([2.0, 4.0, 3.0, 0.0])), 6)
     0.5
@@ -58,12 +58,12 @@ def correlate(one_B: Tensor, other_B: Tensor) -> float:
 
 
 def explained_variance(returns_N: Tensor, values_N: Tensor) -> float:
-    """``1 − Var(R − V) / Var(R)`` over tokens; NaN where the returns do not vary.
+    """``1 − Var(R − V) / Var(R)`` over tokens; NaN if the returns are constant.
 
     >>> explained_variance(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
     1.0
     """
     returns_N, values_N = returns_N.double(), values_N.double()
-    if len(returns_N) < 2 or returns_N.std() <= 1e-6 * returns_N.abs().max():  # rounding
+    if len(returns_N) < 2 or returns_N.std() <= 1e-6 * returns_N.abs().max():  # constant up to rounding
         return math.nan
     return float(1 - (returns_N - values_N).var() / returns_N.var())

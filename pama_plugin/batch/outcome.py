@@ -1,4 +1,4 @@
-"""The outcome of one objective for one response: a reward or a failure, judged where it is made."""
+"""The outcome of one objective for one response: a reward or a failure, checked where the reward is computed."""
 
 import hashlib
 import math
@@ -14,32 +14,35 @@ from pama_plugin.settings.values import Bounds
 
 
 class Outcome(NamedTuple):
-    """A reward; or NaN, and why there is none."""
+    """A reward, or NaN and the reason why there is none."""
 
     reward: float
     problem: str | None = None
 
 
 async def attempt(objective: Objective, reward: Awaitable[float]) -> Outcome:
-    """Await the reward. Whatever goes wrong becomes the outcome's problem; nothing becomes a number."""
+    """Await the reward. An exception becomes the problem of the outcome."""
     try:
         return check_reward(objective, await reward)
-    except RewardError:  # which ends the run
+    except RewardError:  # ends the run
         raise
     except PamaError as error:
         return Outcome(math.nan, str(error))
-    except Exception as error:  # other people's code may raise anything
+    except Exception as error:  # user code may raise any exception
         return Outcome(math.nan, f"{type(error).__name__}: {error}")
 
 
 def check_reward(objective: Objective, reward: float, bounds: Bounds | None = None) -> Outcome:
-    """Whether training can use the number: its square is finite in float32, and it is within the bounds.
+    """Check that the square of the reward is finite in float32, and that the reward is within the bounds.
 
-    These are ``range`` of the objective, unless they are given, rounded as the rewards are.
+    Args:
+        objective: the objective of the reward.
+        reward: the reward, of any type that a user function may return.
+        bounds: ``objective.range``, rounded to the precision of the reward. Default: not rounded.
     """
-    if isinstance(reward, str | bytes):  # float would take it
+    if isinstance(reward, str | bytes):  # float() would accept it
         return Outcome(math.nan, f"returned text, {reward!r}")
-    reward = float(reward)  # of whatever other type somebody else's function returned
+    reward = float(reward)
     if not math.isfinite(reward):
         return Outcome(math.nan, f"returned {reward}")
     if abs(reward) > LARGEST:
@@ -51,14 +54,14 @@ def check_reward(objective: Objective, reward: float, bounds: Bounds | None = No
 
 
 def judge_column(objective: Objective, rewards_B: Tensor) -> dict[int, str]:
-    """What is wrong with the numbers of a model, by response; bounds are rounded as its rewards are."""
+    """Response → problem, for the rewards of a model. Bounds are rounded to the dtype of the rewards."""
     rounded = None if objective.range is None else Bounds(*rewards_B.new_tensor(objective.range).tolist())
     outcomes = enumerate(check_reward(objective, reward, rounded) for reward in rewards_B.tolist())
     return {response: outcome.problem for response, outcome in outcomes if outcome.problem is not None}
 
 
 def code_of(problem: str | None) -> int:
-    """A number that a float64 column can carry for a problem's text; 0 for none.
+    """A code for the text of a problem that a float64 column can represent; 0 for no problem.
 
     >>> code_of(None), 0 < code_of("HTTP 502") < 2**48
     (0, True)

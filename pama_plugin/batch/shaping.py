@@ -1,4 +1,4 @@
-"""From the rewards of a batch to those that the estimator is given: failures, statistics, normalising, clipping."""
+"""From the rewards of a batch to the inputs of the estimator: failures, statistics, normalisation, clipping."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,20 +12,20 @@ from pama_plugin.errors import RewardError
 from pama_plugin.rewards.options import LARGEST
 from pama_plugin.settings.objective import Objective
 
-# A standard deviation below this share of the largest reward is that of a constant, up to rounding.
+# Rewards with a standard deviation below this share of the largest reward are constant up to rounding.
 CONSTANT = 1e-6
 
 
 def apply_failure_policy(objectives: Sequence[Objective], table: RewardTable, text: Callable[[int], str]) -> None:
-    """End the run where an objective has no reward for a response that must have one, or for too many.
+    """End the run if a reward is missing with ``on_failure=fail``, or if more than ``max_failures`` are missing.
 
     Args:
-        objectives: all of the table.
-        table: the rewards, and why some are missing.
-        text: of a response, for the error.
+        objectives: all objectives of the table.
+        table: the rewards, and the reasons for missing ones.
+        text: returns the text of a response, for the error.
 
     Raises:
-        RewardError: with the objective, what happened, and a response that it happened to.
+        RewardError: names the objective, the reason and one of the responses.
     """
     responses = table.values_KB.shape[1]
     for objective in objectives:
@@ -46,16 +46,16 @@ def apply_failure_policy(objectives: Sequence[Objective], table: RewardTable, te
 def shape_trained(
     objectives: Sequence[Objective], table: RewardTable, state: RunState, *, by_group: bool
 ) -> tuple[Tensor, Tensor]:
-    """The rewards that the estimator is given, and which of them count.
+    """The rewards for the estimator, and which of them are present.
 
     Args:
-        objectives: the K that are combined.
-        table: rewards of these, and of others.
-        state: their running statistics.
-        by_group: whether the estimator compares the responses to one prompt, or all of the batch.
+        objectives: the K trained objectives.
+        table: the rewards of all objectives.
+        state: running statistics of the objectives.
+        by_group: whether the estimator compares the responses to one prompt, or those of the whole batch.
 
     Returns:
-        (K, B) float32, finite; (K, B) bool, false where an objective has no reward, neither computed nor imputed.
+        (K, B) float32, finite; (K, B) bool, false where a reward was neither computed nor imputed.
     """
     moments = [state.objectives[objective.name].rewards for objective in objectives]
     filled_KB = torch.stack([fill_in(*each, table) for each in zip(objectives, moments)])
@@ -67,18 +67,19 @@ def shape_trained(
 
 
 def measure(objectives: Sequence[Objective], table: RewardTable, state: RunState) -> None:
-    """Take the measured rewards into the running statistics; frozen after so many steps, once anything has varied."""
+    """Update the running statistics, unless they are frozen: after ``freeze_after`` steps, if rewards have varied."""
     for objective in objectives:
-        own = state.objectives[objective.name]
-        if objective.freeze_after is not None and own.steps >= objective.freeze_after and own.rewards.std > 0:
+        statistics = state.objectives[objective.name]
+        moments = statistics.rewards
+        if objective.freeze_after is not None and statistics.steps >= objective.freeze_after and moments.std > 0:
             continue
         rewards_B = table.row(objective.name)
-        own.rewards.update(rewards_B[rewards_B.isfinite()])
-        own.steps += 1
+        moments.update(rewards_B[rewards_B.isfinite()])
+        statistics.steps += 1
 
 
 def fill_in(objective: Objective, moments: Moments, table: RewardTable) -> Tensor:
-    """(B,): what was measured or is imputed; NaN where the objective is left out of the combination."""
+    """(B,) rewards, with missing ones imputed, or NaN where the objective is excluded from the combination."""
     rewards_B = table.row(objective.name)
     if objective.on_failure.action == "impute":
         value = objective.on_failure.value
@@ -89,23 +90,23 @@ def fill_in(objective: Objective, moments: Moments, table: RewardTable) -> Tenso
     return rewards_B
 
 
-def shape_rewards(objective: Objective, rewards_GN: Tensor, seen: Moments, *, fill_by_group: bool) -> Tensor:
-    """``(r − mean) / std`` by ``objective.normalize``, then ``objective.clip``, then something for the missing ones.
+def shape_rewards(objective: Objective, rewards_GN: Tensor, running: Moments, *, fill_by_group: bool) -> Tensor:
+    """Normalise to ``(r − mean) / std`` by ``objective.normalize``, apply ``objective.clip``, fill missing rewards.
 
-    A response without a reward is left out of the aggregation, but the host's estimator compares all responses with
-    each other. So a missing reward becomes the mean of those that it is compared with: means stay what they are. With k
-    of n rewards in a group, ``rloo`` gives advantages times ``n (k − 1) / (k (n − 1))`` and ``group_norm`` times
-    ``√((n − 1) / (k − 1))`` of what the k alone would get.
+    A response without a reward is excluded from the combination, but OpenRLHF's estimator compares all responses. So a
+    missing reward is filled with the mean of the rewards with which it is compared, which keeps that mean. If k of n
+    responses in a group have a reward, their advantages are those of a group of k, times ``n (k − 1) / (k (n − 1))``
+    for ``rloo`` and ``√((n − 1) / (k − 1))`` for ``group_norm``.
 
     Args:
-        objective: says how.
-        rewards_GN: raw rewards of G prompts with N responses each, NaN where there is none. Not modified.
-        seen: of all rewards so far, for ``normalize=running``.
-        fill_by_group: whether the estimator compares the responses to one prompt, or all of the batch.
+        objective: has ``normalize`` and ``clip``.
+        rewards_GN: raw rewards of G prompts with N responses each, NaN if missing. Not modified.
+        running: moments of all rewards so far, for ``normalize=running``.
+        fill_by_group: whether the estimator compares the responses to one prompt, or those of the whole batch.
 
     Returns:
-        (G, N), finite; bit for bit what was given where nothing is asked for. What is normalised is computed in double
-        precision and no larger than a reward may be.
+        (G, N), finite; equal to the input bit for bit without ``normalize``, ``clip`` and missing rewards. Normalised
+        rewards are computed in double precision and limited to the largest valid reward.
 
     >>> from pama_plugin.settings.objective import parse_objective
     >>> rewards_GN = torch.tensor([[1.0, 3.0], [5.0, torch.nan]])
@@ -117,10 +118,10 @@ def shape_rewards(objective: Objective, rewards_GN: Tensor, seen: Moments, *, fi
             [ 1.,  0.]])
     """
     shaped_GN = rewards_GN
-    exact_GN = rewards_GN.double()  # squares of the largest rewards, and quotients by small deviations, are too large
+    exact_GN = rewards_GN.double()  # large rewards overflow float32 when squared or divided by a small std
     if objective.normalize == "running":
-        # While nothing has varied there is no unit to divide by.
-        shaped_GN = (exact_GN - seen.mean) / (seen.std if seen.std > CONSTANT * abs(seen.mean) else 1.0)
+        # Do not divide as long as all rewards were equal.
+        shaped_GN = (exact_GN - running.mean) / (running.std if running.std > CONSTANT * abs(running.mean) else 1.0)
     elif objective.normalize == "batch":
         present = exact_GN[exact_GN.isfinite()]
         shaped_GN = _standardize(exact_GN, present.mean(), present.std(), exact_GN.abs().nan_to_num(0.0).max())
@@ -141,10 +142,10 @@ def shape_rewards(objective: Objective, rewards_GN: Tensor, seen: Moments, *, fi
     means = shaped_GN.nanmean().expand(len(shaped_GN), 1)
     if fill_by_group:
         means = torch.where(shaped_GN.isnan().all(1, keepdim=True), means, shaped_GN.nanmean(1, keepdim=True))
-    return torch.where(missing_GN, means.nan_to_num(0.0), shaped_GN)  # 0 if the whole batch has none: all are left out
+    return torch.where(missing_GN, means.nan_to_num(0.0), shaped_GN)  # 0 if the batch has no reward at all
 
 
 def _standardize(rewards_GN: Tensor, mean: Tensor, std: Tensor, largest: Tensor) -> Tensor:
-    """0 where the rewards do not vary: what is left there is rounding, or a single reward."""
-    varies = std > CONSTANT * largest  # false of NaN, too
+    """``(rewards − mean) / std``, or 0 for constant rewards and for a single reward."""
+    varies = std > CONSTANT * largest  # false if std is NaN
     return torch.where(varies, (rewards_GN - mean) / torch.where(varies, std, 1.0), (rewards_GN - mean) * 0.0)

@@ -1,4 +1,4 @@
-"""What a resumed run must know of the one before: our part of the host's checkpoint, as JSON."""
+"""The state of a run that is saved, as JSON, in OpenRLHF's checkpoint, for resuming."""
 
 import math
 
@@ -9,7 +9,7 @@ from pama_plugin.settings.run import PamaConfig
 
 
 class Moments(BaseModel):
-    """Count, mean and standard deviation of all numbers seen, updated batch by batch (Chan, Golub, LeVeque 1979).
+    """Running count, mean and standard deviation, updated batch by batch (Chan, Golub, LeVeque 1979).
 
     >>> import torch
     >>> moments = Moments()
@@ -24,7 +24,7 @@ class Moments(BaseModel):
     squares: float = 0.0  # Σ (x − mean)²
 
     def update(self, values: Tensor) -> None:
-        """Take in a batch of any shape; an empty one changes nothing."""
+        """Update with a batch of any shape. An empty batch changes nothing."""
         if not values.numel():
             return
         values = values.double()
@@ -36,20 +36,20 @@ class Moments(BaseModel):
 
     @property
     def std(self) -> float:
-        """The sample standard deviation; NaN of fewer than two numbers."""
+        """The sample standard deviation; NaN for fewer than two numbers."""
         return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else math.nan
 
 
 class ObjectiveState(BaseModel):
-    """What was measured of one objective, and the scorer that it was measured with."""
+    """Statistics of one objective, and the identity of the scorer that computed its rewards."""
 
     model_config = ConfigDict(extra="forbid")
 
     scorer: str
     rewards: Moments = Moments()
-    steps: int = 0  # that ``rewards`` are of
-    first_evaluation: tuple[float, float] | None = None  # mean, and standard deviation over prompts
-    multiplier: float | None = None  # of a constraint, once a step has been made
+    steps: int = 0  # number of steps in ``rewards``
+    first_evaluation: tuple[float, float] | None = None  # mean and standard deviation over prompts
+    multiplier: float | None = None  # for a constraint, after the first step
 
 
 class RunState(BaseModel):
@@ -58,26 +58,28 @@ class RunState(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     objectives: dict[str, ObjectiveState]
-    heads: tuple[str, ...]  # the trained ones, in the order of the critic's heads
-    front: str = ""  # what steps_at_front was counted for
-    steps_at_front: int = 0  # in a row so far, for --pama.stop_at_front
-    rating: str  # how evaluations were rated: ratings of another kind are no match for these
+    heads: tuple[str, ...]  # names of the trained objectives, in the order of the critic's heads
+    front: str = ""  # settings for which steps_at_front was counted
+    steps_at_front: int = 0  # consecutive steps at the front, for --pama.stop_at_front
+    rating: str  # how evaluations were rated; other ratings are not comparable
 
     @classmethod
     def start(cls, config: PamaConfig, agent: str | None = None) -> "RunState":
-        """The state before the first step; ``agent`` is the file of the user's own agent, if there is one."""
-        fresh = {objective.name: ObjectiveState(scorer=objective.identity(agent)) for objective in config.objectives}
+        """The state before the first step; ``agent`` is the file of the user's agent, if any."""
+        objectives = {
+            objective.name: ObjectiveState(scorer=objective.identity(agent)) for objective in config.objectives
+        }
         weights = ", ".join(f"{objective.name} {objective.weight}" for objective in config.trained)
-        how = (config.loss, config.level, config.noon, config.whiten, config.options, config.stop_at_front)
+        rule = (config.loss, config.level, config.noon, config.whiten, config.options, config.stop_at_front)
         return cls(
-            objectives=fresh,
+            objectives=objectives,
             heads=config.trained_names,
             rating=f"{config.best or 'min'} of {weights}",
-            front=f"{' '.join(map(str, how))} of {weights}",
+            front=f"{' '.join(map(str, rule))} of {weights}",
         )
 
     def swapped(self, saved: "RunState") -> list[str]:
-        """The names of ``saved`` whose scorer is another one now, or that are gone."""
+        """Names of the objectives in ``saved`` whose scorer has changed, or that no longer exist."""
         return [
             name
             for name, state in saved.objectives.items()
@@ -85,7 +87,7 @@ class RunState(BaseModel):
         ]
 
     def resume(self, saved: "RunState") -> None:
-        """Take over what ``saved`` measured, objective by objective, where the scorer is still the same."""
+        """Take over the statistics of each objective in ``saved`` whose scorer is unchanged."""
         swapped = self.swapped(saved)
         self.objectives |= {
             name: state for name, state in saved.objectives.items() if name in self.objectives and name not in swapped

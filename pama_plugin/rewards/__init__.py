@@ -1,4 +1,4 @@
-"""Kinds of reward: functions of a prompt and a response that know no host. Imports no library of any kind."""
+"""Kinds of reward: functions of a prompt and a response, independent of OpenRLHF. Imports no library of a kind."""
 
 from pama_plugin.rewards.builtin import available_rewards, load_measure, register_reward
 from pama_plugin.rewards.kinds import KINDS, RewardKind

@@ -1,4 +1,4 @@
-"""Kind ``builtin``: rewards that come with this package, or with any that registers its own, by name."""
+"""Kind ``builtin``: rewards of this package and of packages that register their own, by name."""
 
 import functools
 import inspect
@@ -15,17 +15,17 @@ from pama_plugin.rewards.threads import Threads
 Measure = Callable[[Response], float]
 Factory = Callable[..., Measure]
 
-SECONDS = 60.0  # for one call: what is registered should take milliseconds
-REGEX_SECONDS = 5.0  # a pattern can take longer than the age of the universe
+SECONDS = 60.0  # limit of one call; a builtin reward should take milliseconds
+REGEX_SECONDS = 5.0  # limit of one search; some patterns take exponential time
 
 REWARDS = Registry[Factory]("builtin reward", "pama_plugin.rewards")
 
 
 def register_reward(name: str) -> Callable[[Factory], Factory]:
-    """Register a function from options (keyword-only, annotated) to a ``Response -> float``.
+    """Register a function that takes options (keyword-only, annotated) and returns a ``Response -> float``.
 
-    Registered in a module that the rollout engines do not import, it is not known there: a package should name the
-    function in the entry-point group ``pama_plugin.rewards``.
+    The registration applies to this process only. For rollout engines, declare the function in the entry-point group
+    ``pama_plugin.rewards`` of an installed package.
 
     Raises:
         ValueError: ``name`` is taken.
@@ -39,7 +39,7 @@ def register_reward(name: str) -> Callable[[Factory], Factory]:
 
 
 def available_rewards() -> tuple[str, ...]:
-    """The names that ``builtin:NAME`` accepts, sorted: ours, and those of installed packages.
+    """Sorted names for ``builtin:NAME``: the rewards of this package, registered ones, and those of installed packages.
 
     >>> available_rewards()
     ('json', 'length', 'regex', 'repetition')
@@ -48,22 +48,22 @@ def available_rewards() -> tuple[str, ...]:
 
 
 def load_measure(name: str, options: dict[str, Any]) -> Measure:
-    """What ``builtin:NAME,key=value…`` asks for; text values are converted to the options' types.
+    """Load the reward of ``builtin:NAME,key=value…``. Text values are converted to the types of the options.
 
     Raises:
-        ValueError: an unknown name or option (both list the known ones), or a value of the wrong type.
+        ValueError: the name or an option is unknown (the message lists the known ones), or a value has the wrong type.
 
     >>> load_measure("length", {"scale": "140", "min": "0.5", "max": "1.5"})(Response("", "", "", "", 280))
     1.5
     """
-    from pydantic import validate_call  # here: --help lists the names of rewards without it
+    from pydantic import validate_call  # imported here, because --help lists the names without it
 
     factory = REWARDS[name]
     known = list(inspect.signature(factory).parameters)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        takes = ", ".join(known) or "none"
-        raise ValueError(f"builtin:{name} has no option {', '.join(unknown)}; it takes {takes}")
+        options_taken = ", ".join(known) or "none"
+        raise ValueError(f"builtin:{name} has no option {', '.join(unknown)}; it takes {options_taken}")
     return validate_call(factory)(**options)
 
 
@@ -73,7 +73,7 @@ def check_builtin(name: str, options: dict[str, Any]) -> None:
 
 
 def load_builtin(name: str, options: dict[str, Any], *, patient: bool = False) -> Scorer:
-    """The measure as a coroutine, which runs in a thread."""
+    """Load the reward as a coroutine function that runs in a thread."""
     return functools.partial(Threads(limit=16, timeout=SECONDS).call, load_measure(name, options))
 
 
@@ -90,13 +90,13 @@ def length(
     unit: Literal["tokens", "words", "characters"] = "tokens",
     preset: Literal["imdb", "hh"] | None = None,
 ) -> Measure:
-    """``clip(l / scale, min, max)`` of a response of length l.
+    """``clip(l / scale, min, max)`` for a response of length l.
 
-    ``preset`` is one of the paper's two settings, ``imdb`` and ``hh``, in tokens of the policy.
+    ``preset`` selects one of the two settings of the paper, ``imdb`` or ``hh``, in tokens of the policy.
     """
     if preset is not None:
         if (scale, min, max, unit) != (1.0, -math.inf, math.inf, "tokens"):
-            raise ValueError("length takes preset or scale, min, max and unit, found both")
+            raise ValueError("length takes either preset or scale, min, max and unit, found both")
         scale, min, max = PAPER_LENGTHS[preset]
     if not (scale > 0 and math.isfinite(scale)) or not min <= max:
         raise ValueError(f"length needs a finite scale > 0 and min ≤ max, found scale={scale}, min={min}, max={max}")
@@ -111,7 +111,7 @@ def length(
 
 @register_reward("repetition")
 def repetition(*, n: int = 3) -> Measure:
-    """``distinct n-grams / n-grams − 1`` over words: 0 where none is repeated, towards −1 where all are the same."""
+    """``distinct n-grams / n-grams − 1`` over words: 0 without repetition, close to −1 if all n-grams are equal."""
     if n < 1:
         raise ValueError(f"repetition needs n ≥ 1, found n={n}")
 
@@ -125,10 +125,10 @@ def repetition(*, n: int = 3) -> Measure:
 
 @register_reward("regex")
 def regex(*, pattern: str, full: bool = False) -> Measure:
-    """1 if the pattern is found in the response (``full``: if it is all of the response), else 0; ``.`` is any one.
+    """1 if the pattern matches in the response (``full``: matches all of it), else 0. ``.`` also matches a newline.
 
-    Patterns are those of the package ``regex``, whose search ends after 5 seconds and lets other threads run: some
-    patterns take exponential time.
+    Uses the package ``regex``, because some patterns take exponential time: it stops a search after 5 seconds and lets
+    other threads run meanwhile.
     """
     try:
         from regex import DOTALL, compile, error
@@ -148,7 +148,7 @@ def regex(*, pattern: str, full: bool = False) -> Measure:
 
 @register_reward("json")
 def valid_json(*, fenced: bool = False) -> Measure:
-    """1 if the whole response is JSON (``fenced``: if its first ```` ```json ```` block is), else 0."""
+    """1 if the response is valid JSON (``fenced``: if its first ```` ```json ```` block is), else 0."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")

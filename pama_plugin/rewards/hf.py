@@ -1,6 +1,6 @@
-"""Kind ``hf``: any sequence classifier of transformers, with a tokenizer and a chat template of its own.
+"""Kind ``hf``: any sequence classifier of transformers, with its own tokenizer and chat template.
 
-Imported only where an ``hf`` objective is used: it is the one module of the core that needs transformers.
+The only module outside ``host/`` that imports transformers at the top. It is imported only for ``hf`` objectives.
 """
 
 import inspect
@@ -19,24 +19,24 @@ from pama_plugin.rewards.response import Conversation, Inspection
 
 logger = logging.getLogger(__name__)
 
-# Tokenizers that know no limit say 1e30, or another such number; no model reads as many tokens as this.
+# Tokenizers without a limit report a number such as 1e30. No model reads as many tokens as this.
 _NO_LIMIT = 10**8
 
 
-_Row = dict[str, list[int]]  # the model's inputs for one conversation, by name
+_Row = dict[str, list[int]]  # name → input of the model for one conversation
 
 
 class HfScorer:
-    """A loaded classifier: ``score`` gives what transformers itself gives for each conversation alone, unpadded.
+    """A loaded classifier. ``score`` equals the output of transformers for each conversation alone, without padding.
 
-    A text that is too long loses its leftmost tokens: those of the prompt and then, where the response alone is too
-    long, those of the response. What the tokenizer puts at the beginning (BOS, CLS) and all that follows the response
-    stay. The end of a response is kept because a head on the last token reads it there, before the same end-of-text
-    tokens, and because a response that never stops, cut at its end, would read like one that is about to.
+    A text that is too long is truncated on the left: first the prompt and, if the response alone is too long, the
+    response. Tokens that the tokenizer adds at the beginning (BOS, CLS) and all tokens after the response are kept. The
+    end of the response is kept because a head on the last token reads it there, before the same end-of-text tokens, and
+    because a response that never stops would look finished if it were truncated on the right.
 
     Raises:
-        ValueError: a checkpoint without a trained head, a tokenizer of another model, an unknown or missing label,
-            no chat template to use, or a ``max_length`` that is needed, too short or too long.
+        ValueError: the checkpoint has no trained head, the tokenizer belongs to another model, the label is unknown or
+            missing, there is no chat template, or ``max_length`` is missing, too short or too long.
     """
 
     def __init__(self, location: str, options: HfOptions, device: str) -> None:
@@ -59,20 +59,20 @@ class HfScorer:
         self._beginnings = {self._tokenizer.bos_token_id, self._tokenizer.cls_token_id} - {None}
 
         config = self._config = model.config.get_text_config()
-        config.use_cache = False  # keys and values that nothing would read again
+        config.use_cache = False  # the key-value cache would not be used
         padding = getattr(config, "pad_token_id", None)
-        self._padding = padding if padding in range(self._embeddings) else None  # some configurations say -1
-        self._takes = set(inspect.signature(model.forward).parameters)
-        # XLNet reads the last position, padding or not; encoder-decoders want as many EOS in every text of a batch.
+        self._padding = padding if padding in range(self._embeddings) else None  # some configurations have -1
+        self._parameters = set(inspect.signature(model.forward).parameters)
+        # XLNet reads the last position even if it is padding; encoder-decoders need as many EOS in each text.
         alone = getattr(config, "summary_type", None) == "last" or model.config.is_encoder_decoder
-        self._batch_size = 1 if alone or "attention_mask" not in self._takes else options.batch_size
+        self._batch_size = 1 if alone or "attention_mask" not in self._parameters else options.batch_size
         self._model = model.to(device).eval()
 
     def score(self, conversations: Sequence[Conversation]) -> list[float]:
-        """One reward per conversation, in order; NaN for a text without a single token, which no model can read."""
+        """One reward per conversation, in order; NaN for a text without tokens."""
         rows = [row for row, _ in self._encode(conversations)]
         lengths = [len(row["input_ids"]) for row in rows]
-        # Texts of like length share a batch; the longest come first, so that too little memory shows at once.
+        # Batches have texts of similar length. The longest come first, so that a lack of memory shows immediately.
         order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
         rewards = [math.nan] * len(rows)
         for start in range(0, len(order), self._batch_size):
@@ -82,21 +82,23 @@ class HfScorer:
         return rewards
 
     def score_each(self, conversations: Sequence[Conversation]) -> list[float]:
-        """As ``score``, and NaN for a conversation that the model or its template cannot read."""
+        """As ``score``, but NaN for a conversation on which the model or its template fails."""
         try:
             return self.score(conversations)
-        except Exception as error:  # a template may raise what it likes, and so may a model's own code
+        except Exception as error:  # a template or the code of a model may raise any exception
             if len(conversations) == 1:
                 logger.warning("no reward for %r: %r", conversations[0], error)
                 return [math.nan]
-            logger.warning("scoring %d conversations together failed: %r; now one by one", len(conversations), error)
+            logger.warning(
+                "scoring %d conversations in a batch failed: %r; scoring them one by one", len(conversations), error
+            )
             return [reward for conversation in conversations for reward in self.score_each([conversation])]
 
     def inspect(self, conversation: Conversation, tokens: int = 16) -> Inspection:
-        """What the model sees of a conversation, with its last ``tokens`` as text.
+        """The input of the model for a conversation, with the last ``tokens`` tokens as text.
 
-        Where the prompt ends is found by tokenizing it alone, which may be a token off where a word spans both. A
-        response that the template rewrites cannot be found in its output; then all of it counts as response.
+        The end of the prompt is determined by tokenizing the prompt alone, which may be off by one token if a word
+        spans prompt and response. If the template modifies the response, the whole text counts as response.
         """
         ((row, cut),) = self._encode([conversation])
         prompt = self._tokenizer(self._split(conversation)[0], add_special_tokens=False, verbose=False)["input_ids"]
@@ -106,7 +108,7 @@ class HfScorer:
         return Inspection(tail, len(ids), truncated_prompt=min(cut, in_prompt) > 0, truncated_response=cut > in_prompt)
 
     def _split(self, conversation: Conversation) -> tuple[str, str]:
-        """The text before the response, and the text from there on."""
+        """The text before the response, and the rest of the text."""
         messages, response = conversation
         if self._text == "response":
             return "", response
@@ -116,42 +118,42 @@ class HfScorer:
         chat = [{**message, "content": content} for message, content in zip(messages, contents)]
         chat.append({"role": "assistant", "content": response})
         text = str(self._tokenizer.apply_chat_template(chat, tokenize=False))
-        start = max(text.rfind(response.strip()), 0)  # templates strip
+        start = max(text.rfind(response.strip()), 0)  # templates strip whitespace
         return text[:start], text[start:]
 
     def _encode(self, conversations: Sequence[Conversation]) -> list[tuple[_Row, int]]:
-        """The model's inputs for each conversation, and how many tokens were cut off."""
+        """The inputs of the model for each conversation, and the number of truncated tokens."""
         if not conversations:
             return []
         before, rest = zip(*map(self._split, conversations))
         texts = (list(before), list(rest)) if self._text == "pair" else ([a + b for a, b in zip(before, rest)],)
         encoded = self._tokenizer(
             *texts,
-            add_special_tokens=self._text != "chat",  # a template writes its own, BOS included
+            add_special_tokens=self._text != "chat",  # a template contains the special tokens, including BOS
             return_attention_mask=True,
             return_special_tokens_mask=True,
-            verbose=False,  # about texts that are too long
+            verbose=False,  # no warnings about long texts
         )
         rows = [dict(zip(encoded, columns)) for columns in zip(*encoded.values())]
         return [self._cut(row) for row in rows]
 
     def _cut(self, row: _Row) -> tuple[_Row, int]:
-        """Drop the leftmost tokens that come from the text, and not from the tokenizer, down to the limit."""
+        """Truncate to the limit on the left, but keep the tokens that the tokenizer adds."""
         ids, special = row["input_ids"], row["special_tokens_mask"]
         stays = [flag or index == 0 and ids[0] in self._beginnings for index, flag in enumerate(special)]
         droppable = [index for index, flag in enumerate(stays) if not flag]
         cut = set(droppable[: max(len(ids) - self._max_length, 0)])
-        taken = {key: values for key, values in row.items() if key in self._takes}
+        taken = {key: values for key, values in row.items() if key in self._parameters}
         return {key: [v for i, v in enumerate(values) if i not in cut] for key, values in taken.items()}, len(cut)
 
     @torch.inference_mode()
     def _logits(self, rows: Sequence[_Row]) -> torch.Tensor:
-        """Logits (B, C) of rows that are padded at the right.
+        """Logits (B, C) of rows padded on the right.
 
-        A head on the last token looks for the last one that is not the model's padding. So the *model's* padding is
-        used, and not the tokenizer's: then a padded text ends where it does alone, also if that token is the EOS that
-        ends texts as well (cf. transformers issue 35352). A model without one reads the last token; an id that is in
-        no text of the batch serves.
+        A head on the last token uses the last token that is not the *model's* padding token. Rows are padded with that
+        token, not with the tokenizer's, so that a text ends at the same position as without padding, even if the token
+        is also the EOS of the texts (cf. transformers issue 35352). If the model has no padding token, an id that does
+        not occur in the batch is set as its padding token.
         """
         used = {token for row in rows for token in row["input_ids"]}
         unused = (token for token in range(self._embeddings) if token not in used)
@@ -172,7 +174,7 @@ class HfScorer:
         chosen = logits[:, self._label]
         if self._options.output == "logit":
             return chosen
-        log_odds = chosen  # of a sigmoid; of a softmax, less the logsumexp of the other logits
+        log_odds = chosen  # for a sigmoid; for a softmax subtract the logsumexp of the other logits
         if logits.shape[1] > 1 and self._model.config.problem_type != "multi_label_classification":
             others = torch.cat([logits[:, : self._label], logits[:, self._label + 1 :]], dim=1)
             log_odds = chosen - others.logsumexp(1)
@@ -180,17 +182,19 @@ class HfScorer:
 
 
 def _check_weights(model: Any, missing_keys: Iterable[str], tokens: int, embeddings: int, location: str) -> None:
-    """Refuse what transformers only warns of: weights that are random, and tokens that have no embedding."""
+    """Refuse randomly initialised weights and tokens without an embedding; transformers only warns of them."""
     missing = sorted(set(missing_keys) & {name for name, _ in model.named_parameters()})
     if missing:
         lacks = f"its checkpoint lacks {', '.join(missing[:4])}"
         raise ValueError(f"{location} has no trained classification head, or is incomplete: {lacks}")
     if tokens > embeddings:
-        raise ValueError(f"the tokenizer of {location} has {tokens} tokens, and its model embeds only {embeddings}")
+        raise ValueError(
+            f"the tokenizer of {location} has {tokens} tokens, but its model has only {embeddings} embeddings"
+        )
 
 
 def _check_tokenizer(tokenizer: Any, location: str) -> None:
-    """Refuse a folder without a vocabulary: transformers then makes a tokenizer of special tokens alone."""
+    """Refuse a folder without a vocabulary, for which transformers creates a tokenizer of special tokens only."""
     files = set(tokenizer.vocab_files_names.values())
     if files and Path(location).is_dir() and not any((Path(location) / file).is_file() for file in files):
         raise ValueError(f"{location} must hold the model's tokenizer, one of {', '.join(sorted(files))}, found none")
@@ -201,39 +205,39 @@ def _find_label(label: int | str | None, names: Mapping[int, str], location: str
     if label is None and len(names) > 1:
         raise ValueError(f"{location} has {len(names)} logits, so label must be one of {known}")
     if isinstance(label, str):
-        found = [index for index, name in names.items() if name == label]
-        found = found or [index for index, name in names.items() if name.lower() == label.lower()]
+        matches = [index for index, name in names.items() if name == label]
+        matches = matches or [index for index, name in names.items() if name.lower() == label.lower()]
     else:
-        found = [index for index in names if index == (label or 0)]
-    if len(found) != 1:
-        raise ValueError(f"label must be one of those that {location} has ({known}), found {label!r}")
-    return found[0]
+        matches = [index for index in names if index == (label or 0)]
+    if len(matches) != 1:
+        raise ValueError(f"label must be one of the labels of {location} ({known}), found {label!r}")
+    return matches[0]
 
 
-def _find_limit(asked: int | None, tokenizer: int, positions: int, special: int, location: str) -> int:
-    """What is ``asked`` for, or else what ``tokenizer`` and model allow."""
-    if asked and positions and asked > positions:
-        raise ValueError(f"max_length must be at most {positions}, the positions of {location}, found {asked}")
-    limit = min(asked or tokenizer, positions or _NO_LIMIT)
+def _find_limit(max_length: int | None, tokenizer: int, positions: int, special: int, location: str) -> int:
+    """``max_length``, or by default the limit of tokenizer and model."""
+    if max_length and positions and max_length > positions:
+        raise ValueError(f"max_length must be at most {positions}, the positions of {location}, found {max_length}")
+    limit = min(max_length or tokenizer, positions or _NO_LIMIT)
     if limit >= _NO_LIMIT:
-        raise ValueError(f"max_length is needed: neither the model nor the tokenizer of {location} has a limit")
+        raise ValueError(f"max_length is required: neither the model nor the tokenizer of {location} has a limit")
     if limit <= special:
         raise ValueError(f"max_length must be more than the {special} special tokens of a text, found {limit}")
     return limit
 
 
 def _positions(model: Any) -> int:
-    """How many tokens the model has positions for; 0 if it does not say."""
+    """Number of tokens for which the model has positions; 0 if unknown."""
     config = model.config.get_text_config()
     known = max(getattr(config, name, None) or 0 for name in ("max_position_embeddings", "n_positions"))
-    # RoBERTa and its kin count positions on from the padding's id.
+    # RoBERTa and similar models number positions from the id of the padding token on.
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     starts = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return max(known - max(starts, default=0), 0)
 
 
 def _as_text(content: Any) -> str:
-    """The content of a message, whose text may come in parts; a classifier of text sees no others."""
+    """The text of a message, whose content may be a list of parts. Parts other than text are ignored."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content or () if part["type"] == "text")

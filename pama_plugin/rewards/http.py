@@ -1,16 +1,16 @@
-"""Kind ``http``: a reward server that speaks the host's protocol, asked by the rollout, one response per request.
+"""Kind ``http``: a reward server with OpenRLHF's protocol. The rollout sends one request per response.
 
-POST ``{"query": [q], "prompts": [p], "labels": [l]}`` is answered by ``{"rewards": [r]}``; other keys are not used.
+The reply to POST ``{"query": [q], "prompts": [p], "labels": [l]}`` is ``{"rewards": [r]}``; other keys are ignored.
 
-    what goes wrong                                          asked again   counts against the replica
-    no connection, time-out, status 5xx, body is not JSON    yes           yes
-    status 429                                               yes           no
-    any other status, reward is not one finite number        no            no
+    failure                                                  repeated   counts against the replica
+    no connection, time-out, status 5xx, body is not JSON    yes        yes
+    status 429                                               yes        no
+    any other status, reward is not one finite number        no         no
 
-From top to bottom: what others call, what goes wrong, a replica with its breaker, and the scorer, in the order in which
-a request meets its methods (``__call__``, ``_attempt``, ``_next``, ``_post``, ``_reward``); then what these need.
+The module contains, in this order: the public functions, the failures, a replica with its circuit breaker, the scorer
+with its methods in the order of a request (``__call__``, ``_attempt``, ``_next``, ``_post``, ``_reward``), and helpers.
 
-This module needs the extra ``rewards``, so nothing imports it unless an objective is of this kind.
+It needs the extra ``rewards``, so it is imported only for objectives of this kind.
 """
 
 import asyncio
@@ -35,23 +35,23 @@ from pama_plugin.errors import PamaError
 from pama_plugin.rewards.options import HttpOptions
 from pama_plugin.rewards.response import Response
 
-BACKOFF = wait_exponential_jitter(multiplier=0.5, max=30, jitter=1)  # 0.5, 1, 2, 4 … s, each and up to 1 s
-LONGEST_RETRY_AFTER = 60.0  # seconds; a server that asks for more is asked again earlier
-FAILURES_TO_OPEN = 5  # in a row
-OPEN_SECONDS = 2.0  # since the last of them; then one request tries, which costs a dead server's users nothing
+BACKOFF = wait_exponential_jitter(multiplier=0.5, max=30, jitter=1)  # 0.5, 1, 2, 4 … s, plus up to 1 s
+LONGEST_RETRY_AFTER = 60.0  # seconds; longer values of the header are reduced to this
+FAILURES_TO_OPEN = 5  # consecutive failures of a replica
+OPEN_SECONDS = 2.0  # seconds from the last failure to the trial request
 POLL_SECONDS = 0.1
-LARGEST_REPLY = 2**20  # bytes, unpacked
+LARGEST_REPLY = 2**20  # bytes, decompressed
 
 
 class ServerFailure(PamaError, RuntimeError):
-    """A response that was not scored: which replica was asked last, what happened, and after how many attempts."""
+    """No reward for a response. The message names the last replica, the problem and the number of attempts."""
 
 
 def split_replicas(location: str) -> tuple[str, ...]:
-    """``URL|URL…`` → the URLs.
+    """Split ``URL|URL…`` into URLs.
 
     Raises:
-        ValueError: one is not http or https with a host, or holds a user name or password.
+        ValueError: a URL is not http or https, has no host, or contains a user name or password.
 
     >>> split_replicas("http://a:5000/get_reward|https://b/get_reward")
     ('http://a:5000/get_reward', 'https://b/get_reward')
@@ -59,35 +59,35 @@ def split_replicas(location: str) -> tuple[str, ...]:
     replicas = tuple(location.split("|"))
     for url in replicas:
         if not _is_usable(url):
-            # What stands before an @ may be a password.
-            found = "one with '@', not shown because it may hold a password" if "@" in url else repr(_shown(url))
-            raise ValueError(f"a replica must be http(s)://HOST[:PORT]/PATH without user or password, found {found}")
+            # The part before an @ may be a password.
+            shown = "one with '@', not shown because it may contain a password" if "@" in url else repr(_redact(url))
+            raise ValueError(f"a replica must be http(s)://HOST[:PORT]/PATH without user or password, found {shown}")
     return replicas
 
 
 def check_http(location: str, options: HttpOptions) -> list[str]:
-    """Refuse what cannot work, without asking the servers, and return one warning for each replica to worry about.
+    """Check URLs and token without a request, and return a warning for each replica with an unencrypted connection.
 
     Raises:
-        ValueError: a URL or the token's environment variable cannot be used.
+        ValueError: a URL or the environment variable of the token is invalid.
     """
     _token(options)
     sent = f"prompts, responses and the token in {options.token_env}" if options.token_env else "prompts and responses"
     return [
-        f"{_shown(url)} is plain http to another machine, so {sent} can be read on the way; use https"
+        f"{_redact(url)} is plain http to another machine, so others can read {sent}; use https"
         for url in split_replicas(location)
         if httpx.URL(url).scheme == "http" and not _is_loopback(httpx.URL(url).host)
     ]
 
 
 def load_http(location: str, options: HttpOptions, *, patient: bool = False) -> Callable[[Response], Awaitable[float]]:
-    """A scorer to be awaited, always in the same event loop; whatever it cannot score raises ``ServerFailure``.
+    """Load a scorer. Await it in one event loop only; it raises ``ServerFailure`` for a response without a reward.
 
     Args:
         location: the replicas.
-        options: how they are asked.
-        patient: whether to wait while all replicas are left alone, for as long as an attempt may take, before that
-            costs an attempt: for those to whom a failure costs the run. Others go on to their next attempt.
+        options: limits of the requests, and the token.
+        patient: if all replicas are suspended, wait for up to the time of one attempt, and then fail. Use it if a
+            failure ends the run. Otherwise it counts as a failed attempt.
 
     Raises:
         ValueError: as ``check_http``.
@@ -96,11 +96,11 @@ def load_http(location: str, options: HttpOptions, *, patient: bool = False) -> 
 
 
 class _Failure(Exception):
-    """An attempt that would fail in the same way again."""
+    """A failed attempt that would fail again."""
 
 
 class _Transient(_Failure):
-    """An attempt that may succeed when repeated, after ``retry_after`` seconds at the earliest."""
+    """A failed attempt that may succeed if repeated, after at least ``retry_after`` seconds."""
 
     def __init__(self, problem: str, retry_after: float = 0.0) -> None:
         super().__init__(problem)
@@ -108,12 +108,12 @@ class _Transient(_Failure):
 
 
 class _ServerTrouble(_Transient):
-    """One that also speaks against the replica."""
+    """A transient failure that counts against the replica."""
 
 
-@dataclass(eq=False)  # two replicas may have one URL
+@dataclass(eq=False)  # replicas with the same URL are different
 class _Replica:
-    """One server, and whether its last answers make it worth asking."""
+    """One server with a circuit breaker."""
 
     url: str
     breaker: CircuitBreaker = field(
@@ -123,14 +123,14 @@ class _Replica:
 
     @property
     def may_be_asked(self) -> bool:
-        """Always, but when the breaker is open, and during the one request that tries whether it may be closed."""
+        """False while the breaker is open, and during the trial request that may close it."""
         state = self.breaker.state
         return not (state == STATE_OPEN or state == STATE_HALF_OPEN and self.on_trial)
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Let the breaker see how a request ends, and let no other pass while it is a trial."""
-        # The library lets all pass: a server that hangs would take every slot for as long as the time-out.
+        """Report the result of a request to the breaker, and block other requests during a trial."""
+        # The library does not block them, so a hanging server would occupy every slot until the time-out.
         trial = self.breaker.state == STATE_HALF_OPEN
         self.on_trial = self.on_trial or trial
         try:
@@ -141,32 +141,32 @@ class _Replica:
 
 
 class _HttpScorer:
-    """What the requests of one objective share: connections, slots, replicas."""
+    """Connections, slots and replicas of one objective."""
 
     def __init__(self, location: str, options: HttpOptions, patient: bool) -> None:
         self.options, self.patient = options, patient
         self.token = _token(options)
-        self.replicas = [_Replica(url) for url in split_replicas(location)]  # the one asked longest ago is first
+        self.replicas = [_Replica(url) for url in split_replicas(location)]  # least recently used first
         self.slots = asyncio.Semaphore(options.concurrency)
 
     @functools.cached_property
     def client(self) -> httpx.AsyncClient:
-        """Made by the first request, inside the running loop."""
+        """Created by the first request, in the running event loop."""
         authorization = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         connections = self.options.concurrency
         return httpx.AsyncClient(
             headers={"Content-Type": "application/json"} | authorization,
-            timeout=None,  # httpx limits each read, not their sum: see _post
+            timeout=None,  # httpx limits single reads, not their sum; _post limits the sum
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-            # As the host's client: no proxy from the environment, and the certificates that Python itself trusts.
+            # As OpenRLHF's client: no proxy from the environment, and the certificates that Python trusts.
             trust_env=False,
             verify=ssl.create_default_context(),
         )
 
     async def __call__(self, response: Response) -> float:
-        # Escaped to ASCII, as the host's client does: half a surrogate pair in a prompt would not encode as UTF-8.
+        # Escaped to ASCII, as in OpenRLHF's client, because an unpaired surrogate cannot be encoded as UTF-8.
         body = json.dumps({"query": [response.query], "prompts": [response.prompt], "labels": [response.label]})
-        asked: list[_Replica] = []
+        attempted: list[_Replica] = []
         attempts = AsyncRetrying(
             stop=stop_after_attempt(1 + self.options.retries),
             wait=_wait,
@@ -174,69 +174,69 @@ class _HttpScorer:
             reraise=True,
         )
         try:
-            reward: float = await attempts(self._attempt, body, asked)
+            reward: float = await attempts(self._attempt, body, attempted)
         except _Failure as failure:
-            raise ServerFailure(f"{failure} (attempts: {len(asked)})") from None  # the text says it all
+            raise ServerFailure(f"{failure} (attempts: {len(attempted)})") from None  # the message has all details
         return reward
 
-    async def _attempt(self, body: str, asked: list[_Replica]) -> float:
+    async def _attempt(self, body: str, attempted: list[_Replica]) -> float:
         async with self.slots:
-            replica = await self._next(asked)
-            asked.append(replica)
+            replica = await self._next(attempted)
+            attempted.append(replica)
             with replica.request():
-                return self._reward(_shown(replica.url), *await self._post(replica.url, body))
+                return self._reward(_redact(replica.url), *await self._post(replica.url, body))
 
-    async def _next(self, asked: list[_Replica]) -> _Replica:
-        """Of the replicas that this response was sent to least often, the one that was asked longest ago."""
+    async def _next(self, attempted: list[_Replica]) -> _Replica:
+        """The least recently used of the replicas with the fewest attempts for this response."""
         patience = self.options.timeout + OPEN_SECONDS if self.patient else 0.0
         waited = 0.0
         while not (ready := [replica for replica in self.replicas if replica.may_be_asked]):
             if waited >= patience:
                 problem = (
-                    f"no replica may be asked, each failed {FAILURES_TO_OPEN} times in a row; "
+                    f"all replicas are suspended, each failed {FAILURES_TO_OPEN} times in a row; "
                     f"last error: {self.replicas[-1].breaker.last_failure}"
                 )
                 raise _Failure(problem) if self.patient else _Transient(problem)
             await asyncio.sleep(POLL_SECONDS)
             waited += POLL_SECONDS
-        replica = min(ready, key=asked.count)
+        replica = min(ready, key=attempted.count)
         self.replicas.remove(replica)
         self.replicas.append(replica)
         return replica
 
     async def _post(self, url: str, body: str) -> tuple[httpx.Response, bytes]:
-        """The reply, and its body as far as a reward may be long."""
+        """Send the request; return the reply and its body."""
         request = asyncio.ensure_future(self._receive(url, body))
         try:
             await asyncio.wait([request], timeout=self.options.timeout)
         finally:
-            # Again and again: on Python 3.10 a request that has just connected swallows a cancellation, and wait_for,
-            # which cancels once, then waits for as long as the server hangs.
+            # Cancel repeatedly: on Python 3.10 a request that has just connected swallows a cancellation. wait_for
+            # cancels only once, and would then wait for as long as the server hangs.
             while not request.done():
                 request.cancel()
                 await asyncio.wait([request], timeout=0.1)
         try:
             return request.result()
-        except asyncio.CancelledError:  # by the lines above; a caller's comes out of the wait
+        except asyncio.CancelledError:  # from the lines above; a cancellation by the caller leaves asyncio.wait
             problem = f"no complete reply within {self.options.timeout:g} s"
         except httpx.HTTPError as error:
             problem = f"{type(error).__name__} {error}".rstrip()
-        raise _ServerTrouble(f"{_shown(url)}: {problem}")
+        raise _ServerTrouble(f"{_redact(url)}: {problem}")
 
     async def _receive(self, url: str, body: str) -> tuple[httpx.Response, bytes]:
         received = bytearray()
         async with self.client.stream("POST", url, content=body) as reply:
             async for chunk in reply.aiter_bytes(LARGEST_REPLY):
                 received += chunk
-                if len(received) > LARGEST_REPLY:  # a server gone wild must not take the rollout's memory
-                    raise _Failure(f"{_shown(url)}: the body is longer than {LARGEST_REPLY} bytes")
+                if len(received) > LARGEST_REPLY:  # limits the memory of the rollout
+                    raise _Failure(f"{_redact(url)}: the body is longer than {LARGEST_REPLY} bytes")
         return reply, bytes(received)
 
     def _reward(self, where: str, reply: httpx.Response, body: bytes) -> float:
         if not reply.is_success:
             raise self._refused(where, reply, body)
         try:
-            # Integers as floats, too: one beyond a float's range becomes inf, and true does not become 1.
+            # Parse integers as floats: too large ones become inf, and true is not a number.
             document = json.loads(body, parse_int=float)
         except (ValueError, RecursionError):
             raise _ServerTrouble(f"{where}: the body is not JSON, found {self._quoted(body)}") from None
@@ -255,14 +255,14 @@ class _HttpScorer:
             return _Transient(problem, _retry_after(reply))
         if status in (401, 403):
             variable = self.options.token_env
-            hint = f"check the token in {variable}" if variable else "if it wants a token, name its variable: token_env"
+            hint = f"check the token in {variable}" if variable else "if the server needs a token, set token_env"
             problem += f"; {hint}"
         if reply.is_redirect:
-            problem += "; redirects are not followed: give the URL that they lead to"
+            problem += "; redirects are not followed, use the target URL"
         return _Failure(problem)
 
     def _quoted(self, body: bytes) -> str:
-        """The beginning of what the server says, which may repeat the token."""
+        """The beginning of the body, without the token, which a server may repeat."""
         text = body.decode("utf-8", "replace")
         return repr((text.replace(self.token, "***") if self.token else text)[:200])
 
@@ -273,7 +273,7 @@ def _wait(state: RetryCallState) -> float:
 
 
 def _retry_after(reply: httpx.Response) -> float:
-    """The seconds in either form of the header (RFC 9110, section 10.2.3), 0 if there is none that can be read."""
+    """Seconds in either form of the header (RFC 9110, section 10.2.3); 0 without a valid header."""
     value = reply.headers.get("Retry-After", "")
     try:
         seconds = float(value) if value.isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
@@ -283,15 +283,15 @@ def _retry_after(reply: httpx.Response) -> float:
 
 
 def _token(options: HttpOptions) -> str | None:
-    """The bearer token; anything that cannot be sent in a header is refused here, where nobody quotes it."""
+    """The bearer token. Refuses one that cannot be sent in a header, without quoting it in the error."""
     if options.token_env is None:
         return None
     token = os.environ.get(options.token_env, "")
     if not re.fullmatch("[!-~]+", token):
-        found = "other characters in it" if token else "it unset or empty"
+        problem = "other characters" if token else "it unset or empty"
         raise ValueError(
-            f"the environment variable {options.token_env} (token_env) must hold the bearer token, "
-            f"printable ASCII without spaces, found {found}"
+            f"the environment variable {options.token_env} (token_env) must contain the bearer token, "
+            f"printable ASCII without spaces, found {problem}"
         )
     return token
 
@@ -312,6 +312,6 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _shown(url: str) -> str:
-    """The URL without its query, which may hold a key."""
+def _redact(url: str) -> str:
+    """The URL without its query, which may contain a key."""
     return re.split("[?#]", url)[0]

@@ -1,7 +1,7 @@
-"""The kinds of reward, one record each; installed packages add theirs as entry points of ``pama_plugin.kinds``.
+"""The kinds of reward, one record each. Installed packages add kinds in the entry-point group ``pama_plugin.kinds``.
 
-A record names functions and classes as ``"MODULE:NAME"``, which is imported when an objective first needs it, so that
-``--help`` and runs without the kind do not import its libraries.
+A record refers to functions and classes as ``"MODULE:NAME"``. The module is imported when an objective first needs it,
+so that ``--help`` and runs without the kind do not import its libraries.
 """
 
 import pkgutil
@@ -17,27 +17,27 @@ Reference = str | Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class RewardKind:
-    """How objectives ``NAME=KIND:LOCATION[,option=value…]`` of one kind are checked, identified and scored.
+    """Defines how objectives ``NAME=KIND:LOCATION[,option=value…]`` of one kind are checked, identified and scored.
 
     Args:
-        summary: what the kind is and what LOCATION names, for ``--help``.
-        scored_in: ``rollout``: in the vLLM actors, one response at a time, while others are generated; ``replicas``: in
-            Ray actors of its own, which read the text of whole batches; ``ranks``: in OpenRLHF's reward-model actors,
-            which read the policy's token ids; ``agent``: the user's agent returns it.
-        options: the options that the kind takes besides those of every objective.
-        model: pydantic model of these options; of a kind scored in replicas it extends ``ReplicaOptions``. Without one,
-            ``check`` and ``load`` are passed the options as a dict.
-        runtime_options: options that do not change the reward of a response.
-        packages: modules that the kind imports, of the extra ``rewards``.
-        learned: whether a constant reward is a sign of a broken model; a hand-written reward may well be constant.
+        summary: description of the kind and of LOCATION, for ``--help``.
+        scored_in: where rewards are computed. ``rollout``: in the vLLM actors, one response at a time, during
+            generation; ``replicas``: in separate Ray actors, which read the text of whole batches; ``ranks``: in
+            OpenRLHF's reward-model actors, which read the policy's token ids; ``agent``: in the user's agent.
+        options: options of the kind, in addition to those of every objective.
+        model: pydantic model of these options; for ``replicas`` a subclass of ``ReplicaOptions``. Without a model,
+            ``check`` and ``load`` receive the options as a dict.
+        runtime_options: options that do not change rewards.
+        packages: modules from the extra ``rewards`` that the kind imports.
+        learned: whether a constant reward indicates a broken model; a hand-written reward may be constant.
         reads_labels: whether the reward may depend on the label of the prompt.
-        check: ``(location, options) -> warnings or None``; raises ``ValueError`` where the reward cannot be computed.
-            It runs on the driver before Ray starts, and asks no server.
+        check: ``(location, options) -> warnings or None``; raises ``ValueError`` if the reward cannot be computed. It
+            runs on the driver before Ray starts, and sends no request to a server.
         absolute: ``location -> location`` with absolute paths.
-        files: ``location -> paths`` of the files that decide the reward, part of the reward's identity in checkpoints.
-        load: ``rollout``: ``(location, options, *, patient) -> Scorer``, where ``patient`` asks to wait for a server
-            that is down, because a failure would end the run; ``replicas``: ``(location, options, device) ->
-            TextModel``; not used otherwise.
+        files: ``location -> paths`` of files that determine the reward. They are part of its identity in checkpoints.
+        load: for ``rollout``, ``(location, options, *, patient) -> Scorer``; with ``patient`` the scorer waits for a
+            server that is down, because a failure would end the run. For ``replicas``, ``(location, options, device)
+            -> TextModel``. Unused otherwise.
 
     >>> KINDS["py"].scored_in, KINDS["py"].options
     ('rollout', ('timeout', 'concurrency'))
@@ -57,12 +57,12 @@ class RewardKind:
     load: Reference | None = None
 
     def resolve(self, field: str) -> Any:
-        """The function or class that the field refers to."""
+        """Import the function or class to which the field refers."""
         reference = getattr(self, field)
         return pkgutil.resolve_name(reference) if isinstance(reference, str) else reference
 
     def missing_packages(self) -> list[str]:
-        """Those of ``packages`` that are not installed."""
+        """The ``packages`` that are not installed."""
         return [name for name in self.packages if find_spec(name) is None]
 
 
@@ -85,7 +85,7 @@ KINDS.add(
 KINDS.add(
     "hf",
     RewardKind(
-        summary="any sequence classifier with a tokenizer of its own, folder or hub name",
+        summary="any sequence classifier with its own tokenizer, folder or hub name",
         scored_in="replicas",
         options=("label", "output", "text", "max_length", "dtype", "trust_remote_code")
         + ("batch_size", "replicas", "gpus"),
@@ -117,7 +117,7 @@ KINDS.add(
 KINDS.add(
     "http",
     RewardKind(
-        summary="a reward server's URL, replicas separated by |",
+        summary="URL of a reward server, replicas separated by |",
         scored_in="rollout",
         options=("timeout", "retries", "concurrency", "token_env"),
         model="pama_plugin.rewards.options:HttpOptions",
@@ -132,7 +132,7 @@ KINDS.add(
 KINDS.add(
     "builtin",
     RewardKind(
-        summary="a reward of this package, or one that another package registered, by name",
+        summary="name of a reward of this package or of an installed package",
         scored_in="rollout",
         check="pama_plugin.rewards.builtin:check_builtin",
         load="pama_plugin.rewards.builtin:load_builtin",
@@ -141,7 +141,7 @@ KINDS.add(
 KINDS.add(
     "agent",
     RewardKind(
-        summary="what the agent of --train.agent_func_path returns: a key of extra_logs, reward or scores",
+        summary="a key of extra_logs, reward or scores, as returned by the agent of --train.agent_func_path",
         scored_in="agent",
         model="pama_plugin.rewards.options:NoOptions",
     ),

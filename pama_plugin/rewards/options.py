@@ -1,16 +1,16 @@
-"""The options of each kind, and checks of a model's location: here, because they need none of the kinds' libraries."""
+"""Options of each kind, and checks of a model's location. This module does not import the libraries of the kinds."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-# Its square is finite in float32, in which rewards are whitened.
+# Largest reward. Its square is finite in float32, in which rewards are whitened.
 LARGEST = 1e18
 
 
 def refuse_bool(number: Any) -> Any:
-    """For what Python, and so pydantic, takes for 0 or 1."""
+    """Validator that refuses booleans, which pydantic would convert to 0 or 1."""
     if isinstance(number, bool):
         raise ValueError("must be a number")
     return number
@@ -20,12 +20,12 @@ RejectBool = BeforeValidator(refuse_bool)
 
 
 def check_model(location: str, options: BaseModel) -> None:
-    """Refuse a folder without a model, and a text that is neither a folder nor looks like a name on the hub.
+    """Check that the location is a folder with a model, or may be a name on the hub.
 
-    Names on the hub are resolved where the model is loaded.
+    Names on the hub are resolved when the model is loaded.
 
     Raises:
-        ValueError: it is refused.
+        ValueError: the location is neither.
     """
     folder = Path(location).expanduser()
     if folder.exists() and not (folder / "config.json").is_file():
@@ -35,30 +35,30 @@ def check_model(location: str, options: BaseModel) -> None:
 
 
 def absolute_model(location: str) -> str:
-    """A folder's absolute path; a name on the hub as it is."""
+    """The absolute path of a folder; a name on the hub unchanged."""
     folder = Path(location).expanduser()
     return str(folder.absolute()) if folder.exists() else location
 
 
 def model_files(location: str) -> list[Path]:
-    """The weights in a folder; of a name on the hub, none."""
+    """The weight files in a folder; none for a name on the hub."""
     folder = Path(location)
     return sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
 
 
 class NoOptions(BaseModel):
-    """The options of a kind that takes none."""
+    """For a kind without options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RmOptions(BaseModel):
-    """The options of an ``rm`` objective; None means the value of the corresponding ``--reward.*`` flag.
+    """Options of an ``rm`` objective. The default is the value of the corresponding ``--reward.*`` flag.
 
     Args:
-        gpus: ranks per node, or a fraction of one GPU for a single rank that shares it with other such objectives.
-        nodes: nodes with ``gpus`` ranks each.
-        offload: whether the parameters are kept in CPU memory between uses.
+        gpus: ranks per node, or a fraction of one GPU for a single rank that shares the GPU with other such objectives.
+        nodes: number of nodes with ``gpus`` ranks each.
+        offload: whether to keep the parameters in CPU memory between uses.
         value_head_prefix: name of the value head in the model's weights.
 
     >>> RmOptions.model_validate({"gpus": "0.5", "offload": "true"})
@@ -82,16 +82,16 @@ class RmOptions(BaseModel):
     @model_validator(mode="after")
     def _is_one_rank_if_a_fraction(self) -> "RmOptions":
         if self.gpus is not None and self.gpus < 1 and (self.nodes or 1) > 1:
-            raise ValueError(f"gpus={self.gpus} is one rank that shares a GPU, so nodes must be 1, found {self.nodes}")
+            raise ValueError(f"nodes must be 1 with gpus={self.gpus}, one rank that shares a GPU, found {self.nodes}")
         return self
 
 
 class PyOptions(BaseModel):
-    """What a ``py`` objective takes besides.
+    """Options of a ``py`` objective.
 
     Args:
-        timeout: seconds for one call.
-        concurrency: calls at once in one rollout engine.
+        timeout: seconds per call.
+        concurrency: maximum number of parallel calls per rollout engine.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -101,13 +101,13 @@ class PyOptions(BaseModel):
 
 
 class HttpOptions(BaseModel):
-    """The options of an ``http`` objective.
+    """Options of an ``http`` objective.
 
     Args:
-        timeout: seconds for one attempt, from connecting to the last byte.
-        retries: further attempts after the first.
-        concurrency: requests in flight at once from one rollout engine.
-        token_env: name of the environment variable that holds the bearer token; it is read where the rollout runs.
+        timeout: seconds per attempt, from connecting to the last byte.
+        retries: maximum number of attempts after the first.
+        concurrency: maximum number of parallel requests per rollout engine.
+        token_env: name of the environment variable with the bearer token. It is read where the rollout runs.
 
     >>> HttpOptions.model_validate({"timeout": "30"})
     HttpOptions(timeout=30.0, retries=4, concurrency=32, token_env=None)
@@ -122,12 +122,12 @@ class HttpOptions(BaseModel):
 
 
 class ReplicaOptions(BaseModel):
-    """The options of every kind that is scored in replicas.
+    """Options of every kind with ``scored_in="replicas"``.
 
     Args:
-        batch_size: conversations that are scored at once.
-        replicas: copies of the model, which share the conversations of a rollout batch.
-        gpus: of each replica: 1, a fraction of one GPU, or 0 for the CPU.
+        batch_size: conversations per forward pass.
+        replicas: number of copies of the model, which share the conversations of a rollout batch.
+        gpus: GPUs per replica: 1, a fraction of one GPU, or 0 for the CPU.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -145,18 +145,18 @@ class ReplicaOptions(BaseModel):
 
 
 class HfOptions(ReplicaOptions):
-    """Which number of a classifier is the reward, and what text it reads.
+    """Options of an ``hf`` objective: the output that is the reward, and the text that the classifier reads.
 
     Args:
         label: the index of the logit, or its name in the model's ``id2label``. A number is always an index.
-        output: ``logit`` z_c; ``probability`` p_c, a softmax over the logits, or the sigmoid of z_c where the model
-            has one logit or independent labels; ``log_odds`` log p_c - log(1 - p_c).
-        text: ``chat``, the tokenizer's chat template over prompt and response; ``full``, prompt + response as one
-            text; ``pair``, both as the two texts of ``tokenizer(prompt, response)``; ``response`` alone. None is
-            ``chat`` if the tokenizer has a template, else ``full``. But for ``chat``, messages are joined by newlines.
-        max_length: tokens that the model reads at most; None is what model and tokenizer allow.
-        dtype: of the weights; ``auto`` is what they were saved in.
-        trust_remote_code: whether code that comes with the model may run.
+        output: ``logit`` z_c; ``probability`` p_c, a softmax over the logits, or the sigmoid of z_c if the model has
+            one logit or independent labels; ``log_odds`` log p_c - log(1 - p_c).
+        text: ``chat``: prompt and response in the tokenizer's chat template; ``full``: prompt + response as one text;
+            ``pair``: the two texts of ``tokenizer(prompt, response)``; ``response``: the response only. Default:
+            ``chat`` if the tokenizer has a template, else ``full``. Except for ``chat``, newlines join messages.
+        max_length: maximum number of tokens. Default: the limit of model and tokenizer.
+        dtype: dtype of the weights; ``auto`` is the dtype of the checkpoint.
+        trust_remote_code: whether to run code that comes with the model.
 
     >>> HfOptions.model_validate({"label": "1", "gpus": "0.5"}).label
     1

@@ -1,4 +1,4 @@
-"""Pairs of a good and a bad response that a reward should tell apart, and what to make of its answers."""
+"""Pairs of a good and a bad response that a reward should rank correctly, and the evaluation of its rewards."""
 
 import math
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Pair(NamedTuple):
-    """Two responses to one prompt, the first of which is better in every eye."""
+    """Two responses to one prompt, of which the first is clearly better."""
 
     prompt: str
     good: str
     bad: str
 
 
-# By what they differ in: an objective that says probe=ASPECT must rate the good ones higher.
+# Aspect → pairs that differ in it. An objective with probe=ASPECT must give the good responses a higher reward.
 PAIRS = {
     "sentiment": (
         Pair("What did you think of the film?", "It is a wonderful, moving film and I loved it.", "It is a dull mess."),
@@ -47,7 +47,7 @@ PAIRS = {
 
 
 class Finding(NamedTuple):
-    """What is wrong with a reward, and whether it is wrong for certain or may be meant so."""
+    """A problem of a reward, and whether it is certain or may be intended."""
 
     text: str
     certain: bool
@@ -56,14 +56,14 @@ class Finding(NamedTuple):
 def judge(
     good: Sequence[float], bad: Sequence[float], *, aspect: str | None, learned: bool, tolerant: bool = False
 ) -> list[Finding]:
-    """What the rewards of all pairs, in the order of ``PAIRS``, say of who gave them.
+    """Evaluate the rewards of all pairs, in the order of ``PAIRS``.
 
     Args:
-        good: rewards of the good responses, NaN where there is none.
-        bad: those of the bad ones.
-        aspect: whose pairs must be told apart, if any.
-        learned: whether a model gave them. A rule, such as whether a text is JSON, may well give all the same.
-        tolerant: whether a missing reward is provided for.
+        good: rewards of the good responses, NaN if missing.
+        bad: rewards of the bad responses.
+        aspect: the pairs that must be ranked correctly, if any.
+        learned: whether a model computes the reward. Other rewards, such as valid JSON, may be constant.
+        tolerant: whether the failure policy tolerates missing rewards.
 
     >>> [finding.text for finding in judge([1.0, 1.0], [1.0, 1.0], aspect=None, learned=True)]
     ['gives 1 to all 4 texts']
@@ -75,13 +75,14 @@ def judge(
         findings.append(Finding(f"gives {rewards[0]:g} to all {len(rewards)} texts", learned))
     if aspect is not None:
         first = sum(len(PAIRS[earlier]) for earlier in list(PAIRS)[: list(PAIRS).index(aspect)])
-        own = range(first, first + len(PAIRS[aspect]))
-        wrong = [index for index in own if good[index] <= bad[index]]
+        indices = range(first, first + len(PAIRS[aspect]))
+        wrong = [index for index in indices if good[index] <= bad[index]]
         if wrong:
             prompt = PAIRS[aspect][wrong[0] - first].prompt
             findings.append(
                 Finding(
-                    f"rates {len(wrong)} of {len(own)} bad {aspect} responses as high as the good one ({prompt})", True
+                    f"rates {len(wrong)} of {len(indices)} bad {aspect} responses as high as the good one ({prompt})",
+                    True,
                 )
             )
     return findings

@@ -1,18 +1,18 @@
-"""The inputs of a reward, and the two interfaces through which a kind computes it."""
+"""Inputs of a reward, and the two interfaces that compute it: ``Scorer`` and ``TextModel``."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 
 class Response(NamedTuple):
-    """One response of the policy, as the host's rollout has it.
+    """One response of the policy, as in OpenRLHF's rollout.
 
     Attributes:
-        query: prompt and response, decoded with special tokens; what the host passes to a ``reward_func``.
+        query: prompt and response, decoded with special tokens, as OpenRLHF passes them to a ``reward_func``.
         prompt: the prompt as text.
-        label: the data set's label for the prompt, empty if there is none.
-        response: what the policy wrote, over all turns, without special tokens.
-        num_tokens: how many of the policy's tokens that is, end-of-sequence included.
+        label: the label of the prompt in the data set, empty if there is none.
+        response: the text of the policy over all turns, without special tokens.
+        num_tokens: number of tokens of the response, including end-of-sequence.
     """
 
     query: str
@@ -23,15 +23,15 @@ class Response(NamedTuple):
 
 
 Scorer = Callable[[Response], Awaitable[float]]
-"""A loaded reward of a kind that is scored in the rollout."""
+"""The loaded reward of a kind with ``scored_in="rollout"``."""
 
 
 class Conversation(NamedTuple):
-    """A prompt as messages, and the response to it as text.
+    """A prompt as messages, and the response as text.
 
     Attributes:
-        messages: ``{"role": …, "content": …}`` each, as the data set has them.
-        response: without special tokens of the policy.
+        messages: messages ``{"role": …, "content": …}`` from the data set.
+        response: the response without special tokens of the policy.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -39,13 +39,13 @@ class Conversation(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """The text of one conversation as the model reads it.
+    """The input of the model for one conversation.
 
     Attributes:
-        tail: its end, with special tokens.
-        length: in the model's tokens.
-        truncated_prompt: whether the model's limit cuts off a part of the prompt.
-        truncated_response: the same of the response.
+        tail: end of the text, with special tokens.
+        length: number of tokens of the model.
+        truncated_prompt: whether part of the prompt is truncated.
+        truncated_response: whether part of the response is truncated.
     """
 
     tail: str
@@ -55,10 +55,10 @@ class Inspection(NamedTuple):
 
 
 class TextModel(Protocol):
-    """A loaded model of a kind that is scored in replicas."""
+    """The loaded model of a kind with ``scored_in="replicas"``."""
 
     def score_each(self, conversations: Sequence[Conversation]) -> list[float]:
-        """One reward each; NaN for a conversation that the model cannot read."""
+        """One reward per conversation; NaN if the model cannot read it."""
 
     def inspect(self, conversation: Conversation) -> Inspection:
-        """What the model reads of one conversation."""
+        """The input of the model for one conversation."""

@@ -1,4 +1,4 @@
-"""Calls of other people's functions: each in a thread that may never come back."""
+"""Calls of user functions in threads, because a call may never return."""
 
 import asyncio
 import threading
@@ -11,14 +11,14 @@ from pama_plugin.errors import PamaError
 
 
 class Threads:
-    """Runs functions beside the event loop, a limited number at once, each for a limited time.
+    """Run functions in threads next to the event loop, with a limit on parallel calls and on the time of each call.
 
-    A thread cannot be killed: a call that outlasts its time is given up and counted until it returns after all. The
-    threads are daemons, or one such call would keep the process from ending.
+    A thread cannot be killed, so a call that exceeds its time is abandoned, and counts as lost until it returns. The
+    threads are daemons, because an abandoned call would otherwise prevent the process from exiting.
 
     Args:
-        limit: calls at once, and calls that may be given up before no more are made.
-        timeout: seconds for one call.
+        limit: maximum number of parallel calls, and of lost calls, after which calls are refused.
+        timeout: seconds per call.
     """
 
     def __init__(self, limit: int, timeout: float) -> None:
@@ -28,12 +28,12 @@ class Threads:
         self.lock = threading.Lock()
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What ``function(*arguments)`` returns; ``PamaError`` if it raises, exits or takes too long."""
+        """Return ``function(*arguments)``; raise ``PamaError`` if it raises, exits or takes too long."""
         async with self.slots:
             if self.lost >= self.limit:
-                raise PamaError(f"{self.lost} earlier calls never returned, so no more are made")
+                raise PamaError(f"not called, because {self.lost} earlier calls have not returned")
             done: Future[Any] = Future()
-            done.set_running_or_notify_cancel()  # or a cancelled waiter would cancel it, and the thread fail to set it
+            done.set_running_or_notify_cancel()  # else a cancelled waiter cancels it, and the thread cannot set it
             threading.Thread(target=_run, args=(done, function, arguments), daemon=True).start()
             try:
                 return await asyncio.wait_for(asyncio.wrap_future(done), self.timeout)
@@ -54,17 +54,17 @@ class Threads:
 def _run(done: "Future[Any]", function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     try:
         done.set_result(function(*arguments))
-    except BaseException as error:  # SystemExit would end the event loop, and StopIteration cannot cross into it
+    except BaseException as error:  # SystemExit would end the event loop; a future cannot carry StopIteration
         try:
             problem = PamaError(f"{type(error).__name__}: {error}{_where(error)}")
-        except Exception:  # from somebody else's __str__: whoever waits must still be told, or waits for the time-out
+        except Exception:  # __str__ of the error raised; without a result the caller would wait for the time-out
             problem = PamaError(type(error).__name__)
         problem.__cause__ = error
         done.set_exception(problem)
 
 
 def _where(error: BaseException) -> str:
-    """The last line of the function's own file on the way to the error; the first frame is that of the call."""
+    """The last line in the file of the function that led to the error. The first frame is the call in ``_run``."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
-    own = [frame for frame in frames if frame.filename == frames[0].filename]
-    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    in_file = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({in_file[-1].filename}, line {in_file[-1].lineno})" if in_file else ""

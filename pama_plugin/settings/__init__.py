@@ -1,1 +1,1 @@
-"""What the user asks for: objectives, their options, the rule and the flags; parsed and checked before Ray starts."""
+"""Settings of a run: objectives and their options, the rule, the flags. Parsed and validated before Ray starts."""

@@ -1,9 +1,9 @@
-"""The words that flags and files share. Nothing is imported for them, so that ``--help`` answers at once."""
+"""Names shared by flags and files. This module imports nothing, to keep ``--help`` fast."""
 
-STOCK = "ppo"  # --loss of a run without the plugin
+STOCK = "ppo"  # value of --loss for a run without the plugin
 BEST_RULES = ("min", "weighted", "hypervolume")
 PROBE_MODES = ("off", "warn", "strict")
-# Options of an objective of any kind: the fields of ``Objective`` but for its name, kind and location.
+# Options of every kind: the fields of ``Objective`` except name, kind, location and options.
 COMMON_OPTIONS = (
     *("weight", "role", "threshold", "normalize", "freeze_after", "clip", "range", "on_failure", "max_failures"),
     "probe",

@@ -1,4 +1,4 @@
-"""One objective: a named reward, and what is done with it. Parsed and validated before Ray starts, then frozen."""
+"""``Objective``: a named reward and its options. Parsed and validated before Ray starts, then frozen."""
 
 import hashlib
 import re
@@ -25,7 +25,7 @@ from pama_plugin.settings.values import (
 )
 
 Role = Literal["train", "monitor", "constraint"]
-# A name becomes a part of metric keys such as reward/NAME, which trackers split at "/".
+# A name is part of metric keys such as reward/NAME, which trackers split at "/".
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _MIB = 2**20
 
@@ -34,21 +34,21 @@ class Objective(BaseModel):
     """One named reward: ``NAME=KIND:LOCATION[,key=value…]``.
 
     Args:
-        name: a part of the metric keys.
-        kind: what scores.
-        location: which one of that kind.
-        weight: its weight in the aggregation; logged rewards stay raw.
-        role: ``monitor`` is scored and logged, never aggregated; ``constraint`` needs a rule that knows constraints.
-        threshold: of a constraint.
-        normalize: subtract the mean and divide by the standard deviation of the rollout batch, of the prompt's group of
-            responses, or of all rewards so far, before the host's estimator.
-        freeze_after: steps after which ``running`` statistics stay as they are.
-        clip: bounds of the reward that the estimator sees, after ``normalize``.
+        name: part of the metric keys.
+        kind: the kind of reward, a name in ``KINDS``.
+        location: the model, function, server or builtin that computes the reward.
+        weight: weight in the aggregation; logged rewards are not weighted.
+        role: ``monitor`` is scored and logged, never combined; ``constraint`` needs a rule with constraints.
+        threshold: lower bound of the mean reward of a constraint.
+        normalize: subtract the mean and divide by the standard deviation of the rollout batch, of the group of
+            responses to one prompt, or of all rewards so far, before OpenRLHF's estimator.
+        freeze_after: number of steps after which ``running`` statistics are fixed.
+        clip: bounds of the reward that the estimator receives, applied after ``normalize``.
         range: bounds outside which a reward is a failure.
-        on_failure: what becomes of a response without a reward.
-        max_failures: share of a step's responses that may be without a reward; more end the run.
-        probe: pairs of a good and a bad response that the reward must tell apart when the run starts.
-        options: what the kind takes besides.
+        on_failure: failure policy for a response without a reward.
+        max_failures: maximum share of a step's responses without a reward; a larger share ends the run.
+        probe: name of the pairs of a good and a bad response that the reward must rank correctly at start.
+        options: options of the kind.
 
     >>> objective = parse_objective("polite=builtin:length,weight=0.5,scale=140")
     >>> objective.name, objective.weight.start, objective.options
@@ -76,7 +76,9 @@ class Objective(BaseModel):
     @classmethod
     def _is_a_metric_key(cls, name: str) -> str:
         if not NAME.fullmatch(name):
-            raise ValueError("must be a letter followed by letters, digits, '_', '.' or '-': it becomes a metric key")
+            raise ValueError(
+                "must be a letter followed by letters, digits, '_', '.' or '-', because it is part of metric keys"
+            )
         return name
 
     @field_validator("kind")
@@ -90,14 +92,16 @@ class Objective(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> "Objective":
         if (self.role == "constraint") != (self.threshold is not None):
-            raise ValueError("role=constraint and threshold= need each other")
+            raise ValueError("role=constraint and threshold=NUMBER must be set together")
         if self.freeze_after is not None and self.normalize != "running":
-            raise ValueError(f"freeze_after has a meaning with normalize=running alone, found {self.normalize}")
+            raise ValueError(f"freeze_after needs normalize=running, found normalize={self.normalize}")
         shaped = (self.weight, self.normalize, self.clip) != (UNIT_WEIGHT, "none", None)
         if self.role == "monitor" and shaped:
-            raise ValueError("role=monitor takes no weight, normalize or clip: nothing is made of its rewards")
+            raise ValueError("weight, normalize and clip have no effect with role=monitor: remove them")
         if self.max_failures < 1 and self.on_failure.action == "fail":
-            raise ValueError("max_failures has no meaning with on_failure=fail, where one failure ends the run")
+            raise ValueError(
+                "max_failures needs on_failure=mask or impute, found on_failure=fail, which ends the run at once"
+            )
         return self
 
     @field_validator("probe")
@@ -116,44 +120,44 @@ class Objective(BaseModel):
 
     @property
     def reward_kind(self) -> RewardKind:
-        """The record of its kind."""
+        """The ``RewardKind`` of the objective."""
         return KINDS[self.kind]
 
     @property
     def settings(self) -> Any:
-        """The options as the kind's own model; as a dict of a kind that has no model."""
+        """The options, validated by the model of the kind, or as a dict if the kind has no model."""
         model = self.reward_kind.resolve("model")
         if model is None:
             return self.options
         unknown = sorted(set(self.options) - set(self.reward_kind.options))
         if unknown:
-            takes = ", ".join((*COMMON_OPTIONS, *self.reward_kind.options))
-            raise ValueError(f"kind {self.kind!r} has no option {', '.join(unknown)}; it takes {takes}")
+            known = ", ".join((*COMMON_OPTIONS, *self.reward_kind.options))
+            raise ValueError(f"kind {self.kind!r} has no option {', '.join(unknown)}; it takes {known}")
         return model.model_validate(self.options)
 
     def check(self) -> list[str]:
-        """Warnings about the reward, from the check of its kind; ``ValueError`` if it cannot be computed."""
+        """Run the check of the kind: return its warnings; raise ``ValueError`` if the reward cannot be computed."""
         settings, check = self.settings, self.reward_kind.resolve("check")
         return list(check(self.location, settings) or ()) if check else []
 
     def load_scorer(self, *, patient: bool) -> Scorer:
-        """The scorer of an objective that is scored in the rollout; ``patient`` asks it to wait for a server."""
+        """Load the scorer of an objective of the rollout; with ``patient`` it waits for a server that is down."""
         scorer: Scorer = self.reward_kind.resolve("load")(self.location, self.settings, patient=patient)
         return scorer
 
     def absolute(self) -> "Objective":
-        """The same objective with local paths made absolute: workers need not share the driver's folder."""
+        """A copy with absolute paths, because workers may run in another folder than the driver."""
         absolute = self.reward_kind.resolve("absolute")
         return self.model_copy(update={"location": absolute(self.location)}) if absolute else self
 
     def identity(self, agent: str | None = None) -> str:
-        """Kind, location and options, with a hash of local files: equal texts mean that equal responses score the same.
+        """Kind, location, options and a hash of local files. Objectives with equal identities give equal rewards.
 
-        Of each file the hash covers the size, and the first and the last MiB. Options that do not change the reward of
-        a response are left out, and what a URL has after its "?" is hashed: it may hold a key.
+        The hash covers the size and the first and last MiB of each file. Options that do not change rewards are
+        excluded. The query of a URL is hashed, because it may contain a key.
 
         Args:
-            agent: the file of the user's agent.
+            agent: file of the user's agent.
 
         >>> parse_objective("length=builtin:length,scale=140,weight=2").identity()
         'builtin:length scale=140'
@@ -171,15 +175,15 @@ class Objective(BaseModel):
         return f"{text} sha256:{_digest(*map(_sample, paths))}" if paths else text
 
     def dump(self) -> dict[str, Any]:
-        """What a configuration file says of it, without the defaults."""
-        given = self.model_dump(include={"kind", "location"})
+        """The objective as a mapping for a configuration file, without defaults."""
+        fields = self.model_dump(include={"kind", "location"})
         for key in COMMON_OPTIONS:
             value = getattr(self, key)
             if value != type(self).model_fields[key].default:
-                given[key] = str(value) if isinstance(value, tuple) else value
-        if "weight" in given and self.weight.shape == "constant":
-            given["weight"] = self.weight.start
-        return given | self.options
+                fields[key] = str(value) if isinstance(value, tuple) else value
+        if "weight" in fields and self.weight.shape == "constant":
+            fields["weight"] = self.weight.start
+        return fields | self.options
 
 
 def _sample(path: Path) -> bytes:
@@ -195,53 +199,53 @@ def _digest(*parts: bytes) -> str:
 
 
 def parse_objective(text: str) -> Objective:
-    """Parse ``NAME=KIND:LOCATION[,key=value…]``; anything else raises ``ConfigError``."""
+    """Parse ``NAME=KIND:LOCATION[,key=value…]``; raise ``ConfigError`` for anything else."""
     name, equals, rest = text.partition("=")
-    # What stands before an @ in a URL, or after its ?, may be a secret.
-    shown = re.sub(r"(?<=\?)[^,|#]+", "…", re.sub(r"(?<=://)[^|]*@", "…@", text))
-    source = f"--pama.objective {shown!r}"
+    # The user info and the query of a URL may be secret.
+    redacted = re.sub(r"(?<=\?)[^,|#]+", "…", re.sub(r"(?<=://)[^|]*@", "…@", text))
+    source = f"--pama.objective {redacted!r}"
     if not equals:
         raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found no '='")
     return make_objective(name, rest, source)
 
 
 def make_objective(name: str, spec: Any, source: str) -> Objective:
-    """Build one objective from its name and either the rest of a flag or a mapping; errors name their ``source``."""
+    """Build an objective from its name and either ``KIND:LOCATION[,key=value…]`` or a mapping.
+
+    Errors start with ``source``.
+    """
     if isinstance(spec, str):
         kind, colon, rest = spec.partition(":")
         location, *pairs = rest.split(",")
         options = dict(pair.partition("=")[::2] for pair in pairs)
         broken = [pair for pair in pairs if "=" not in pair]
         if not colon or broken or len(options) < len(pairs):
-            found = "an option twice" if colon else repr(spec)
+            problem = "an option twice" if colon else repr(spec)
             if broken:
-                found = f"{broken[0]!r} without '=' (a value with a comma needs a file)"
-            raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found {found}")
+                problem = f"{broken[0]!r} without '=' (a value with a comma needs a file)"
+            raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found {problem}")
         fields: dict[str, Any] = options | {"kind": kind, "location": location}
     elif isinstance(spec, Mapping):
         fields = {str(key): value for key, value in spec.items()}
     else:
         raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found {spec!r}")
     shared = {key: fields.pop(key) for key in ("kind", "location", *COMMON_OPTIONS) if key in fields}
-    if isinstance(shared.get("location"), list):  # replicas, as a file may list them
+    if isinstance(shared.get("location"), list):  # a file may list replicas
         shared["location"] = "|".join(map(str, shared["location"]))
     try:
         return Objective.model_validate(shared | {"name": name, "options": fields}).absolute()
     except ValidationError as error:
         raise ConfigError(f"{source}: {describe_error(error)}") from error
-    except (OSError, RuntimeError) as error:  # of a path: no such user, no right to look, too long a name
+    except (OSError, RuntimeError) as error:  # from a path: unknown user, no permission, name too long
         raise ConfigError(f"{source}: {error}") from error
 
 
 def describe_error(error: ValidationError) -> str:
-    """The first of pydantic's findings in one line: where, the rule, and what was found.
-
-    A sentence of ours that begins with a flag is left as it is.
-    """
+    """The first error of pydantic in one line: location, rule and value. A message that starts with a flag is kept."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
     if message.startswith("--"):
         return message
     where = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
-    found = f", found {first['input']!r}" if first["loc"] and first["type"] != "missing" else ""
-    return f"{where}{message}{found}"
+    value = f", found {first['input']!r}" if first["loc"] and first["type"] != "missing" else ""
+    return f"{where}{message}{value}"

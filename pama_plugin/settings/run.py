@@ -1,6 +1,6 @@
-"""What the user asked for: parsed and validated once, before Ray starts, then frozen.
+"""``PamaConfig``: the settings of a run. Parsed and validated once, before Ray starts, then frozen.
 
-The same settings come from flags or from YAML, and flags win:
+Settings come from flags and from YAML; flags take precedence:
 
     --loss pama --pama.objective "sentiment=rm:./reward-model" --pama.objective "length=builtin:length,scale=140"
 
@@ -33,12 +33,12 @@ from pama_plugin.settings.objective import Objective, describe_error, make_objec
 
 CHOICES: dict[str, tuple[str, ...]] = {"level": LEVELS, "best": BEST_RULES, "probe": PROBE_MODES}
 
-# From so many objectives on, pama warns: independent ones agree on a share of 2^(1−K), 3 % of six.
+# Number of objectives from which pama warns: independent objectives agree on a share of 2^(1−K), 3 % for six.
 MANY_OBJECTIVES = 6
 
 
 class StopAtFront(BaseModel):
-    """End the run once fewer than ``share`` of the tokens had an advantage in each of so many steps.
+    """End the run once fewer than ``share`` of the tokens had an advantage in each of the last ``steps`` steps.
 
     >>> StopAtFront.model_validate("0.1:3")
     StopAtFront(share=0.1, steps=3)
@@ -47,22 +47,22 @@ class StopAtFront(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     share: float = Field(gt=0, le=1)
-    steps: int = Field(default=5, ge=1)  # of a batch the share is a noisy number
+    steps: int = Field(default=5, ge=1)  # the share of one batch is noisy
 
     @model_validator(mode="before")
     @classmethod
-    def _parse(cls, given: Any) -> Any:
-        if isinstance(given, str | int | float) and not isinstance(given, bool):
-            share, colon, steps = str(given).partition(":")
+    def _parse(cls, value: Any) -> Any:
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            share, colon, steps = str(value).partition(":")
             return {"share": share, "steps": steps} if colon else {"share": share}
-        return given
+        return value
 
 
 class PamaConfig(BaseModel):
-    """The whole run: which rule combines which objectives, and how.
+    """The settings of a run: the objectives, the rule that combines them, and its options.
 
     Raises:
-        ValidationError: whatever cannot be run, with the flag, the rule and what was found.
+        ValidationError: a setting is invalid. The message names the flag, the requirement and the value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,7 +70,7 @@ class PamaConfig(BaseModel):
     loss: str
     objectives: tuple[Objective, ...]
     level: Literal["token", "sequence", "batch"] = "token"
-    noon: bool | None = None  # None is replaced by what the rule does, if it knows Noon
+    noon: bool | None = None  # None becomes the default of the rule, if the rule has Noon
     whiten: bool = False
     options: dict[str, Any] = {}
     best: Literal["min", "weighted", "hypervolume"] | None = None
@@ -80,18 +80,18 @@ class PamaConfig(BaseModel):
 
     @field_validator(*CHOICES, mode="before")
     @classmethod
-    def _is_a_choice(cls, given: Any, info: ValidationInfo) -> Any:
+    def _is_a_choice(cls, value: Any, info: ValidationInfo) -> Any:
         choices = CHOICES[str(info.field_name)]
-        if given is not None and given not in choices:
-            raise ValueError(f"--pama.{info.field_name} must be one of {', '.join(choices)}, found {given!r}")
-        return given
+        if value is not None and value not in choices:
+            raise ValueError(f"--pama.{info.field_name} must be one of {', '.join(choices)}, found {value!r}")
+        return value
 
     @field_validator("noon", "whiten", mode="before")
     @classmethod
-    def _is_true_or_false(cls, given: Any) -> Any:
-        if not isinstance(given, bool | None):
+    def _is_true_or_false(cls, value: Any) -> Any:
+        if not isinstance(value, bool | None):
             raise ValueError("must be true or false")
-        return given
+        return value
 
     @field_validator("probe_gradients", mode="before")
     @classmethod
@@ -107,24 +107,24 @@ class PamaConfig(BaseModel):
             return stop if stop is None else StopAtFront.model_validate(stop)
         except ValidationError:
             raise ValueError(
-                "--pama.stop_at_front must be SHARE[:STEPS], a share above 0 and up to 1 and a whole number of steps, "
+                "--pama.stop_at_front must be SHARE[:STEPS] with 0 < SHARE ≤ 1 and a whole number STEPS, at least 1, "
                 f"found {stop!r}"
             ) from None
 
     @model_validator(mode="before")
     @classmethod
-    def _complete(cls, given: Any) -> Any:
-        """Convert the options to what the rule takes, and ask it for its default of Noon."""
-        if not isinstance(given, dict) or given.get("loss") not in available_rules():
-            return given
-        rule, noon = get_rule(given["loss"]), given.get("noon")
+    def _complete(cls, settings: Any) -> Any:
+        """Convert the options to the types of the rule, and replace ``noon=None`` by the default of the rule."""
+        if not isinstance(settings, dict) or settings.get("loss") not in available_rules():
+            return settings
+        rule, noon = get_rule(settings["loss"]), settings.get("noon")
         try:
-            options = check_options(given["loss"], given.get("options", {}))
+            options = check_options(settings["loss"], settings.get("options", {}))
         except ValueError as error:
             raise ValueError(f"--pama.option: {error}") from error
         if noon is None and "noon" in rule.parameters:
             noon = rule.parameters["noon"].default
-        return given | {"options": options, "noon": noon}
+        return settings | {"options": options, "noon": noon}
 
     @model_validator(mode="after")
     def _can_run(self) -> "PamaConfig":
@@ -136,20 +136,23 @@ class PamaConfig(BaseModel):
         if repeated:
             raise ValueError(f"objective names must differ, found {', '.join(repeated)} twice")
         if "train" not in [objective.role for objective in self.objectives]:
-            found = ", ".join(self.names) or "no objective"
-            raise ValueError(f"at least one objective must have role=train, found none among {found}")
+            names = ", ".join(self.names) or "no objective"
+            raise ValueError(f"at least one objective must have role=train, found none among {names}")
         constraints = ", ".join(objective.name for objective in self.objectives if objective.role == "constraint")
         if rule.constrained and not constraints:
             raise ValueError(f"--loss {self.loss} needs an objective with role=constraint,threshold=NUMBER, found none")
         if constraints and not rule.constrained:
             raise ValueError(
-                f"role=constraint needs a rule that knows constraints, found {constraints} with --loss {self.loss}"
+                f"role=constraint needs a rule with constraints, such as lagrangian, found {constraints} with --loss "
+                f"{self.loss}"
             )
         if self.noon is not None and "noon" not in rule.parameters:
             flag = "noon" if self.noon else "no_noon"
-            raise ValueError(f"--pama.{flag} has no meaning with --loss {self.loss}: leave it out")
+            raise ValueError(f"--pama.{flag} has no effect with --loss {self.loss}: remove it")
         if self.whiten and rule.combines == "rewards":
-            raise ValueError(f"--pama.whiten is of advantages, and --loss {self.loss} combines rewards: leave it out")
+            raise ValueError(
+                f"--pama.whiten needs a rule that combines advantages, found --loss {self.loss}, which combines rewards"
+            )
         _rehearse(self)
         if self.stop_at_front is not None:
             _check_stop_at_front(self, self.stop_at_front)
@@ -161,7 +164,7 @@ class PamaConfig(BaseModel):
 
     @property
     def trained(self) -> tuple[Objective, ...]:
-        """The objectives that the aggregation combines, and the critic has a head for; all others are only logged."""
+        """The objectives that the rule combines, one critic head each. The others are only logged."""
         return tuple(objective for objective in self.objectives if objective.role != "monitor")
 
     @property
@@ -169,7 +172,7 @@ class PamaConfig(BaseModel):
         return tuple(objective.name for objective in self.trained)
 
     def weights_at(self, steps_done: int) -> tuple[float, ...]:
-        """Those of the trained objectives, in the step that follows ``steps_done`` others."""
+        """The weights of the trained objectives for the next step, after ``steps_done`` steps."""
         return tuple(objective.weight.at(steps_done) for objective in self.trained)
 
     def combine(
@@ -184,7 +187,7 @@ class PamaConfig(BaseModel):
         active: list[bool] | None = None,
         present_KB: torch.Tensor | None = None,
     ) -> Aggregation:
-        """Call the rule with all that it may ask for: in training, and in the rehearsal at start."""
+        """Call the rule with the settings of the run and the context that it uses, in training and at start."""
         duals = {"violations_K": violations, "multipliers_K": multipliers}
         return aggregate(
             self.loss,
@@ -198,11 +201,11 @@ class PamaConfig(BaseModel):
             present_KB=present_KB,
             groups_B=groups_B,
             **self.options,
-            **{key: given for key, given in duals.items() if key in get_rule(self.loss).parameters},
+            **{key: values for key, values in duals.items() if key in get_rule(self.loss).parameters},
         )
 
     def scored_in(self, *places: str) -> tuple[Objective, ...]:
-        """The objectives that are scored in one of these places, see ``RewardKind.scored_in``."""
+        """The objectives with ``RewardKind.scored_in`` in ``places``."""
         return tuple(objective for objective in self.objectives if objective.reward_kind.scored_in in places)
 
 
@@ -221,10 +224,10 @@ def load_config(
     *,
     default_level: str,
 ) -> PamaConfig:
-    """Merge flags and file. A flag replaces what the file says of the same setting, an objective the same name's.
+    """Merge flags and file. A flag replaces the setting of the file, an objective the one of the same name.
 
     Raises:
-        ConfigError: the first thing that cannot be run, with the flag or file, the rule and what was found.
+        ConfigError: a setting is invalid. The message names the flag or file, the requirement and the value.
     """
     content = _read(file) if file else {}
     flags = {
@@ -237,17 +240,17 @@ def load_config(
         "probe_gradients": probe_gradients,
         "stop_at_front": stop_at_front,
     }
-    given = {key: value for key, value in content.items() if value is not None or key == "probe"}
-    settings = given | {key: value for key, value in flags.items() if value is not None}
+    listed = {key: value for key, value in content.items() if value is not None or key == "probe"}
+    settings = listed | {key: value for key, value in flags.items() if value is not None}
     settings["objectives"] = _merge(objectives, content, file)
     settings["options"] = _read_options(content.get("options", {}), option)
-    if not settings.get("probe", True):  # as YAML reads off, and nothing
+    if not settings.get("probe", True):  # YAML reads off as false, and an empty value as None
         settings["probe"] = "off"
     if (name := settings.setdefault("loss", "")) in available_rules():
-        for key in ("level", "noon"):  # here, because every configuration has a level
+        for key in ("level", "noon"):  # checked here, because PamaConfig always has a level
             if settings.get(key) is not None and key not in get_rule(name).parameters:
                 flag = "no_noon" if settings[key] is False else key
-                raise ConfigError(f"--pama.{flag} has no meaning with --loss {name}: leave it out")
+                raise ConfigError(f"--pama.{flag} has no effect with --loss {name}: remove it")
     settings.setdefault("level", default_level)
     try:
         return PamaConfig.model_validate(settings)
@@ -256,7 +259,7 @@ def load_config(
 
 
 def _rehearse(config: PamaConfig) -> None:
-    """Call the rule once, on zeros: options that do not fit each other, or the objectives, are refused here."""
+    """Call the rule on zeros, so that it refuses options that conflict with each other or with the objectives."""
     try:
         _combine(config, torch.zeros(len(config.trained), 2, 1))
     except ValueError as error:
@@ -264,46 +267,46 @@ def _rehearse(config: PamaConfig) -> None:
 
 
 def _check_stop_at_front(config: PamaConfig, stop: StopAtFront) -> None:
-    """Refuse a rule that trains on responses over which objectives disagree, and a share that chance falls below."""
+    """Refuse rules that give an advantage where objectives disagree, and shares near that of independent objectives."""
     count = len(config.trained)
     if count < 2:
-        raise ValueError("--pama.stop_at_front needs at least two objectives that train, found one")
+        raise ValueError("--pama.stop_at_front needs at least 2 trained objectives, found 1")
     disagreeing_KB1 = torch.tensor([[2.0, -1.0, 1.0, -1e-3]] + [[-1.0, 3.0, -1e-3, 1.0]] * (count - 1)).unsqueeze(-1)
     if _combine(config, disagreeing_KB1).metrics["active_fraction"] > 0:
         how = f" --pama.level {config.level}" if "level" in get_rule(config.loss).parameters else ""
         raise ValueError(
-            "--pama.stop_at_front needs a rule that gives no advantage where objectives disagree, such as pama by "
-            f"token or by sequence without soft, found --loss {config.loss}{how}"
+            "--pama.stop_at_front needs a rule that gives no advantage where objectives disagree, such as pama at "
+            f"token or sequence level without soft, found --loss {config.loss}{how}"
         )
     if stop.share > _share_by_chance(config) / 2:
         raise ValueError(
-            f"--pama.stop_at_front: {count} independent objectives already leave {_share_by_chance(config):.3g} of the "
-            f"tokens an advantage, so SHARE must be at most half of that, found {stop.share:g}"
+            f"--pama.stop_at_front: SHARE must be at most {_share_by_chance(config) / 2:.3g}, half of the share of "
+            f"tokens on which {count} independent objectives agree, found {stop.share:g}"
         )
 
 
 def _share_by_chance(config: PamaConfig) -> float:
-    """On how much all objectives agree if they are independent: 2^(1−K), or 2^(−K) where only rises are kept."""
-    only_rises = config.noon is True and not config.options.get("leak")
-    return 2.0 ** (-len(config.trained) if only_rises else 1 - len(config.trained))
+    """Share of tokens on which K independent objectives agree: 2^(1−K), or 2^(−K) with Noon and no leak."""
+    only_positive = config.noon is True and not config.options.get("leak")
+    return 2.0 ** (-len(config.trained) if only_positive else 1 - len(config.trained))
 
 
 def warn_of_many_objectives(config: PamaConfig) -> list[str]:
-    """What to say at start of a projection over so many objectives that hardly anything is agreed on."""
+    """The warning at start if pama projects so many objectives that they agree on few tokens."""
     count = len(config.trained)
     if config.loss != "pama" or config.level == "batch" or count < MANY_OBJECTIVES:
         return []
     scale = _combine(config, torch.zeros(count, 2, 1)).metrics.get("scale")
-    scaled = "" if scale is None else f", on which their advantages are multiplied by {scale:.4g}"
+    scaled = "" if scale is None else f", where pama multiplies the advantages by {scale:.4g}"
     return [
-        f"--loss pama has {count} objectives: independent ones agree on {_share_by_chance(config):.1%} of the "
-        f"{'tokens' if config.level == 'token' else 'responses'}{scaled}; see pama/active_fraction, and compare with "
+        f"--loss pama with {count} objectives: independent objectives agree on {_share_by_chance(config):.1%} of the "
+        f"{'tokens' if config.level == 'token' else 'responses'}{scaled}. Check pama/active_fraction, and compare with "
         "--loss min_norm"
     ]
 
 
 def _combine(config: PamaConfig, values_KB1: torch.Tensor) -> Aggregation:
-    """What the rule makes of responses to one prompt, of a token each."""
+    """Apply the rule to responses of one token to a single prompt."""
     return config.combine(
         values_KB1,
         torch.ones(values_KB1.shape[1:]),
@@ -315,15 +318,15 @@ def _combine(config: PamaConfig, values_KB1: torch.Tensor) -> Aggregation:
 
 
 def load_objectives(objectives: Iterable[str], file: str | None) -> tuple[Objective, ...]:
-    """The objectives alone, of flags and file, without a rule that combines them; ``ConfigError`` as above."""
+    """The objectives of flags and file, without a rule. Raises ``ConfigError`` as ``load_config``."""
     return _merge(objectives, _read(file) if file else {}, file)
 
 
 def dump_config(config: PamaConfig) -> str:
-    """The configuration as YAML that ``--pama.config`` takes, and makes the same configuration of."""
-    # The loader refuses what the rule does not take.
-    meaningless = {"level", "noon"} - set(get_rule(config.loss).parameters)
-    settings = config.model_dump(exclude={"objectives", *meaningless}, exclude_none=True)
+    """The configuration as YAML; ``--pama.config`` loads it as an equal configuration."""
+    # The loader refuses a level or noon that the rule does not have.
+    without_effect = {"level", "noon"} - set(get_rule(config.loss).parameters)
+    settings = config.model_dump(exclude={"objectives", *without_effect}, exclude_none=True)
     settings["objectives"] = {objective.name: objective.dump() for objective in config.objectives}
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
@@ -343,25 +346,25 @@ def _merge(objectives: Iterable[str], content: dict[str, Any], file: str | None)
 
 
 def _read_options(listed: Any, flagged: Iterable[str]) -> dict[str, Any]:
-    """Of a file's mapping and of ``KEY=VALUE`` flags, whose values are YAML."""
+    """Merge the options of a file with ``KEY=VALUE`` flags, whose values are YAML."""
     if not isinstance(listed, dict) or not all(isinstance(key, str) for key in listed):
         raise ConfigError(f"options must map names to values, found {listed!r}")
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for text in flagged:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--pama.option must be KEY=VALUE, found {text!r}")
-        if key in given:
+        if key in options:
             raise ConfigError(f"--pama.option {text!r}: options must differ, found {key!r} twice")
         try:
-            given[key] = yaml.safe_load(value)
+            options[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"--pama.option {text!r}: the value is not valid YAML: {error}") from error
-    return listed | given
+    return listed | options
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML as SafeLoader reads it, except that a repeated key is an error instead of the last one winning."""
+    """``SafeLoader`` that refuses repeated keys, instead of using the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -378,13 +381,13 @@ def _read(file: str) -> dict[str, Any]:
         content = yaml.load(Path(file).read_text(), UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"--pama.config: cannot read {file}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, too deep a nesting
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also an invalid date, or too deep nesting
         raise ConfigError(f"--pama.config: {file} is not valid YAML: {error}") from error
     known = sorted(PamaConfig.model_fields)
     if not isinstance(content, dict) or set(content) - set(known):
         unknown = [str(key) for key in content if key not in known] if isinstance(content, dict) else []
-        found = ", ".join(unknown) or type(content).__name__
-        raise ConfigError(f"--pama.config: {file} must be a mapping of {', '.join(known)}, found {found}")
+        problem = ", ".join(unknown) or type(content).__name__
+        raise ConfigError(f"--pama.config: {file} must be a mapping with the keys {', '.join(known)}, found {problem}")
     return content
 
 

@@ -1,4 +1,4 @@
-"""The values that options of an objective are written as: weights with schedules, bounds, failure policies."""
+"""Types and parsers of option values: weights with schedules, bounds, failure policies."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ SHAPES = ("constant", "linear", "cosine", "step")
 class Weight(NamedTuple):
     """A preference weight over the steps of a run: ``1``, or ``SHAPE:START:END:STEPS``.
 
-    ``linear`` and ``cosine`` go from START to END in STEPS steps, ``step`` jumps after them.
+    ``linear`` and ``cosine`` go from START to END in STEPS steps; ``step`` jumps to END after STEPS steps.
 
     >>> parse_weight("linear:1:0.5:100").at(50), parse_weight(2).at(50)
     (0.75, 2.0)
@@ -23,7 +23,7 @@ class Weight(NamedTuple):
     steps: int
 
     def at(self, steps_done: int) -> float:
-        """The weight of the step that follows ``steps_done`` others."""
+        """The weight for the next step, after ``steps_done`` steps."""
         done = min(1.0, steps_done / self.steps)
         if self.shape == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
@@ -41,7 +41,7 @@ UNIT_WEIGHT = Weight("constant", 1.0, 1.0, 1)
 
 
 class Bounds(NamedTuple):
-    """``LOW:HIGH``, both included.
+    """Inclusive bounds ``LOW:HIGH``.
 
     >>> parse_bounds("-5:inf")
     Bounds(low=-5.0, high=inf)
@@ -55,14 +55,14 @@ class Bounds(NamedTuple):
 
 
 class OnFailure(NamedTuple):
-    """What becomes of a response that has no reward: ``fail``, ``mask``, ``impute:VALUE`` or ``impute:mean``.
+    """Failure policy for a response without a reward: ``fail``, ``mask``, ``impute:VALUE`` or ``impute:mean``.
 
     >>> parse_on_failure("impute:-1.5")
     OnFailure(action='impute', value=-1.5)
     """
 
     action: str
-    value: float | None = None  # to impute; None is the mean of all rewards so far
+    value: float | None = None  # to impute; None means the mean of all rewards so far
 
     def __str__(self) -> str:
         if self.action != "impute":
@@ -71,15 +71,15 @@ class OnFailure(NamedTuple):
 
 
 def _shortest(number: float) -> str:
-    """The shortest text that is the same number again."""
+    """The shortest text that parses to the same number."""
     return repr(number).removesuffix(".0")
 
 
-def parse_weight(given: Any) -> Weight:
-    """A number, ``SHAPE:START:END:STEPS``, or a ``Weight``; else ``ValueError``."""
-    if isinstance(given, Weight):
-        return given
-    shape, *rest = given.split(":") if isinstance(given, str) and ":" in given else ("constant", given, given, 1)
+def parse_weight(value: Any) -> Weight:
+    """Parse a number, ``SHAPE:START:END:STEPS`` or a ``Weight``; raise ``ValueError`` for anything else."""
+    if isinstance(value, Weight):
+        return value
+    shape, *rest = value.split(":") if isinstance(value, str) and ":" in value else ("constant", value, value, 1)
     try:
         start, end, steps = rest
         weight = Weight(shape, float(refuse_bool(start)), float(end), int(steps))
@@ -92,30 +92,30 @@ def parse_weight(given: Any) -> Weight:
     return weight
 
 
-def parse_bounds(given: Any) -> Bounds | None:
-    """``LOW:HIGH``, a pair of numbers, or None; else ``ValueError``."""
-    if given is None or isinstance(given, Bounds):
-        return given
+def parse_bounds(value: Any) -> Bounds | None:
+    """Parse ``LOW:HIGH``, a pair of numbers or None; raise ``ValueError`` for anything else."""
+    if value is None or isinstance(value, Bounds):
+        return value
     try:
-        low, high = given.split(":") if isinstance(given, str) else given
+        low, high = value.split(":") if isinstance(value, str) else value
         bounds = Bounds(float(refuse_bool(low)), float(refuse_bool(high)))
     except (ValueError, TypeError, OverflowError):
-        raise ValueError("must be LOW:HIGH, two numbers (in a file [LOW, HIGH])") from None
+        raise ValueError("must be LOW:HIGH, two numbers (in a file also [LOW, HIGH])") from None
     if not bounds.low < bounds.high or any(LARGEST < abs(end) < math.inf for end in bounds):
-        raise ValueError(f"must be LOW:HIGH with LOW < HIGH, each infinite or at most {LARGEST:g}")
+        raise ValueError(f"must be LOW:HIGH with LOW < HIGH, each of magnitude at most {LARGEST:g} or infinite")
     return bounds
 
 
-def parse_on_failure(given: Any) -> OnFailure:
-    """``fail``, ``mask``, ``impute:VALUE``, ``impute:mean``, or an ``OnFailure``; else ``ValueError``."""
-    if isinstance(given, OnFailure):
-        return given
-    action, _, value = str(given).partition(":")
-    if action in ("fail", "mask") and not value:
+def parse_on_failure(value: Any) -> OnFailure:
+    """Parse ``fail``, ``mask``, ``impute:VALUE``, ``impute:mean`` or an ``OnFailure``; else raise ``ValueError``."""
+    if isinstance(value, OnFailure):
+        return value
+    action, _, reward = str(value).partition(":")
+    if action in ("fail", "mask") and not reward:
         return OnFailure(action)
     try:
-        if action == "impute" and (value == "mean" or abs(float(value)) <= LARGEST):
-            return OnFailure("impute", None if value == "mean" else float(value))
+        if action == "impute" and (reward == "mean" or abs(float(reward)) <= LARGEST):
+            return OnFailure("impute", None if reward == "mean" else float(reward))
     except ValueError:
         pass
     raise ValueError("must be fail, mask, impute:VALUE or impute:mean")

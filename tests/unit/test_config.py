@@ -1,4 +1,4 @@
-"""The objective grammar, YAML, who wins, and a clear error for everything that cannot be run."""
+"""The objective grammar, YAML, precedence of flags, and an error for every invalid setting."""
 
 import re
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_defaults() -> None:
     assert (config.loss, config.level, config.noon, config.names, config.weights_at(0)) == (
         "pama",
         "sequence",
-        None,  # as the rule has it
+        None,  # the default of pama, which depends on the level
         ("length",),
         (1.0,),
     )
@@ -88,8 +88,8 @@ def test_yaml_says_the_same_and_flags_win(tmp_path) -> None:
 
 
 def test_a_reward_model_may_say_where_it_runs(tmp_path) -> None:
-    given = parse_objective("r=rm:org/model,gpus=2,nodes=3,offload=false").settings
-    assert (given.gpus, given.nodes, given.offload) == (2, 3, False)
+    options = parse_objective("r=rm:org/model,gpus=2,nodes=3,offload=false").settings
+    assert (options.gpus, options.nodes, options.offload) == (2, 3, False)
     assert parse_objective("r=rm:org/model").settings == RmOptions(gpus=None, nodes=None, offload=None)
     (tmp_path / "run.yaml").write_text("objectives: {r: {kind: rm, location: org/model, gpus: 0.5, offload: true}}")
     (objective,) = load(file=tmp_path / "run.yaml").objectives
@@ -125,8 +125,8 @@ def test_the_weight_of_every_step(text, expected) -> None:
 
 
 def test_monitors_are_named_but_not_combined() -> None:
-    config = load(LENGTH, "seen=builtin:json,role=monitor", "b=builtin:length,weight=3")
-    assert config.names == ("length", "seen", "b") and config.trained_names == ("length", "b")
+    config = load(LENGTH, "logged=builtin:json,role=monitor", "b=builtin:length,weight=3")
+    assert config.names == ("length", "logged", "b") and config.trained_names == ("length", "b")
     assert config.weights_at(0) == (1, 3)
 
 
@@ -148,114 +148,111 @@ def test_what_is_dumped_loads_as_the_same(loss, tmp_path) -> None:
 
 
 BAD_OBJECTIVES = {
-    "": "expected NAME=KIND:LOCATION",
-    "length": "expected NAME=KIND:LOCATION",
-    "x=builtin": "expected NAME=KIND:LOCATION.*found 'builtin'",
-    "x=builtin:length,scale": "found 'scale' without '='",
-    "x=builtin:length,scale=1,scale=2": "found an option twice",
-    "=builtin:length": "name: must be a letter.*found ''",
-    "a/b=builtin:length": "must be a letter followed by.*metric key, found 'a/b'",
-    "a b=builtin:length": "metric key",
-    "x=gpt:length": "kind: must be one of agent, builtin, hf, http, py, rm, found 'gpt'",
+    "": "NAME=KIND:LOCATION.*found no '='",
+    "length": "NAME=KIND:LOCATION.*found no '='",
+    "x=builtin": "NAME=KIND:LOCATION.*found 'builtin'",
+    "x=builtin:length,scale": "NAME=KIND:LOCATION.*found 'scale' without '='",
+    "x=builtin:length,scale=1,scale=2": "NAME=KIND:LOCATION.*found .*twice",
+    "=builtin:length": "name: .*letter.*found ''",
+    "a/b=builtin:length": "name: .*letter.*metric key.*found 'a/b'",
+    "a b=builtin:length": "name: .*letter.*metric key.*found 'a b'",
+    "x=gpt:length": "kind: .*agent, builtin, hf, http, py, rm.*found 'gpt'",
     "x=builtin:": "location: .*at least 1 character",
-    "x=builtin:len": "unknown builtin reward 'len'; known: json, length, regex, repetition",
-    "x=builtin:length,sclae=1": "no option sclae; it takes scale, min, max, unit, preset",
+    "x=builtin:len": "unknown builtin reward 'len'.*json, length, regex, repetition",
+    "x=builtin:length,sclae=1": "builtin:length .*option sclae.*scale, min, max, unit, preset",
     "x=builtin:length,scale=ten": "scale: .*valid number.*found 'ten'",
-    "x=builtin:length,scale=0": "finite scale > 0",
-    "x=builtin:length,min=2,max=1": "min ≤ max, found",
-    "x=builtin:length,weight=0": "weight: must be from 1e-9 to 1e9.*found '0'",
-    "x=builtin:length,weight=-1": "weight: must be from 1e-9 to 1e9.*found '-1'",
-    "x=builtin:length,weight=nan": "weight: .*found 'nan'",
-    "x=builtin:length,weight=inf": "weight: .*found 'inf'",
-    "x=builtin:length,weight=much": "weight: must be a number, or SHAPE:START:END:STEPS .*, found 'much'",
+    "x=builtin:length,scale=0": "length .*scale > 0.*found scale=0",
+    "x=builtin:length,min=2,max=1": "length .*min ≤ max.*found .*min=2.*max=1",
+    "x=builtin:length,weight=0": "weight: .*1e-9.*1e9.*found '0'",
+    "x=builtin:length,weight=-1": "weight: .*1e-9.*1e9.*found '-1'",
+    "x=builtin:length,weight=nan": "weight: .*1e-9.*1e9.*found 'nan'",
+    "x=builtin:length,weight=inf": "weight: .*1e-9.*1e9.*found 'inf'",
+    "x=builtin:length,weight=much": "weight: .*number.*SHAPE:START:END:STEPS.*found 'much'",
     "x=rm:./nowhere": "no such folder: ./nowhere",
     "x=rm:runs/typo/model": "no such folder: runs/typo/model",
-    "x=rm:.": "no reward model in .: it has no config.json",
-    "x=rm:org/model,head=1": "kind 'rm' has no option head; it takes weight, role, .*, value_head_prefix",
+    "x=rm:.": "no reward model in .*config.json",
+    "x=rm:org/model,head=1": "kind 'rm' .*option head.*weight, role, .*value_head_prefix",
     "x=rm:org/model,gpus=many": "gpus: .*valid number.*found 'many'",
-    "x=rm:org/model,gpus=0": "gpus: must be a whole number of ranks per node, or a fraction of one GPU .*, found '0'",
-    "x=rm:org/model,gpus=-1": "gpus: must be a whole number.*found '-1'",
-    "x=rm:org/model,gpus=1.5": "gpus: must be a whole number.*found '1.5'",
-    "x=rm:org/model,gpus=inf": "gpus: must be a whole number.*found 'inf'",
-    "x=rm:org/model,gpus=nan": "gpus: must be a whole number.*found 'nan'",
-    "x=rm:org/model,gpus=0.33333": "gpus: .* with up to 4 decimals, found '0.33333'",
-    "x=rm:org/model,gpus=0.5,nodes=2": "gpus=0.5 is one rank that shares a GPU, so nodes must be 1, found 2",
-    "x=rm:org/model,nodes=0": "nodes: .*greater than or equal to 1, found '0'",
+    "x=rm:org/model,gpus=0": "gpus: .*whole number.*fraction.*found '0'",
+    "x=rm:org/model,gpus=-1": "gpus: .*whole number.*fraction.*found '-1'",
+    "x=rm:org/model,gpus=1.5": "gpus: .*whole number.*fraction.*found '1.5'",
+    "x=rm:org/model,gpus=inf": "gpus: .*whole number.*fraction.*found 'inf'",
+    "x=rm:org/model,gpus=nan": "gpus: .*whole number.*fraction.*found 'nan'",
+    "x=rm:org/model,gpus=0.33333": "gpus: .*4 decimals.*found '0.33333'",
+    "x=rm:org/model,gpus=0.5,nodes=2": "nodes must be 1.*gpus=0.5.*found 2",
+    "x=rm:org/model,nodes=0": "nodes: .*greater than or equal to 1.*found '0'",
     "x=rm:org/model,offload=maybe": "offload: .*valid boolean.*found 'maybe'",
-    "x=builtin:length,gpus=1": "no option gpus; it takes scale, min, max, unit, preset",
-    "x=py:HERE:length,offload=true": "kind 'py' has no option offload; it takes weight",
+    "x=builtin:length,gpus=1": "builtin:length .*option gpus.*scale, min, max, unit, preset",
+    "x=py:HERE:length,offload=true": "kind 'py' .*option offload.*weight, .*timeout, concurrency",
     "x=py:nowhere.py:f": "no such file: .*nowhere.py",
-    "x=py:rewards": "expected FILE.py:FUNCTION, found 'rewards'",
-    "x=py:HERE:polite": "no function 'polite' in .*; it defines length",
-    "x=py:HERE:length,k=1": "kind 'py' has no option k; it takes weight",
-    "x=py:BROKEN:f": "is not valid Python",
-    "x=builtin:length,weight=linear:1:2": "weight: must be a number, or SHAPE:START:END:STEPS .*, found 'linear:1:2'",
-    "x=builtin:length,weight=spline:1:2:3": "must have one of the shapes linear, cosine, step, found 'spline:1:2:3'",
-    "x=builtin:length,weight=linear:1:0:5": "weight: must be from 1e-9 to 1e9, over at least 1 step",
-    "x=builtin:length,weight=linear:1:2:0": "over at least 1 step, found 'linear:1:2:0'",
-    "x=builtin:length,weight=linear:1:2:1.5": "weight: must be a number, or SHAPE",
-    "x=builtin:length,role=judge": "role: .*'train', 'monitor' or 'constraint', found 'judge'",
-    "x=builtin:length,role=constraint": "role=constraint and threshold= need each other",
-    "x=builtin:length,threshold=1": "role=constraint and threshold= need each other",
-    "x=builtin:length,role=constraint,threshold=1": "at least one objective must have role=train, found none",
-    "x=builtin:length,role=monitor": "at least one objective must have role=train, found none",
-    "x=builtin:length,normalize=running,freeze_after=0": "freeze_after: .*greater than or equal to 1, found '0'",
-    "x=builtin:length,freeze_after=5": "freeze_after has a meaning with normalize=running alone, found none",
-    "x=builtin:length,normalize=z": "normalize: .*'none', 'batch', 'group' or 'running', found 'z'",
-    "x=builtin:length,clip=5": r"clip: must be LOW:HIGH, two numbers \(in a file \[LOW, HIGH\]\), found '5'",
-    "x=builtin:length,clip=5:1": "clip: must be LOW:HIGH with LOW < HIGH.*found '5:1'",
-    "x=builtin:length,clip=0:1e30": "each infinite or at most 1e.18, found '0:1e30'",
-    "x=builtin:length,range=nan:1": "range: must be LOW:HIGH with LOW < HIGH.*found 'nan:1'",
-    "x=builtin:length,on_failure=impute:1e300": "on_failure: must be fail, mask, impute:VALUE",
-    "x=builtin:length,role=monitor,weight=2": "role=monitor takes no weight, normalize or clip",
+    "x=py:rewards": "FILE.py:FUNCTION.*found 'rewards'",
+    "x=py:HERE:polite": "no function 'polite' in .*length",
+    "x=py:HERE:length,k=1": "kind 'py' .*option k.*weight, .*timeout, concurrency",
+    "x=py:BROKEN:f": "broken.py .*not valid Python",
+    "x=builtin:length,weight=linear:1:2": "weight: .*number.*SHAPE:START:END:STEPS.*found 'linear:1:2'",
+    "x=builtin:length,weight=spline:1:2:3": "weight: .*linear, cosine, step.*found 'spline:1:2:3'",
+    "x=builtin:length,weight=linear:1:0:5": "weight: .*1e-9.*1e9.*found 'linear:1:0:5'",
+    "x=builtin:length,weight=linear:1:2:0": "weight: .*at least 1 step.*found 'linear:1:2:0'",
+    "x=builtin:length,weight=linear:1:2:1.5": "weight: .*SHAPE:START:END:STEPS.*found 'linear:1:2:1.5'",
+    "x=builtin:length,role=judge": "role: .*'train', 'monitor' or 'constraint'.*found 'judge'",
+    "x=builtin:length,role=constraint": "role=constraint and threshold=NUMBER",
+    "x=builtin:length,threshold=1": "role=constraint and threshold=NUMBER",
+    "x=builtin:length,role=constraint,threshold=1": "at least one objective .*role=train.*found none among x",
+    "x=builtin:length,role=monitor": "at least one objective .*role=train.*found none among x",
+    "x=builtin:length,normalize=running,freeze_after=0": "freeze_after: .*greater than or equal to 1.*found '0'",
+    "x=builtin:length,freeze_after=5": "freeze_after .*normalize=running.*found normalize=none",
+    "x=builtin:length,normalize=z": "normalize: .*'none', 'batch', 'group' or 'running'.*found 'z'",
+    "x=builtin:length,clip=5": r"clip: .*LOW:HIGH.*\[LOW, HIGH\].*found '5'",
+    "x=builtin:length,clip=5:1": "clip: .*LOW < HIGH.*found '5:1'",
+    "x=builtin:length,clip=0:1e30": r"clip: .*at most 1e\+18.*found '0:1e30'",
+    "x=builtin:length,range=nan:1": "range: .*LOW < HIGH.*found 'nan:1'",
+    "x=builtin:length,on_failure=impute:1e300": "on_failure: .*fail, mask, impute:VALUE.*found 'impute:1e300'",
+    "x=builtin:length,role=monitor,weight=2": "weight, normalize and clip .*role=monitor",
     "x=py:HERE:length,timeout=true": "timeout: .*valid number.*found 'true'",
     "x=rm:~nobody_at_all/model": "nobody_at_all|home directory",
-    "x=builtin:length,on_failure=0": "on_failure: must be fail, mask, impute:VALUE or impute:mean, found '0'",
-    "x=builtin:length,on_failure=impute": "on_failure: must be fail, mask, impute:VALUE",
-    "x=builtin:length,on_failure=impute:inf": "on_failure: must be fail, mask, impute:VALUE",
-    "x=builtin:length,on_failure=mask:1": "on_failure: must be fail, mask, impute:VALUE",
-    "x=builtin:length,max_failures=0.1": "max_failures has no meaning with on_failure=fail",
-    "x=builtin:length,on_failure=mask,max_failures=2": "max_failures: .*less than or equal to 1, found '2'",
-    "x=builtin:length,probe=taste": "probe: must be one of sentiment, helpful, harmless, polite, found 'taste'",
-    "x=builtin:length,preset=imdb,scale=2": "takes preset or scale, min, max and unit, found both",
+    "x=builtin:length,on_failure=0": "on_failure: .*fail, mask, impute:VALUE.*impute:mean.*found '0'",
+    "x=builtin:length,on_failure=impute": "on_failure: .*fail, mask, impute:VALUE.*found 'impute'",
+    "x=builtin:length,on_failure=impute:inf": "on_failure: .*fail, mask, impute:VALUE.*found 'impute:inf'",
+    "x=builtin:length,on_failure=mask:1": "on_failure: .*fail, mask, impute:VALUE.*found 'mask:1'",
+    "x=builtin:length,max_failures=0.1": "max_failures .*mask or impute.*found on_failure=fail",
+    "x=builtin:length,on_failure=mask,max_failures=2": "max_failures: .*less than or equal to 1.*found '2'",
+    "x=builtin:length,probe=taste": "probe: .*sentiment, helpful, harmless, polite.*found 'taste'",
+    "x=builtin:length,preset=imdb,scale=2": "length .*preset or scale, min, max and unit.*found both",
     "x=builtin:regex": "pattern: Missing required",
-    "x=builtin:regex,pattern=(": "regex needs a valid pattern, found '\\('",
-    "x=builtin:repetition,n=0": "repetition needs n ≥ 1, found n=0",
-    "x=py:HERE:length,timeout=0": "timeout: .*greater than 0, found '0'",
-    "x=http:ftp://server/get_reward": r"must be http\(s\)://HOST",
-    "x=http:http://server/get_reward,retries=-1": "retries: .*greater than or equal to 0, found '-1'",
-    "x=http:http://server/get_reward,token_env=PAMA_NOT_SET": "PAMA_NOT_SET .* must hold the bearer token",
+    "x=builtin:regex,pattern=(": "regex .*valid pattern.*found '\\('",
+    "x=builtin:repetition,n=0": "repetition .*n ≥ 1.*found n=0",
+    "x=py:HERE:length,timeout=0": "timeout: .*greater than 0.*found '0'",
+    "x=http:ftp://server/get_reward": r"http\(s\)://HOST.*found 'ftp://server/get_reward'",
+    "x=http:http://server/get_reward,retries=-1": "retries: .*greater than or equal to 0.*found '-1'",
+    "x=http:http://server/get_reward,token_env=PAMA_NOT_SET": "PAMA_NOT_SET .*bearer token.*found .*unset",
     "x=hf:./nowhere": "no such folder: ./nowhere",
-    "x=hf:org/model,text=song": "text: .*'chat', 'full', 'pair' or 'response', found 'song'",
-    "x=hf:org/model,replicas=0": "replicas: .*greater than or equal to 1, found '0'",
-    "x=agent:style,timeout=5": "kind 'agent' has no option timeout; it takes weight",
+    "x=hf:org/model,text=song": "text: .*'chat', 'full', 'pair' or 'response'.*found 'song'",
+    "x=hf:org/model,replicas=0": "replicas: .*greater than or equal to 1.*found '0'",
+    "x=agent:style,timeout=5": "kind 'agent' .*option timeout.*weight",
 }
 
 
 @pytest.mark.parametrize("text", BAD_OBJECTIVES)
-def test_a_bad_objective_is_named_with_the_rule_and_what_was_found(text, tmp_path) -> None:
+def test_the_error_for_a_bad_objective_has_the_flag_the_limit_and_the_value(text, tmp_path) -> None:
     (tmp_path / "here.py").write_text("def length(): ...\n")
     (tmp_path / "broken.py").write_text("def (\n")
-    given = text.replace("HERE", f"{tmp_path}/here.py").replace("BROKEN", f"{tmp_path}/broken.py")
+    flag = text.replace("HERE", f"{tmp_path}/here.py").replace("BROKEN", f"{tmp_path}/broken.py")
     with pytest.raises(ConfigError, match=BAD_OBJECTIVES[text]) as error:
-        load(given)
-    if "at least one" not in str(error.value):  # of the whole run
-        assert str(error.value).startswith(f"--pama.objective {given!r}: ")
+        load(flag)
+    if "at least one" not in str(error.value):  # an error of the run, not of the objective
+        assert str(error.value).startswith(f"--pama.objective {flag!r}: ")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(), "at least one --pama.objective .* found none"),
-        (
-            dict(objectives=[LENGTH], loss="pareto"),
-            "--loss must be one of .*linear, .*pama, .*or ppo without objectives, found 'pareto'",
-        ),
-        (dict(objectives=[LENGTH, LENGTH]), "names must differ, found 'length' twice"),
-        (dict(objectives=[LENGTH], level="word"), "--pama.level must be one of token, sequence, batch, found 'word'"),
-        (dict(objectives=[LENGTH], loss="linear", level="token"), "no meaning with --loss linear"),
-        (dict(objectives=[LENGTH], loss="linear", noon=False), "--pama.no_noon has no meaning with --loss linear"),
-        (dict(objectives=[LENGTH], loss="linear", noon=True), "--pama.noon has no meaning with --loss linear"),
+        (dict(), "at least one --pama.objective .*found none"),
+        (dict(objectives=[LENGTH], loss="pareto"), "--loss .*linear, .*pama, .*ppo .*found 'pareto'"),
+        (dict(objectives=[LENGTH, LENGTH]), "--pama.objective .*names must differ.*found 'length' twice"),
+        (dict(objectives=[LENGTH], level="word"), "--pama.level .*token, sequence, batch.*found 'word'"),
+        (dict(objectives=[LENGTH], loss="linear", level="token"), "--pama.level .*no effect with --loss linear"),
+        (dict(objectives=[LENGTH], loss="linear", noon=False), "--pama.no_noon .*no effect with --loss linear"),
+        (dict(objectives=[LENGTH], loss="linear", noon=True), "--pama.noon .*no effect with --loss linear"),
     ],
 )
 def test_a_bad_run(arguments, message) -> None:
@@ -266,30 +263,24 @@ def test_a_bad_run(arguments, message) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("objectives: [a, b]", "objectives must map names to specifications, found list"),
+        ("objectives: [a, b]", "--pama.config: .*objectives must map names.*found list"),
         (
             "- a",
-            "must be a mapping of best, level, loss, noon, objectives, options, probe, probe_gradients, stop_at_front, "
-            "whiten, found list",
+            "--pama.config: .*mapping.*best, level, loss, noon, objectives, options, probe, probe_gradients, "
+            "stop_at_front, whiten.*found list",
         ),
-        ("objective: {}", "must be a mapping of .*, found objective"),
-        ("objectives: {a: 'builtin:length', a: 'builtin:length'}", "keys must differ, found a twice"),
-        (
-            "objectives: {a: {kind: builtin, location: length, weight: true}}",
-            "weight: must be a number, or .*found True",
-        ),
-        ("objectives: {a: {kind: rm, location: o/m, gpus: true}}", "gpus: must be a number, found True"),
-        ("objectives: {a: {kind: rm, location: o/m, nodes: true}}", "nodes: must be a number, found True"),
-        ("objectives: {a: 3}", "objective 'a': expected NAME=KIND:LOCATION.*found 3"),
+        ("objective: {}", "--pama.config: .*mapping.*objectives.*found objective$"),
+        ("objectives: {a: 'builtin:length', a: 'builtin:length'}", "--pama.config: .*keys must differ.*found a twice"),
+        ("objectives: {a: {kind: builtin, location: length, weight: true}}", "weight: .*number.*found True"),
+        ("objectives: {a: {kind: rm, location: o/m, gpus: true}}", "gpus: .*number.*found True"),
+        ("objectives: {a: {kind: rm, location: o/m, nodes: true}}", "nodes: .*number.*found True"),
+        ("objectives: {a: 3}", "objective 'a': .*NAME=KIND:LOCATION.*found 3"),
         ("objectives: {a: {kind: builtin}}", "objective 'a': location: Field required"),
         ("objectives: {a: {location: length}}", "objective 'a': kind: Field required"),
-        ("objectives: {a: 'builtin:length'}\nnoon: 'no'", "noon: must be true or false, found 'no'"),
-        (
-            "objectives: {a: 'builtin:length'}\nprobe_gradients: true",
-            "must be a whole number.*found True",
-        ),
-        ("objectives: {", "is not valid YAML"),
-        ("objectives: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+        ("objectives: {a: 'builtin:length'}\nnoon: 'no'", "noon: .*true or false.*found 'no'"),
+        ("objectives: {a: 'builtin:length'}\nprobe_gradients: true", "--pama.probe_gradients .*at least 1.*found True"),
+        ("objectives: {", "--pama.config: .*not valid YAML"),
+        ("objectives: !!python/object/apply:os.getcwd []", "--pama.config: .*not valid YAML"),
     ],
 )
 def test_a_bad_file(content, message, tmp_path) -> None:
@@ -314,12 +305,12 @@ def test_nothing_in_a_file_is_the_default(tmp_path) -> None:
 
 def test_a_file_that_is_not_text(tmp_path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="is not valid YAML"):
+    with pytest.raises(ConfigError, match="--pama.config: .*not valid YAML"):
         load(file=tmp_path / "run.yaml")
 
 
 def test_a_missing_file() -> None:
-    with pytest.raises(ConfigError, match="--pama.config: cannot read nowhere.yaml: No such file"):
+    with pytest.raises(ConfigError, match="--pama.config: .*nowhere.yaml: No such file"):
         load(file=Path("nowhere.yaml"))
 
 
@@ -333,54 +324,42 @@ def test_an_error_does_not_repeat_what_may_be_a_secret(location) -> None:
 @pytest.mark.parametrize(
     ("loss", "flags", "message"),
     [
-        ("pama", dict(option=["leak=0.1"]), "--loss pama: leak needs noon: without it all"),
-        ("pama", dict(option=["soft=2", "soft=3"]), "--pama.option 'soft=3': options must differ, found 'soft' twice"),
-        ("pama", dict(option=["soft=2"], level="batch"), "--loss pama: soft has no meaning with level=batch"),
-        (
-            "tchebycheff",
-            dict(option=["ideal=[1, 2]"]),
-            "--loss tchebycheff: ideal must be 1 numbers, one per",
-        ),
-        (
-            "pama",
-            dict(option=["leak=2"]),
-            "rule 'pama', option leak: .*less than or equal to 1, found 2",
-        ),
-        (
-            "pama",
-            dict(option=["leek=0.1"]),
-            "rule 'pama' has no option leek; it takes rescale, soft, leak",
-        ),
-        ("pama", dict(option=["leak"]), "--pama.option must be KEY=VALUE, found 'leak'"),
-        ("pama", dict(option=["leak=["]), "--pama.option 'leak=\\[': the value is not valid YAML"),
-        ("morlhf", dict(whiten=True), "--pama.whiten is of advantages, and --loss morlhf combines rewards"),
-        ("lagrangian", {}, "--loss lagrangian needs an objective with role=constraint,threshold=NUMBER, found none"),
+        ("pama", dict(option=["leak=0.1"]), "--loss pama: leak .*noon"),
+        ("pama", dict(option=["soft=2", "soft=3"]), "--pama.option 'soft=3': .*differ.*found 'soft' twice"),
+        ("pama", dict(option=["soft=2"], level="batch"), "--loss pama: soft .*level=batch"),
+        ("tchebycheff", dict(option=["ideal=[1, 2]"]), "--loss tchebycheff: ideal .*1 number"),
+        ("pama", dict(option=["leak=2"]), "--pama.option: .*'pama'.* leak: .*less than or equal to 1.*found 2"),
+        ("pama", dict(option=["leek=0.1"]), "--pama.option: .*'pama' .*option leek.*rescale, soft, leak"),
+        ("pama", dict(option=["leak"]), "--pama.option .*KEY=VALUE.*found 'leak'"),
+        ("pama", dict(option=["leak=["]), "--pama.option 'leak=\\[': .*not valid YAML"),
+        ("morlhf", dict(whiten=True), "--pama.whiten .*advantages.*found --loss morlhf.*rewards"),
+        ("lagrangian", {}, "--loss lagrangian .*role=constraint,threshold=NUMBER.*found none"),
         (
             "pama",
             dict(objectives=[f"a{i}=builtin:length,scale={i + 1}" for i in range(9)], option=["soft=4"]),
-            "--loss pama: soft has a constant for up to 8 objectives, found 9: give rescale=false as well",
+            "--loss pama: soft .*8 objectives.*found 9.*rescale=false",
         ),
         *(
-            ("pama", dict(stop_at_front=text), rf"--pama.stop_at_front must be SHARE\[:STEPS\], .*found '{text}'")
+            ("pama", dict(stop_at_front=text), rf"--pama.stop_at_front .*SHARE\[:STEPS\].*found '{text}'")
             for text in ("", "0", "-1", "1.5", "nan", "a", ":5", "0.1:", "0.1:0", "0.1:2.5", "0.1:5:6")
         ),
-        ("pama", dict(stop_at_front="0.1"), "--pama.stop_at_front needs at least two objectives .*found one"),
+        ("pama", dict(stop_at_front="0.1"), "--pama.stop_at_front .*at least 2 trained objectives.*found 1"),
     ],
 )
-def test_options_that_do_not_fit_are_refused_before_anything_starts(loss, flags, message) -> None:
+def test_options_that_conflict_are_refused_before_anything_starts(loss, flags, message) -> None:
     settings = dict(level=None, noon=None, objectives=[LENGTH]) | flags
     with pytest.raises(ConfigError, match=message):
         load_config(loss, file=None, **settings, default_level="token")
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("stop", "expected"),
     [("0.1", (0.1, 5)), ("0.1:3", (0.1, 3)), (0.25, (0.25, 5)), ({"share": 0.2, "steps": 2}, (0.2, 2))],
 )
-def test_stopping_at_the_front(given, expected, tmp_path) -> None:
-    """From a flag or a file, and again from what --pama.plan prints."""
+def test_stopping_at_the_front(stop, expected, tmp_path) -> None:
+    """From a flag, from a file, and from the output of --pama.plan."""
     two = [LENGTH, "short=builtin:length,scale=3"]
-    config = load_config("pama", two, None, None, None, stop_at_front=given, default_level="token")
+    config = load_config("pama", two, None, None, None, stop_at_front=stop, default_level="token")
     assert (config.stop_at_front.share, config.stop_at_front.steps) == expected
     (tmp_path / "run.yaml").write_text(dump_config(config))
     assert load(file=tmp_path / "run.yaml", loss=None) == config
@@ -391,21 +370,25 @@ def test_stopping_at_the_front(given, expected, tmp_path) -> None:
     [("pama", "token", True), ("pama", "sequence", True), ("gd2po", None, True)]
     + [("pama", "batch", False), *((loss, None, False) for loss in ("linear", "min_norm", "gdpo", "rvpo", "morlhf"))],
 )
-def test_only_rules_that_leave_nothing_where_objectives_disagree_can_be_seen_at_the_front(loss, level, stops) -> None:
+def test_stopping_at_the_front_needs_a_rule_without_advantages_where_objectives_disagree(loss, level, stops) -> None:
     two = [LENGTH, "short=builtin:length,scale=3"]
     settings = dict(level=level, noon=None, stop_at_front="0.1", default_level="sequence")
     if stops:
         assert load_config(loss, two, None, **settings).stop_at_front
     else:
-        with pytest.raises(ConfigError, match=f"needs a rule that gives no advantage where .*found --loss {loss}"):
+        with pytest.raises(
+            ConfigError, match=f"--pama.stop_at_front .*no advantage where objectives disagree.*found --loss {loss}"
+        ):
             load_config(loss, two, None, **settings)
 
 
 @pytest.mark.parametrize("sharpness", ["0.5", "1", "4"])
-def test_a_soft_minimum_leaves_something_where_objectives_disagree(sharpness) -> None:
+def test_a_soft_minimum_gives_an_advantage_where_objectives_disagree(sharpness) -> None:
     two = [LENGTH, "short=builtin:length,scale=3"]
     settings = dict(level=None, noon=None, option=[f"soft={sharpness}"], stop_at_front="0.1", default_level="token")
-    with pytest.raises(ConfigError, match="needs a rule that gives no advantage where objectives disagree"):
+    with pytest.raises(
+        ConfigError, match="--pama.stop_at_front .*no advantage where objectives disagree.*found --loss pama"
+    ):
         load_config("pama", two, None, **settings)
 
 
@@ -414,34 +397,37 @@ def test_a_soft_minimum_leaves_something_where_objectives_disagree(sharpness) ->
     [(2, {}, 0.25), (3, {}, 0.125), (5, {}, 0.03125), (3, dict(noon=True), 0.0625)]
     + [(3, dict(noon=True, option=["leak=0.1"]), 0.125)],
 )
-def test_a_share_that_independent_objectives_fall_below_is_refused(objectives, flags, largest) -> None:
+def test_a_share_near_that_of_independent_objectives_is_refused(objectives, flags, largest) -> None:
     many = [f"a{index}=builtin:length,scale={index + 1}" for index in range(objectives)]
     settings = dict(level=None, noon=None, default_level="token") | flags
     assert load_config("pama", many, None, **settings, stop_at_front=f"{largest}").stop_at_front
-    with pytest.raises(ConfigError, match=f"{objectives} independent objectives already leave {2 * largest:.3g} of"):
+    with pytest.raises(
+        ConfigError,
+        match=f"SHARE .*at most {largest:.3g}.*{objectives} independent objectives.*found {largest * 1.01:g}",
+    ):
         load_config("pama", many, None, **settings, stop_at_front=f"{largest * 1.01}")
 
 
 @pytest.mark.parametrize(
-    ("objectives", "flags", "said"),
+    ("objectives", "flags", "warning"),
     [
         (5, {}, None),
-        (6, {}, "pama has 6 objectives: .* agree on 3.1% of the responses, on which .* multiplied by 22.94"),
-        (8, dict(level="token", noon=True), "agree on 0.4% of the tokens, on which .* multiplied by 83.41"),
-        (8, dict(option=["rescale=false"]), "agree on 0.8% of the responses; see"),
+        (6, {}, "--loss pama .*6 objectives.*3.1% of the responses.* by 22.94"),
+        (8, dict(level="token", noon=True), "8 objectives.*0.4% of the tokens.* by 83.41"),
+        (8, dict(option=["rescale=false"]), "8 objectives.*0.8% of the responses[.] "),
         (8, dict(level="batch"), None),
     ],
 )
-def test_many_objectives_are_warned_of(objectives, flags, said) -> None:
+def test_many_objectives_give_a_warning(objectives, flags, warning) -> None:
     many = [f"length{index}=builtin:length,scale={index + 1}" for index in range(objectives)]
     settings = dict(level=None, noon=None) | flags
-    found = warn_of_many_objectives(load_config("pama", many, None, **settings, default_level="sequence"))
-    assert bool(found) == bool(said) and (not said or re.search(said, found[0]))
+    warnings = warn_of_many_objectives(load_config("pama", many, None, **settings, default_level="sequence"))
+    assert bool(warnings) == bool(warning) and (not warning or re.search(warning, warnings[0]))
 
 
-def test_a_constraint_needs_a_rule_that_knows_it() -> None:
+def test_a_constraint_needs_a_rule_with_constraints() -> None:
     constraint = "short=builtin:length,role=constraint,threshold=-9"
-    with pytest.raises(ConfigError, match="a rule that knows constraints, found short with --loss pama"):
+    with pytest.raises(ConfigError, match="role=constraint .*rule.*found short with --loss pama"):
         load(LENGTH, constraint)
     config = load(LENGTH, constraint, loss="lagrangian")
     assert config.trained_names == ("length", "short")
@@ -450,19 +436,16 @@ def test_a_constraint_needs_a_rule_that_knows_it() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(loss="nope", objectives=()), "--loss must be one of .*, found 'nope'"),
-        (
-            dict(loss="pama", objectives=()),
-            "at least one objective must have role=train, found none among no objective",
-        ),
-        (dict(loss="pama", level="word"), "--pama.level must be one of token, sequence, batch, found 'word'"),
-        (dict(loss="pama", options={"leak": 0.1}), "--loss pama: leak needs noon"),
-        (dict(loss="pama", options={"leek": 0.1}), "--pama.option: rule 'pama' has no option leek"),
-        (dict(loss="pama", objectives=2 * (parse_objective(LENGTH),)), "names must differ, found length twice"),
-        (dict(loss="pama", probe_gradients="zero"), "--pama.probe_gradients must be a whole number"),
-        (dict(loss="morlhf", whiten=True), "--pama.whiten is of advantages, and --loss morlhf combines rewards"),
-        (dict(loss="lagrangian"), "--loss lagrangian needs an objective with role=constraint"),
-        (dict(loss="linear", noon=True), "--pama.noon has no meaning with --loss linear"),
+        (dict(loss="nope", objectives=()), "--loss .*pama, .*found 'nope'"),
+        (dict(loss="pama", objectives=()), "at least one objective .*role=train.*found none among no objective"),
+        (dict(loss="pama", level="word"), "--pama.level .*token, sequence, batch.*found 'word'"),
+        (dict(loss="pama", options={"leak": 0.1}), "--loss pama: leak .*noon"),
+        (dict(loss="pama", options={"leek": 0.1}), "--pama.option: .*'pama' .*option leek"),
+        (dict(loss="pama", objectives=2 * (parse_objective(LENGTH),)), "names must differ.*found length twice"),
+        (dict(loss="pama", probe_gradients="zero"), "--pama.probe_gradients .*at least 1.*found 'zero'"),
+        (dict(loss="morlhf", whiten=True), "--pama.whiten .*advantages.*found --loss morlhf.*rewards"),
+        (dict(loss="lagrangian"), "--loss lagrangian .*role=constraint.*found none"),
+        (dict(loss="linear", noon=True), "--pama.noon .*no effect with --loss linear"),
     ],
 )
 def test_a_configuration_validates_itself(settings, message) -> None:

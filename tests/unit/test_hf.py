@@ -1,4 +1,4 @@
-"""Classifiers with tokenizers of their own: rewards are what transformers gives for each conversation by itself."""
+"""The kind hf: rewards equal the output of transformers for each conversation alone."""
 
 import ast
 import functools
@@ -34,7 +34,7 @@ SIZE = len(WORDS) + 4
 
 
 def save_tokenizer(folder: Path, special: dict, single: str = "", pair: str = "", template: str = "", **more) -> None:
-    """Words at whitespace; every one and every special token is one token."""
+    """Splits at whitespace; every word and every special token is one token."""
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*special.values(), *WORDS]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -48,7 +48,7 @@ def save_tokenizer(folder: Path, special: dict, single: str = "", pair: str = ""
 
 
 def save_bert_tokenizer(folder: Path) -> None:
-    names = ["input_ids", "token_type_ids"]  # without a mask, which a batch needs all the same
+    names = ["input_ids", "token_type_ids"]  # no mask, although batches need one
     save_tokenizer(folder, BERT, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", model_input_names=names)
 
 
@@ -56,7 +56,7 @@ def save_model(folder: Path, architecture: str, head: str = "ForSequenceClassifi
     torch.manual_seed(1)
     settings = getattr(transformers, f"{architecture}Config")(vocab_size=SIZE, **config)
     model = getattr(transformers, architecture + head)(settings)
-    for parameter in model.parameters():  # far apart, so that the wrong token cannot give nearly the right reward
+    for parameter in model.parameters():  # large, so that a wrong token changes the reward
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder)
@@ -64,7 +64,7 @@ def save_model(folder: Path, architecture: str, head: str = "ForSequenceClassifi
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """More wait for each other longer than they work on models of this size, above all on a busy machine."""
+    """More threads are slower for models of this size."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -85,7 +85,7 @@ def bert(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> str:
-    """Padding is the EOS, with which the template ends every text; both tokenizer and template write a BOS."""
+    """The padding token is the EOS at the end of the template; tokenizer and template both add a BOS."""
     folder = tmp_path_factory.mktemp("llama")
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     save_model(folder, "Llama", **SMALL, **ids, num_key_value_heads=2, num_labels=1, max_position_embeddings=64)
@@ -114,7 +114,7 @@ def user(prompt: str, response: str) -> Conversation:
 
 
 def plain(folder: str, conversation: Conversation, text: str) -> torch.Tensor:
-    """The logits of one conversation, as the documentation of transformers does it."""
+    """The logits of one conversation, as in the documentation of transformers."""
     tokenizer, model = load(folder)
     prompt, response = conversation.messages[0]["content"], conversation.response
     if text == "chat":
@@ -164,16 +164,16 @@ CASES = [
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(("model", "text", "label"), CASES)
-def test_rewards_are_what_transformers_gives_for_each_alone(request, model, text, label, batch_size) -> None:
+def test_rewards_equal_transformers_for_each_conversation_alone(request, model, text, label, batch_size) -> None:
     folder, conversations = request.getfixturevalue(model), ragged()
     expected = [float(plain(folder, conversation, text)[label]) for conversation in conversations]
-    assert len({round(reward, 3) for reward in expected}) == len(expected)  # else the order is not tested
+    assert len({round(reward, 3) for reward in expected}) == len(expected)  # otherwise the order is not tested
     rewards = scorer(folder, label=label, text=text, batch_size=batch_size).score(conversations)
     assert rewards == near(expected)
 
 
 @pytest.mark.parametrize(("model", "text"), [("llama", "full"), ("gpt2", "full"), ("gpt2", "response")])
-def test_texts_that_end_with_padding_tokens_of_their_own(request, model, text) -> None:
+def test_texts_that_end_with_the_padding_token(request, model, text) -> None:
     folder = request.getfixturevalue(model)
     eos = load(folder)[0].eos_token
     conversations = [user("w1 w2", f" w3 {eos}"), user("w4", f" w5 w6 w7 w8 {eos} {eos}"), user("w9", f" {eos}")]
@@ -202,8 +202,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("architecture", OTHERS)
-def test_architectures_that_read_padding_in_their_own_ways(tmp_path, architecture) -> None:
-    """DistilBERT takes no token types, RoBERTa and XLNet have positions of their own, FNet no mask, BART counts EOS."""
+def test_architectures_that_treat_padding_differently(tmp_path, architecture) -> None:
+    """DistilBERT has no token types, RoBERTa and XLNet other positions, FNet no mask, BART needs equally many EOS."""
     folder = str(tmp_path)
     save_model(tmp_path, architecture, **OTHERS[architecture], num_labels=1)
     save_bert_tokenizer(tmp_path)
@@ -243,8 +243,8 @@ class Tiny(PreTrainedModel):
 """
 
 
-def test_a_model_with_code_of_its_own(tmp_path, monkeypatch) -> None:
-    """It runs only if allowed to, and gets only the inputs that it takes."""
+def test_a_model_with_remote_code(tmp_path, monkeypatch) -> None:
+    """It runs only if allowed, and receives only the inputs in its signature."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     (tmp_path / "modeling.py").write_text(REMOTE)
     classes = {"AutoConfig": "modeling.TinyConfig", "AutoModelForSequenceClassification": "modeling.Tiny"}
@@ -259,11 +259,11 @@ def test_a_model_with_code_of_its_own(tmp_path, monkeypatch) -> None:
     assert rewards == [2 + ids["w1"] + ids["w2"] + 3, 2 + ids["w3"] + 3]
 
 
-def test_positions_that_count_on_from_the_padding(tmp_path) -> None:
+def test_positions_that_start_after_the_padding_id(tmp_path) -> None:
     save_model(tmp_path, "Roberta", **SMALL, num_labels=1, pad_token_id=0, max_position_embeddings=21)
     save_bert_tokenizer(tmp_path)
     assert math.isfinite(scorer(str(tmp_path)).score([user(LONG, LONG)])[0])
-    with pytest.raises(ValueError, match="max_length must be at most 20, the positions of .*, found 21"):
+    with pytest.raises(ValueError, match="max_length .*at most 20.*found 21"):
         scorer(str(tmp_path), max_length=21)
 
 
@@ -272,7 +272,7 @@ def test_no_conversations(bert) -> None:
 
 
 def test_empty_texts(bert, gpt2) -> None:
-    """An encoder reads its special tokens; a text without a token has no reward, and does not spoil the others."""
+    """An encoder reads its special tokens. A text without tokens has no reward, and does not affect the others."""
     empty, other = user("w1", ""), user("w1", "w2")
     assert scorer(bert, label=1, text="response").score([empty]) == near([float(plain(bert, empty, "response")[1])])
     rewards = scorer(gpt2, label=1, text="response").score([empty, other, empty])
@@ -280,7 +280,7 @@ def test_empty_texts(bert, gpt2) -> None:
     inspection = scorer(gpt2, label=1, text="response").inspect(empty)
     assert inspection == ("", 0, False, False)
     (reward,) = scorer(bert, label=1, text="pair").score([empty])
-    ids = load(bert)[0](["w1"], [""])  # an empty second text is still a second text
+    ids = load(bert)[0](["w1"], [""])  # an empty second text still has its separator
     assert ids["input_ids"][0][-2:] == [3, 3]
     expected = of_ids(bert, ids["input_ids"][0], token_type_ids=ids["token_type_ids"][0])
     assert reward == near(float(expected[1]))
@@ -321,7 +321,7 @@ def ids_of(folder: str, text: str) -> list[int]:
     return load(folder)[0](text, add_special_tokens=False)["input_ids"]
 
 
-def test_a_long_full_text_loses_its_prompts_beginning(bert) -> None:
+def test_a_long_full_text_is_truncated_at_the_beginning_of_the_prompt(bert) -> None:
     model, conversation = scorer(bert, label=1, max_length=11), user(PROMPT, " " + RESPONSE)
     ids = [2, *ids_of(bert, PROMPT)[-3:], *ids_of(bert, RESPONSE), 3]
     assert model.score([conversation]) == near([float(of_ids(bert, ids)[1])])
@@ -329,7 +329,7 @@ def test_a_long_full_text_loses_its_prompts_beginning(bert) -> None:
     assert model.inspect(user("w1 w2 w3", " " + RESPONSE)) == (f"[CLS] w1 w2 w3 {RESPONSE} [SEP]", 11, False, False)
 
 
-def test_a_long_pair_loses_its_prompts_beginning(bert) -> None:
+def test_a_long_pair_is_truncated_at_the_beginning_of_the_prompt(bert) -> None:
     model, conversation = scorer(bert, label=1, max_length=11, text="pair"), user(PROMPT, RESPONSE)
     ids = [2, *ids_of(bert, PROMPT)[-2:], 3, *ids_of(bert, RESPONSE), 3]
     expected = of_ids(bert, ids, token_type_ids=[0] * 4 + [1] * 7)
@@ -350,7 +350,7 @@ def test_a_long_chat_keeps_its_bos_and_its_end(llama) -> None:
     assert model.score([conversation]) == near([float(of_ids(llama, [1, *ids[-11:]])[0])])
     expected = f"<s> w8 w9 </s> assistant: {RESPONSE} </s>"
     assert model.inspect(conversation) == (expected, 12, True, False)
-    # The prompt ends with "assistant:"; one token less, and it is the response that is cut.
+    # The prompt ends with "assistant:". With one token less, the response is truncated.
     assert scorer(llama, max_length=8).inspect(conversation) == (f"<s> {RESPONSE} </s>", 8, True, False)
     assert scorer(llama, max_length=7).inspect(conversation) == ("<s> w19 w20 w21 w22 w23 </s>", 7, True, True)
 
@@ -362,13 +362,13 @@ def test_a_long_response_keeps_its_end(gpt2) -> None:
 
 
 @pytest.mark.parametrize(("model", "limit"), [("bert", 64), ("gpt2", 48)])
-def test_the_limit_is_the_models_own(request, model, limit) -> None:
+def test_the_default_limit_is_that_of_the_model(request, model, limit) -> None:
     loaded = scorer(request.getfixturevalue(model), label=0)
     conversation = user(" ".join([LONG] * 5), " " + RESPONSE)
     assert loaded.inspect(conversation).length == limit and math.isfinite(loaded.score([conversation])[0])
 
 
-def test_the_limit_is_the_tokenizers_if_that_is_less(gpt2, tmp_path) -> None:
+def test_the_default_limit_is_that_of_the_tokenizer_if_it_is_less(gpt2, tmp_path) -> None:
     shutil.copytree(gpt2, tmp_path, dirs_exist_ok=True)
     save_tokenizer(tmp_path, GPT2, model_max_length=5)
     assert scorer(str(tmp_path), label=0).inspect(user(PROMPT, RESPONSE)).length == 5
@@ -401,7 +401,7 @@ def test_outputs(request, model) -> None:
     assert odds == near([math.log(p) - math.log1p(-p) for p in expected])
 
 
-def test_independent_labels_have_a_sigmoid_each(gpt2, tmp_path) -> None:
+def test_independent_labels_use_a_sigmoid(gpt2, tmp_path) -> None:
     shutil.copytree(gpt2, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
@@ -411,7 +411,7 @@ def test_independent_labels_have_a_sigmoid_each(gpt2, tmp_path) -> None:
 
 
 def test_log_odds_of_a_certain_model_are_finite(gpt2, tmp_path) -> None:
-    """Where the probability is 1 in float32, and its log-odds computed from it infinite."""
+    """The probability is 1 in float32, from which the log-odds would be infinite."""
     scaled = AutoModelForSequenceClassification.from_pretrained(gpt2)
     scaled.score.weight.data *= 1000
     scaled.save_pretrained(tmp_path)
@@ -420,7 +420,7 @@ def test_log_odds_of_a_certain_model_are_finite(gpt2, tmp_path) -> None:
     assert all(map(math.isfinite, rewards)) and max(map(abs, rewards)) > 100
 
 
-def test_a_model_that_is_not_finite_says_so(gpt2, tmp_path) -> None:
+def test_a_model_with_nan_weights_gives_nan(gpt2, tmp_path) -> None:
     broken = AutoModelForSequenceClassification.from_pretrained(gpt2)
     broken.score.weight.data[1] = math.nan
     broken.save_pretrained(tmp_path)
@@ -445,19 +445,19 @@ def test_dtype(gpt2) -> None:
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("bert", {}, "has 2 logits, so label must be one of 0: NEGATIVE, 1: POSITIVE"),
-        ("bert", {"label": 2}, r"has \(0: NEGATIVE, 1: POSITIVE\), found 2"),
-        ("bert", {"label": -1}, "found -1"),
-        ("bert", {"label": "neutral"}, r"has \(0: NEGATIVE, 1: POSITIVE\), found 'neutral'"),
-        ("gpt2", {"label": "Harmful"}, r"has \(0: Safe, 1: HARMFUL, 2: harmful\), found 'Harmful'"),
-        ("llama", {"label": 1}, r"has \(0: LABEL_0\), found 1"),
-        ("bert", {"label": 1, "text": "chat"}, "text=chat needs a chat template, and the tokenizer of .* has none"),
-        ("bert", {"label": 1, "max_length": 65}, "max_length must be at most 64, the positions of .*, found 65"),
-        ("bert", {"label": 1, "max_length": 2}, "must be more than the 2 special tokens of a text, found 2"),
-        ("bert", {"label": 1, "max_length": 3, "text": "pair"}, "must be more than the 3 special tokens"),
+        ("bert", {}, "2 logits.*label .*0: NEGATIVE, 1: POSITIVE"),
+        ("bert", {"label": 2}, "label .*0: NEGATIVE, 1: POSITIVE.*found 2"),
+        ("bert", {"label": -1}, "label .*0: NEGATIVE, 1: POSITIVE.*found -1"),
+        ("bert", {"label": "neutral"}, "label .*0: NEGATIVE, 1: POSITIVE.*found 'neutral'"),
+        ("gpt2", {"label": "Harmful"}, "label .*0: Safe, 1: HARMFUL, 2: harmful.*found 'Harmful'"),
+        ("llama", {"label": 1}, "label .*0: LABEL_0.*found 1"),
+        ("bert", {"label": 1, "text": "chat"}, "text=chat .*chat template.* has none"),
+        ("bert", {"label": 1, "max_length": 65}, "max_length .*at most 64.*found 65"),
+        ("bert", {"label": 1, "max_length": 2}, "max_length .*more than the 2 special tokens.*found 2"),
+        ("bert", {"label": 1, "max_length": 3, "text": "pair"}, "max_length .*more than the 3 special tokens.*found 3"),
     ],
 )
-def test_what_cannot_be_scored_is_refused_at_load(request, model, options, message) -> None:
+def test_invalid_options_are_refused_at_load(request, model, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         scorer(request.getfixturevalue(model), **options)
 
@@ -465,21 +465,21 @@ def test_what_cannot_be_scored_is_refused_at_load(request, model, options, messa
 def test_a_model_without_a_head_is_refused(tmp_path) -> None:
     save_model(tmp_path, "Bert", "Model", **SMALL)
     save_bert_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match=r"has no trained classification head.*lacks classifier.bias, classifier.weig"):
+    with pytest.raises(ValueError, match="no trained classification head.*classifier.bias, classifier.weig"):
         scorer(str(tmp_path), label=1)
 
 
 def test_the_tokenizer_of_another_model_is_refused(tmp_path) -> None:
     save_model(tmp_path, "GPT2", n_embd=16, n_layer=1, n_head=2, num_labels=1)
     save_tokenizer(tmp_path, GPT2 | {f"{name}_token": f"[{name}]" for name in ("sep", "cls", "mask", "pad")})
-    with pytest.raises(ValueError, match=f"has {SIZE + 1} tokens, and its model embeds only {SIZE}"):
+    with pytest.raises(ValueError, match=f"tokenizer .*{SIZE + 1} tokens.*only {SIZE} embeddings"):
         scorer(str(tmp_path))
 
 
 def test_a_model_and_a_tokenizer_without_limits_need_one(tmp_path) -> None:
     save_model(tmp_path, "XLNet", **OTHERS["XLNet"], num_labels=1)
     save_bert_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="max_length is needed: neither the model nor the tokenizer of .* has a limit"):
+    with pytest.raises(ValueError, match="max_length is required.*neither the model nor the tokenizer"):
         scorer(str(tmp_path))
 
 
@@ -505,18 +505,18 @@ def test_options_out_of_range(option) -> None:
         HfOptions.model_validate(option)
 
 
-def test_where_a_model_may_be(bert, tmp_path) -> None:
+def test_locations_of_a_model(bert, tmp_path) -> None:
     check_model(bert, HfOptions())
     check_model("lvwerra/distilbert-imdb", HfOptions())
-    with pytest.raises(ValueError, match="no reward model in .*: it has no config.json"):
+    with pytest.raises(ValueError, match="no reward model in .*config.json"):
         check_model(str(tmp_path), HfOptions())
     for location in ("./missing", "/missing", "~/missing", "a/b/c"):
         with pytest.raises(ValueError, match=f"no such folder: {location}"):
             check_model(location, HfOptions())
 
 
-def test_transformers_is_imported_for_nothing_else() -> None:
-    """A run without an ``hf`` objective need not wait for it; what a function imports is its own affair."""
+def test_transformers_is_imported_only_for_this_kind() -> None:
+    """At the top of a module; functions may import it."""
     package = Path(pama_plugin.__file__).parent
     importers = set()
     for path in package.rglob("*.py"):
@@ -529,8 +529,8 @@ def test_transformers_is_imported_for_nothing_else() -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_refused(bert, tmp_path) -> None:
-    """Transformers makes one that reads every text alike."""
+    """Transformers creates one that encodes every text in the same way."""
     for name in ("config.json", "model.safetensors"):
         shutil.copy(Path(bert) / name, tmp_path)
-    with pytest.raises(ValueError, match=r"must hold the model's tokenizer, one of tokenizer.json, .*found none"):
+    with pytest.raises(ValueError, match="tokenizer, one of tokenizer.json, .*found none"):
         HfScorer(str(tmp_path), HfOptions(), "cpu")

@@ -1,8 +1,9 @@
-"""The kind http against a real server that fails in every way a reward server is known to."""
+"""The kind http against a server that fails in every known way."""
 
 import asyncio
 import contextlib
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -23,57 +24,57 @@ TOKEN = "s3cret/token"
 
 ANSWERED = {"ok": reward_of(RESPONSE.query), "huge": 1e300, "integer": 2.0}
 
-NOT_ONE_NUMBER = "rewards must be a list of one finite number, found "
+NOT_ONE_NUMBER = "rewards .*list of one finite number.*found "
 FINAL = {
-    "307": "HTTP 307, 'status 307'; redirects are not followed",
+    "307": "HTTP 307, 'status 307'.*redirects",
     "400": "HTTP 400, 'status 400'",
-    "401": "HTTP 401, 'status 401'; if it wants a token, name its variable: token_env",
-    "403": "HTTP 403, 'status 403'; if it wants a token, name its variable: token_env",
+    "401": "HTTP 401, 'status 401'.*token_env",
+    "403": "HTTP 403, 'status 403'.*token_env",
     "404": "HTTP 404, 'status 404'",
     "422": "HTTP 422, 'status 422'",
-    "echo": "HTTP 422, 'what is None?'",
-    "long": "the body is longer than 1048576 bytes",
-    "not_an_object": NOT_ONE_NUMBER + "'[0.5]'",
-    "no_rewards": NOT_ONE_NUMBER + """'{"scores": [0.5]}'""",
-    "scalar": NOT_ONE_NUMBER + """'{"rewards": 0.5}'""",
-    "no_reward": NOT_ONE_NUMBER + """'{"rewards": []}'""",
-    "wrong_length": NOT_ONE_NUMBER + """'{"rewards": [0.5, 0.5]}'""",
-    "null": NOT_ONE_NUMBER + """'{"rewards": [null]}'""",
-    "nan": NOT_ONE_NUMBER + """'{"rewards": [NaN]}'""",
-    "inf": NOT_ONE_NUMBER + """'{"rewards": [Infinity]}'""",
-    "-inf": NOT_ONE_NUMBER + """'{"rewards": [-Infinity]}'""",
-    "overflow": NOT_ONE_NUMBER + """'{"rewards": [1000""",
-    "string": NOT_ONE_NUMBER + """'{"rewards": ["0.5"]}'""",
-    "bool": NOT_ONE_NUMBER + """'{"rewards": [true]}'""",
+    "echo": r"HTTP 422, 'what is None\?'",
+    "long": ".*longer than 1048576 bytes",
+    "not_an_object": NOT_ONE_NUMBER + re.escape("'[0.5]'"),
+    "no_rewards": NOT_ONE_NUMBER + re.escape("""'{"scores": [0.5]}'"""),
+    "scalar": NOT_ONE_NUMBER + re.escape("""'{"rewards": 0.5}'"""),
+    "no_reward": NOT_ONE_NUMBER + re.escape("""'{"rewards": []}'"""),
+    "wrong_length": NOT_ONE_NUMBER + re.escape("""'{"rewards": [0.5, 0.5]}'"""),
+    "null": NOT_ONE_NUMBER + re.escape("""'{"rewards": [null]}'"""),
+    "nan": NOT_ONE_NUMBER + re.escape("""'{"rewards": [NaN]}'"""),
+    "inf": NOT_ONE_NUMBER + re.escape("""'{"rewards": [Infinity]}'"""),
+    "-inf": NOT_ONE_NUMBER + re.escape("""'{"rewards": [-Infinity]}'"""),
+    "overflow": NOT_ONE_NUMBER + re.escape("""'{"rewards": [1000"""),
+    "string": NOT_ONE_NUMBER + re.escape("""'{"rewards": ["0.5"]}'"""),
+    "bool": NOT_ONE_NUMBER + re.escape("""'{"rewards": [true]}'"""),
 }
 
 REPEATED = {
     "refuse": "ConnectError",
     "reset": "ReadError",
-    "hang": "no complete reply within 0.3 s",
-    "drip": "no complete reply within 0.3 s",
+    "hang": "no complete reply .*0.3 s",
+    "drip": "no complete reply .*0.3 s",
     "429": "HTTP 429, 'status 429'",
     "500": "HTTP 500, 'status 500'",
     "502": "HTTP 502, 'status 502'",
     "503": "HTTP 503, 'status 503'",
-    "empty": "the body is not JSON, found ''",
-    "html": "the body is not JSON, found '<html>",
-    "truncated": "the body is not JSON, found '{\"rewards\": [0.5'",
+    "empty": ".*not JSON, found ''",
+    "html": ".*not JSON, found '<html>",
+    "truncated": r""".*not JSON, found '{"rewards": \[0.5'""",
 }
 
 
 @pytest.fixture(autouse=True)
 def backoff(monkeypatch):
-    """No waiting between attempts; what it is outside these tests."""
-    outside = http.BACKOFF
+    """No waiting between attempts. Returns the value outside these tests."""
+    original = http.BACKOFF
     monkeypatch.setattr(http, "BACKOFF", tenacity.wait_none())
-    return outside
+    return original
 
 
 @contextlib.asynccontextmanager
 async def scorer(*servers: FaultServer, patient: bool = False, **options):
     location = "|".join(server.url for server in servers)
-    options = {"timeout": 10} | options  # whatever hangs against expectation must not do so for minutes
+    options = {"timeout": 10} | options  # an unexpected hang must not last minutes
     score = http.load_http(location, http.HttpOptions(**options), patient=patient)
     try:
         yield score
@@ -93,7 +94,7 @@ def test_every_mode_has_an_expectation() -> None:
     assert {*ANSWERED, *FINAL, *REPEATED, "flaky", "dying"} == set(MODES)
 
 
-def test_the_request_is_the_hosts() -> None:
+def test_the_request_is_that_of_openrlhf() -> None:
     with FaultServer() as server:
         score_once(server)
         assert server.bodies == [{"query": ["Once more, please"], "prompts": ["Once"], "labels": ["tale"]}]
@@ -109,25 +110,25 @@ def test_half_a_surrogate_pair_is_sent() -> None:
 @pytest.mark.parametrize(("mode", "reward"), ANSWERED.items())
 def test_a_good_reply(mode, reward) -> None:
     with FaultServer(mode) as server:
-        found = score_once(server, retries=0)
-        assert found == reward and type(found) is float and server.requests == 1
+        result = score_once(server, retries=0)
+        assert result == reward and type(result) is float and server.requests == 1
 
 
 @pytest.mark.parametrize(("mode", "message"), FINAL.items())
-def test_what_would_fail_again_is_not_repeated(mode, message) -> None:
+def test_a_permanent_failure_is_not_repeated(mode, message) -> None:
     with FaultServer(mode) as server:
         with pytest.raises(http.ServerFailure) as caught:
             score_once(server)
-        assert str(caught.value).startswith(f"{server.url}: {message}")
+        assert re.match(f"{re.escape(server.url)}: {message}", str(caught.value))
         assert str(caught.value).endswith("(attempts: 1)") and server.requests == 1
 
 
 @pytest.mark.parametrize(("mode", "message"), REPEATED.items())
-def test_what_may_pass_is_repeated(mode, message) -> None:
+def test_a_transient_failure_is_repeated(mode, message) -> None:
     with FaultServer(mode) as server:
         with pytest.raises(http.ServerFailure) as caught:
             score_once(server, retries=2, timeout=0.3 if mode in ("hang", "drip") else 10)
-        assert str(caught.value).startswith(f"{server.url}: {message}")
+        assert re.match(f"{re.escape(server.url)}: {message}", str(caught.value))
         assert str(caught.value).endswith("(attempts: 3)")
         if mode not in ("hang", "drip"):  # on a busy machine the time may be up before the server has read the request
             assert server.requests == (0 if mode == "refuse" else 3)
@@ -138,13 +139,13 @@ def test_a_reward_after_failures() -> None:
         assert score_once(server, retries=2) == reward_of(RESPONSE.query) and server.requests == 3
 
 
-def test_a_failure_survives_its_way_between_processes() -> None:
+def test_a_failure_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(http.ServerFailure("http://judge: HTTP 500 (attempts: 5)")))
     assert isinstance(error, PamaError) and str(error) == "http://judge: HTTP 500 (attempts: 5)"
 
 
 def test_a_time_out_ends_a_request_that_swallows_a_cancellation(monkeypatch) -> None:
-    """As one does on Python 3.10 that connects at that moment."""
+    """On Python 3.10 a request that has just connected does."""
 
     async def receive(url: str, body: str) -> None:
         with contextlib.suppress(asyncio.CancelledError):
@@ -155,7 +156,7 @@ def test_a_time_out_ends_a_request_that_swallows_a_cancellation(monkeypatch) -> 
         with FaultServer() as server:
             async with scorer(server, retries=0, timeout=0.05) as score:
                 monkeypatch.setattr(score, "_receive", receive)
-                with pytest.raises(http.ServerFailure, match="no complete reply within 0.05 s"):
+                with pytest.raises(http.ServerFailure, match="no complete reply .*0.05 s"):
                     await score(RESPONSE)
 
     asyncio.run(main())
@@ -178,7 +179,7 @@ def test_a_cancelled_response_stays_cancelled() -> None:
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
-    """The seconds slept between attempts, which are not slept here."""
+    """Records the waits between attempts instead of sleeping."""
     slept = []
     sleep = asyncio.sleep
 
@@ -219,7 +220,7 @@ def test_waits_grow_and_differ(backoff, monkeypatch, waits) -> None:
 
 @pytest.fixture
 def later(monkeypatch):
-    """``later()`` lets the time pass that a breaker stays open; to a breaker, none passes otherwise."""
+    """``later()`` advances the clock of the breakers by the time for which they stay open."""
     now = [0.0]
     monkeypatch.setattr("circuitbreaker.monotonic", lambda: now[0])
 
@@ -307,10 +308,10 @@ def test_only_one_request_tries_a_replica(later) -> None:
 
 
 @pytest.mark.parametrize("patient", [True, False])
-def test_who_is_patient_outlives_a_server_that_restarts(patient, monkeypatch) -> None:
+def test_a_patient_scorer_survives_the_restart_of_a_server(patient, monkeypatch) -> None:
     """Many responses at once open the breaker long before the retries of any of them are used up."""
     monkeypatch.setattr(http, "OPEN_SECONDS", 1)
-    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_fixed(0.1))  # one tries, the others ask again after it
+    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_fixed(0.1))  # one request tries, the others repeat after it
 
     async def main() -> None:
         with FaultServer("refuse") as server:
@@ -341,7 +342,7 @@ def test_a_server_that_recovers_within_the_retries_costs_no_reward_however_many_
     asyncio.run(main())
 
 
-def test_who_is_patient_waits_for_a_trial_that_takes_its_time(monkeypatch) -> None:
+def test_a_patient_scorer_waits_for_a_slow_trial(monkeypatch) -> None:
     monkeypatch.setattr(http, "OPEN_SECONDS", 0.1)
 
     async def main() -> None:
@@ -358,7 +359,7 @@ def test_a_body_without_end_takes_no_memory(patient) -> None:
     async def main() -> None:
         with FaultServer("long") as server:
             async with scorer(server, patient=patient, retries=3) as score:
-                with pytest.raises(http.ServerFailure, match=r"longer than 1048576 bytes \(attempts: 1\)"):
+                with pytest.raises(http.ServerFailure, match=r"longer than 1048576 bytes.*\(attempts: 1\)"):
                     await score(RESPONSE)
 
     asyncio.run(main())
@@ -380,20 +381,18 @@ def test_no_replica_left() -> None:
     async def main() -> None:
         with FaultServer("500") as a, FaultServer("refuse") as b:
             async with scorer(a, b, retries=99) as score:
-                with pytest.raises(http.ServerFailure, match=r"no replica may be asked.*\(attempts: 10\)"):
+                with pytest.raises(http.ServerFailure, match=r"all replicas .*\(attempts: 10\)"):
                     await score(RESPONSE)
                 with pytest.raises(http.ServerFailure) as caught:
                     await score(RESPONSE)
-            assert str(caught.value).startswith(
-                f"no replica may be asked, each failed 5 times in a row; last error: {b.url}: ConnectError"
-            )
-            assert str(caught.value).endswith("(attempts: 0)") and a.requests == http.FAILURES_TO_OPEN
+            message = rf"all replicas .*5 times.*{re.escape(b.url)}: ConnectError.*\(attempts: 0\)$"
+            assert re.match(message, str(caught.value)) and a.requests == http.FAILURES_TO_OPEN
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize("mode", ["404", "429", "null"])
-def test_a_replica_that_answers_is_asked_again(mode) -> None:
+def test_a_replica_that_replies_is_not_suspended(mode) -> None:
     async def main() -> None:
         with FaultServer(mode) as server:
             async with scorer(server, retries=0) as score:
@@ -447,13 +446,13 @@ def test_a_refused_token_is_named(mode, monkeypatch) -> None:
     monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
     with (
         FaultServer(mode) as server,
-        pytest.raises(http.ServerFailure, match="; check the token in JUDGE_TOKEN "),
+        pytest.raises(http.ServerFailure, match=f"HTTP {mode}.*token in JUDGE_TOKEN"),
     ):
         score_once(server, token_env="JUDGE_TOKEN")
 
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "problem"),
     [
         (None, "unset or empty"),
         ("", "unset or empty"),
@@ -463,11 +462,11 @@ def test_a_refused_token_is_named(mode, monkeypatch) -> None:
     ],
 )
 @pytest.mark.parametrize("function", [http.check_http, http.load_http])
-def test_a_token_that_cannot_be_sent(function, value, found, monkeypatch) -> None:
+def test_a_token_that_cannot_be_sent(function, value, problem, monkeypatch) -> None:
     monkeypatch.delenv("JUDGE_TOKEN", raising=False)
     if value is not None:
         monkeypatch.setenv("JUDGE_TOKEN", value)
-    with pytest.raises(ValueError, match=rf"variable JUDGE_TOKEN \(token_env\) must hold .* found .*{found}") as caught:
+    with pytest.raises(ValueError, match=rf"JUDGE_TOKEN \(token_env\).*printable ASCII.*found .*{problem}") as caught:
         function("http://localhost/get_reward", http.HttpOptions(token_env="JUDGE_TOKEN"))
     assert TOKEN not in "".join(traceback.format_exception(caught.value))
 
@@ -505,7 +504,7 @@ def test_replicas(location) -> None:
 )
 @pytest.mark.parametrize("function", [http.check_http, http.load_http])
 def test_replicas_that_cannot_be_asked(function, location) -> None:
-    with pytest.raises(ValueError, match=r"must be http\(s\)://HOST\[:PORT\]/PATH .*, found "):
+    with pytest.raises(ValueError, match=r"replica .*http\(s\)://HOST\[:PORT\]/PATH.*found "):
         function(location, http.HttpOptions())
 
 
@@ -513,7 +512,7 @@ def test_replicas_that_cannot_be_asked(function, location) -> None:
     "location", ["http://user:pa55@judge/", "http://pa55@judge/", "http://a:pa55/@judge/", "ftp://judge/?key=pa55"]
 )
 def test_a_password_is_refused_and_not_shown(location) -> None:
-    with pytest.raises(ValueError, match="without user or password") as caught:
+    with pytest.raises(ValueError, match=r"http\(s\)://HOST.*without user or password.*found ") as caught:
         http.split_replicas(location)
     assert "pa55" not in "".join(traceback.format_exception(caught.value))
 
@@ -528,12 +527,12 @@ def test_a_password_is_refused_and_not_shown(location) -> None:
         ("http://localhost.example.com/", ["http://localhost.example.com/"]),
     ],
 )
-def test_plain_http_to_another_machine_is_worth_a_warning(location, warned, monkeypatch) -> None:
+def test_plain_http_to_another_machine_gives_a_warning(location, warned, monkeypatch) -> None:
     monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
     warnings = http.check_http(location, http.HttpOptions())
     assert [warning.split()[0] for warning in warnings] == warned
     warnings = http.check_http(location, http.HttpOptions(token_env="JUDGE_TOKEN"))
-    assert all("the token in JUDGE_TOKEN can be read" in warning and TOKEN not in warning for warning in warnings)
+    assert all("token in JUDGE_TOKEN" in warning and TOKEN not in warning for warning in warnings)
 
 
 def test_options_as_text() -> None:
@@ -557,7 +556,7 @@ def test_options_as_text() -> None:
         {"token": "s3cret"},
     ],
 )
-def test_options_that_mean_nothing(options) -> None:
+def test_invalid_options(options) -> None:
     with pytest.raises(ValidationError, match=next(iter(options))):
         http.HttpOptions.model_validate(options)
 

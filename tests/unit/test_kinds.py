@@ -1,4 +1,4 @@
-"""The records of the kinds, and kinds of other packages."""
+"""The records of the built-in kinds, and kinds of other packages."""
 
 import asyncio
 import re
@@ -17,7 +17,7 @@ README = Path(kinds.__file__).with_name("README.md")
 
 @pytest.fixture
 def shouts(tmp_path, monkeypatch):
-    """A package with a kind of its own, installed."""
+    """Install the package of the README, which adds a kind."""
     (tmp_path / "shouting.py").write_text(KIND)
     metadata = tmp_path / "shouting-1.0.dist-info"
     metadata.mkdir()
@@ -29,7 +29,7 @@ def shouts(tmp_path, monkeypatch):
     sys.modules.pop("shouting", None)
 
 
-def test_another_package_adds_a_kind_by_being_installed(shouts) -> None:
+def test_an_installed_package_adds_a_kind(shouts) -> None:
     objective = parse_objective("loud=shouts:2,mark=?,weight=3")
     score = objective.load_scorer(patient=False)
     answers = [asyncio.run(score(Response("", "", "", text, 1))) for text in ("eh?", "eh??")]
@@ -40,18 +40,18 @@ def test_another_package_adds_a_kind_by_being_installed(shouts) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("loud=shouts:two", "must be the number of marks, found 'two'"),
-        ("loud=shouts:2,loudness=3", "'shouts' has no option loudness; it takes .*probe, mark"),
-        ("loud=broken:2", "'broken' cannot be loaded from no_such:KIND"),
-        ("loud=sings:2", "kind: must be one of agent, broken, builtin, .*shouts, found 'sings'"),
+        ("loud=shouts:two", "number of marks.*found 'two'"),
+        ("loud=shouts:2,loudness=3", "'shouts' .*option loudness.*probe, mark"),
+        ("loud=broken:2", "'broken' .*loaded from no_such:KIND"),
+        ("loud=sings:2", "kind: .*agent, broken, builtin, .*shouts.*found 'sings'"),
     ],
 )
-def test_a_mistake_in_it_is_refused_like_any_other(text, message, shouts) -> None:
+def test_an_invalid_objective_of_it_is_refused(text, message, shouts) -> None:
     with pytest.raises(ValueError, match=message):
         parse_objective(text)
 
 
-def test_help_lists_it_and_does_without_one_that_is_broken(shouts, capsys) -> None:
+def test_help_lists_it_but_not_a_broken_kind(shouts, capsys) -> None:
     from pama_plugin.cli import main
 
     with pytest.raises(SystemExit):
@@ -62,7 +62,7 @@ def test_help_lists_it_and_does_without_one_that_is_broken(shouts, capsys) -> No
 
 @pytest.mark.parametrize("name", ["agent", "builtin", "hf", "http", "py", "rm"])
 @pytest.mark.needs_extras
-def test_a_record_says_what_its_model_takes(name) -> None:
+def test_the_options_of_a_record_are_those_of_its_model(name) -> None:
     kind = KINDS[name]
     model = kind.resolve("model")
     assert set(kind.options) == set(model.model_fields if model else ())

@@ -1,7 +1,8 @@
-"""The builtin rewards, the user's own function, and rewards of other packages."""
+"""Builtin rewards, the kind py, and rewards of other packages."""
 
 import asyncio
 import contextlib
+import re
 import shutil
 import sys
 
@@ -37,7 +38,7 @@ def test_length_counts_tokens_by_default() -> None:
 @pytest.mark.parametrize(
     "body", ["[0.5]", "torch.tensor([0.5])", "{'rewards': torch.tensor([0.5]), 'scores': None}", "0.5"]
 )
-def test_a_function_gets_what_the_host_gives_it(tmp_path, body) -> None:
+def test_a_function_gets_the_arguments_of_a_reward_func(tmp_path, body) -> None:
     file = tmp_path / "rewards.py"
     file.write_text(
         "import torch\ndef f(queries, prompts, labels):\n"
@@ -58,18 +59,22 @@ def test_a_function_gets_what_the_host_gives_it(tmp_path, body) -> None:
         ("def f(q, p, l, extra)", False),
         ("def f(q, p, l, *, scale)", False),
         ("async def f(q, p, l)", False),
-        ("@functools.partial(make)\ndef f(q)", True),  # a decorator may make anything of it
+        ("@functools.partial(make)\ndef f(q)", True),  # a decorator may change the signature
         ("f = None\ndef f(q)", True),
     ],
 )
-def test_a_signature_that_the_host_could_not_call_is_refused(tmp_path, definition, fits) -> None:
+def test_a_signature_other_than_that_of_a_reward_func_is_refused(tmp_path, definition, fits) -> None:
     file = tmp_path / "rewards.py"
     file.write_text(f"{definition}:\n    return 0.0\n")
-    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="must be def f.queries.*, found"):
+    with (
+        contextlib.nullcontext()
+        if fits
+        else pytest.raises(ValueError, match=r"rewards.py: .*def f\(queries, prompts, labels\).*found (async )?def f\(")
+    ):
         check_function(f"{file}:f", PyOptions())
 
 
-def test_an_error_says_where_in_the_users_file(tmp_path) -> None:
+def test_an_error_has_the_line_in_the_file_of_the_user(tmp_path) -> None:
     file = tmp_path / "rewards.py"
     lines = ("import json", "def read(text):", "    return json.loads(text)", "def f(q, p, l):", "    return read('{')")
     file.write_text("\n".join(lines))
@@ -81,7 +86,7 @@ def test_an_error_says_where_in_the_users_file(tmp_path) -> None:
 
 
 def test_two_functions_of_one_file_share_it(tmp_path) -> None:
-    """What a file does at import, such as loading a model, is done once; dataclasses in it work."""
+    """The file is imported once, with the models that it loads; dataclasses in it work."""
     file = tmp_path / "rewards.py"
     file.write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
@@ -100,9 +105,9 @@ def test_two_functions_of_one_file_share_it(tmp_path) -> None:
         ("{}", "returned None"),
         ("[0.5, 0.5]", "returned 2 rewards for 1 response"),
         ("[]", "returned 0 rewards for 1 response"),
-        ("'0.5'", "returned '0.5', which is no number"),
-        ("['good']", r"returned \['good'\], which is no number"),
-        ("{'rewards': {}}", "returned {}, which is no number"),
+        ("'0.5'", "returned '0.5'.*not a number"),
+        ("['good']", r"returned \['good'\].*not a number"),
+        ("{'rewards': {}}", "returned {}.*not a number"),
     ],
 )
 def test_a_function_that_returns_the_wrong_thing(tmp_path, body, message) -> None:
@@ -117,7 +122,7 @@ def test_a_function_that_returns_the_wrong_thing(tmp_path, body, message) -> Non
     [
         ("raise KeyError('label')", "KeyError: 'label'"),
         ("import sys; sys.exit(3)", "SystemExit: 3"),
-        ("next(iter(()))", "StopIteration"),  # which a future cannot carry
+        ("next(iter(()))", "StopIteration"),  # a future cannot carry it
         ("import time; time.sleep(60)", "no answer within 0.1 s"),
     ],
 )
@@ -129,7 +134,7 @@ def test_a_function_that_does_not_return(tmp_path, body, message) -> None:
 
 
 def test_functions_that_hang_take_no_more_threads_than_they_may(tmp_path) -> None:
-    """And the process can end although they never return: pytest would hang here."""
+    """The process can also exit although they never return; otherwise pytest would hang here."""
     file = tmp_path / "rewards.py"
     file.write_text("import time\n\ndef f(queries, prompts, labels):\n    time.sleep(3600)\n")
 
@@ -139,11 +144,10 @@ def test_functions_that_hang_take_no_more_threads_than_they_may(tmp_path) -> Non
 
     problems = [str(problem) for problem in asyncio.run(ask())]
     assert problems[:2] == ["no answer within 0.05 s"] * 2
-    assert problems[-1] == "2 earlier calls never returned, so no more are made"
+    assert re.search("not called.* 2 earlier calls", problems[-1])
 
 
-def test_a_function_that_takes_its_time_is_waited_for_by_all(tmp_path) -> None:
-    """The time limit is that of a call, not of waiting for one's turn."""
+def test_the_time_limit_excludes_waiting_for_a_slot(tmp_path) -> None:
     file = tmp_path / "rewards.py"
     file.write_text("import time\n\ndef f(queries, prompts, labels):\n    time.sleep(0.1)\n    return 1.0\n")
 
@@ -154,12 +158,12 @@ def test_a_function_that_takes_its_time_is_waited_for_by_all(tmp_path) -> None:
     assert asyncio.run(ask()) == [1.0] * 6
 
 
-def test_what_a_function_does_to_its_arguments_nobody_else_sees(tmp_path) -> None:
+def test_a_function_may_modify_its_arguments(tmp_path) -> None:
     file = tmp_path / "rewards.py"
     file.write_text("def f(queries, prompts, labels):\n    queries.clear(); labels[0] = 'x'\n    return 1.0\n")
-    given = response()
-    asyncio.run(load_function(f"{file}:f", PyOptions())(given))
-    assert given == response()
+    scored = response()
+    asyncio.run(load_function(f"{file}:f", PyOptions())(scored))
+    assert scored == response()
 
 
 @pytest.mark.parametrize(("unit", "reward"), [("tokens", 7), ("words", 2), ("characters", 13)])
@@ -187,7 +191,7 @@ def test_regex(options, text, reward) -> None:
     assert load_measure("regex", options)(response(text=text)) == reward
 
 
-def test_a_regex_that_never_ends_is_ended(monkeypatch) -> None:
+def test_a_regex_of_exponential_time_is_stopped(monkeypatch) -> None:
     from pama_plugin.rewards import builtin
 
     monkeypatch.setattr(builtin, "REGEX_SECONDS", 0.1)
@@ -213,7 +217,7 @@ def test_json(options, text, reward) -> None:
 
 
 @pytest.mark.parametrize("decorated", [False, True])
-def test_another_package_adds_a_reward_by_being_installed(decorated, tmp_path, monkeypatch) -> None:
+def test_an_installed_package_adds_a_reward(decorated, tmp_path, monkeypatch) -> None:
     name = f"shout{decorated}"
     decorator = f"@register_reward({name!r})\n" if decorated else ""
     (tmp_path / f"other{decorated}.py").write_text(
@@ -228,7 +232,7 @@ def test_another_package_adds_a_reward_by_being_installed(decorated, tmp_path, m
     assert name in available_rewards()
     try:
         assert load_measure(name, {"marks": "2"})(response(text="no!!")) == 1
-        with pytest.raises(ValueError, match="no option loud; it takes marks"):
+        with pytest.raises(ValueError, match=f"builtin:{name} .*option loud.*marks"):
             load_measure(name, {"loud": 1})
     finally:
         from pama_plugin.rewards import builtin
@@ -237,7 +241,7 @@ def test_another_package_adds_a_reward_by_being_installed(decorated, tmp_path, m
         sys.modules.pop(f"other{decorated}", None)
 
 
-def test_an_error_without_a_text_is_still_an_answer(tmp_path) -> None:
+def test_an_error_whose_text_raises_is_reported_by_its_type(tmp_path) -> None:
     file = tmp_path / "rewards.py"
     file.write_text(
         "class Silent(Exception):\n    def __str__(self): raise RuntimeError\n"
@@ -248,7 +252,7 @@ def test_an_error_without_a_text_is_still_an_answer(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("reward", ["1.2345678", "[1.2345678]", "{'rewards': [1.2345678]}"])
-def test_a_number_is_what_it_is_whatever_the_default_type(tmp_path, reward) -> None:
+def test_the_default_dtype_does_not_round_rewards(tmp_path, reward) -> None:
     file = tmp_path / "rewards.py"
     file.write_text(f"def f(queries, prompts, labels):\n    return {reward}\n")
     before = torch.get_default_dtype()

@@ -1,4 +1,4 @@
-"""``pama score``: the rewards that training would see, from a file."""
+"""``pama score``: the rewards of a run, for the lines of a file."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_every_line_gets_its_rewards_and_keeps_the_rest(file, capsys) -> None:
     assert "1 of 3" in output and "polite: 1 × ValueError: impolite" in output and "5.5" in output
 
 
-def test_a_file_of_settings_does_as_well_and_a_dead_reward_is_a_failure(file, capsys) -> None:
+def test_settings_from_a_file_and_the_exit_code_of_an_objective_without_rewards(file, capsys) -> None:
     (file.parent / "run.yaml").write_text(
         "loss: linear\nobjectives: {dead: {kind: http, location: 'http://127.0.0.1:9/get_reward', retries: 0}}"
     )
@@ -54,35 +54,31 @@ def test_a_file_of_settings_does_as_well_and_a_dead_reward_is_a_failure(file, ca
     assert "3 of 3" in capsys.readouterr().out
 
 
-def test_other_peoples_rewards_need_a_tokenizer_only_if_they_count(file, capsys, monkeypatch) -> None:
-    monkeypatch.setitem(builtin.REWARDS.entries, "shouts", lambda: lambda own: own.response.count("!"))
-    monkeypatch.setitem(builtin.REWARDS.entries, "counts", lambda: lambda own: own.num_tokens)
+def test_registered_rewards_need_a_tokenizer_only_to_count_tokens(file, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(builtin.REWARDS.entries, "shouts", lambda: lambda response: response.response.count("!"))
+    monkeypatch.setitem(builtin.REWARDS.entries, "counts", lambda: lambda response: response.num_tokens)
     code, rows = run(file, "--pama.objective", "a=builtin:shouts", "--pama.objective", "b=builtin:counts")
     assert code == 1 and [row["rewards"] for row in rows] == [{"a": 0, "b": None}] * 3
-    assert "b: 3 × PamaError: counts tokens, which needs --tokenizer MODEL" in capsys.readouterr().out
+    assert re.search("b: 3 × PamaError: --tokenizer .*found none", " ".join(capsys.readouterr().out.split()))
 
 
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        ("", (), "must have at least one line, found none"),
-        ("{", (), "line 1 must be JSON"),
-        ('{"prompt": "a"}', (), "line 1 must have a prompt .* and a response"),
-        ('{"prompt": [], "response": "b"}', (), "line 1 must have a prompt"),
-        (
-            '{"prompt": "a", "response": "b"}',
-            ("n=builtin:length",),
-            "is needed to count tokens for 'n'",
-        ),
-        ('{"prompt": "a", "response": "b"}', ("s=agent:style",), "no rollouts for an agent to score, found 's'"),
-        ('{"prompt": "a", "response": "b"}', ("s=py:no.py:f",), "no such file"),
+        ("", (), "rows.jsonl .*at least one line.*found none"),
+        ("{", (), "rows.jsonl, line 1 .*JSON"),
+        ('{"prompt": "a"}', (), "rows.jsonl, line 1 .*prompt .* response .*found .*prompt"),
+        ('{"prompt": [], "response": "b"}', (), "rows.jsonl, line 1 .*prompt .*found .*response"),
+        ('{"prompt": "a", "response": "b"}', ("n=builtin:length",), "--tokenizer .*'n'.*found none"),
+        ('{"prompt": "a", "response": "b"}', ("s=agent:style",), "kind agent.*found .*'s'"),
+        ('{"prompt": "a", "response": "b"}', ("s=py:no.py:f",), "no such file: .*no.py"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(tmp_path, capsys, content, flags, message) -> None:
+def test_invalid_files_and_objectives_are_refused(tmp_path, capsys, content, flags, message) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(content)
     objectives = flags or ("j=http:http://127.0.0.1:9/r",)
-    code, rows = run(file, *(word for own in objectives for word in ("--pama.objective", own)))
+    code, rows = run(file, *(word for objective in objectives for word in ("--pama.objective", objective)))
     assert code == 2 and rows == [] and re.search(message, capsys.readouterr().err)
 
 
@@ -91,27 +87,27 @@ def test_a_missing_file(tmp_path, capsys) -> None:
     assert code == 2 and "cannot read" in capsys.readouterr().err
 
 
-def test_help_teaches(capsys) -> None:
+def test_help_documents_the_arguments(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["score", "--help"])
     text = capsys.readouterr().out
     assert "JSONL" in text and "--pama.objective NAME=KIND:LOCATION" in text and "--tokenizer MODEL" in text
 
 
-def test_lines_end_at_newlines_alone_and_labels_stay_what_they_are(tmp_path) -> None:
+def test_only_newlines_separate_lines_and_labels_keep_their_type(tmp_path) -> None:
     (tmp_path / "rewards.py").write_text("def f(queries, prompts, labels):\n    return float(labels[0] == 0)\n")
     rows = [{"prompt": "a\u2028b", "response": "c\u0085", "label": 0}, {"prompt": "a", "response": "b", "label": None}]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    _, found = run(file, "--pama.objective", f"zero=py:{tmp_path}/rewards.py:f")
-    assert [row["rewards"]["zero"] for row in found] == [1.0, 0.0]
+    _, scored = run(file, "--pama.objective", f"zero=py:{tmp_path}/rewards.py:f")
+    assert [row["rewards"]["zero"] for row in scored] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("out", ["nowhere/rows.jsonl", "rows.jsonl"])
-def test_rewards_that_could_not_be_written_are_not_computed(file, capsys, out) -> None:
+def test_an_invalid_out_is_refused_before_scoring(file, capsys, out) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["score", str(file), "--pama.objective", "n=builtin:json", "--out", str(file.parent / out)])
-    assert exit.value.code == 2 and "--out must be another file" in capsys.readouterr().err
+    assert exit.value.code == 2 and re.search(f"--out .*other than .*found .*{out}", capsys.readouterr().err)
     assert [json.loads(line) for line in file.read_text().splitlines() if line] == ROWS
 
 
@@ -120,26 +116,26 @@ def test_a_file_of_functions_that_cannot_be_imported_is_named(file, capsys) -> N
     with pytest.raises(SystemExit) as exit:
         main(["score", str(file), "--pama.objective", f"x=py:{file.parent}/broken.py:f"])
     assert exit.value.code == 2
-    assert "objective 'x' cannot be loaded: ModuleNotFoundError: No module named" in capsys.readouterr().err
+    assert re.search("objective 'x'.* ModuleNotFoundError: .*nothing_like_it", capsys.readouterr().err)
 
 
-def test_text_is_no_number(file, capsys, monkeypatch) -> None:
-    monkeypatch.setitem(builtin.REWARDS.entries, "says", lambda: lambda own: "0.5")
+def test_text_is_not_a_number(file, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(builtin.REWARDS.entries, "says", lambda: lambda response: "0.5")
     code, _ = run(file, "--pama.objective", "a=builtin:says")
     assert code == 1 and "returned text, '0.5'" in capsys.readouterr().out
 
 
-def test_a_tokenizer_that_is_not_there(file, capsys) -> None:
+def test_a_missing_tokenizer(file, capsys) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["score", str(file), "--pama.objective", "n=builtin:length", "--tokenizer", "./nope"])
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and "--tokenizer: cannot load the tokenizer of ./nope: " in error
+    assert exit.value.code == 2 and re.search("--tokenizer: .*./nope: ", error)
     assert "Traceback" not in error
 
 
 @pytest.mark.timeout(50)
-def test_a_server_that_is_down_is_not_waited_for(file, capsys, monkeypatch) -> None:
-    """On a training run a failure would cost the run, so that one waits as long as an attempt may take."""
+def test_pama_score_does_not_wait_for_a_server_that_is_down(file, capsys, monkeypatch) -> None:
+    """A run waits for as long as one attempt, because a failure would end it."""
     import tenacity
 
     from pama_plugin.rewards import http
@@ -148,4 +144,4 @@ def test_a_server_that_is_down_is_not_waited_for(file, capsys, monkeypatch) -> N
     with file.open("a") as rows:
         rows.writelines(json.dumps(ROWS[0]) + "\n" for _ in range(20))
     code, _ = run(file, "--pama.objective", "dead=http:http://127.0.0.1:9/get_reward,timeout=60")
-    assert code == 1 and "no replica may be asked" in capsys.readouterr().out
+    assert code == 1 and "all replicas are suspended" in capsys.readouterr().out

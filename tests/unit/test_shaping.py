@@ -1,4 +1,4 @@
-"""What the estimator is given: normalised, clipped, and whole although rewards are missing."""
+"""Inputs of the estimator: normalised, clipped, and with missing rewards filled."""
 
 import math
 
@@ -14,12 +14,12 @@ from pama_plugin.settings.objective import parse_objective
 NAN = math.nan
 
 
-def shape(options: str, rewards, seen: Moments | None = None, fill_by_group: bool = True) -> list[list[float]]:
+def shape(options: str, rewards, running: Moments | None = None, fill_by_group: bool = True) -> list[list[float]]:
     objective = parse_objective(f"a=builtin:length{options}")
-    given = torch.tensor(rewards)
-    kept = given.clone()
-    shaped = shape_rewards(objective, given, seen or Moments(), fill_by_group=fill_by_group)
-    assert torch.equal(given.nan_to_num(7.0), kept.nan_to_num(7.0)) and shaped.isfinite().all()
+    rewards_GN = torch.tensor(rewards)
+    copy_GN = rewards_GN.clone()
+    shaped = shape_rewards(objective, rewards_GN, running or Moments(), fill_by_group=fill_by_group)
+    assert torch.equal(rewards_GN.nan_to_num(7.0), copy_GN.nan_to_num(7.0)) and shaped.isfinite().all()
     return shaped.tolist()
 
 
@@ -36,7 +36,7 @@ def test_by_default_nothing_changes() -> None:
         (",clip=0:4", [[-1.0, 3.0], [5.0, 7.0]], [[0, 3], [4, 4]]),
         (",normalize=batch", [[2.0, 2.0], [2.0, 2.0]], [[0, 0], [0, 0]]),
         (",normalize=group", [[0.1, 0.1], [1.0, 3.0]], [[0, 0], [-1, 1]]),
-        (",normalize=group", [[NAN, 4.0], [1.0, 3.0]], [[0, 0], [-1, 1]]),  # one reward alone has no spread
+        (",normalize=group", [[NAN, 4.0], [1.0, 3.0]], [[0, 0], [-1, 1]]),  # a single reward has no deviation
     ],
 )
 def test_by_hand(options, rewards, expected) -> None:
@@ -45,10 +45,10 @@ def test_by_hand(options, rewards, expected) -> None:
         assert row == pytest.approx([value / scale for value in hand])
 
 
-def test_running_statistics_are_those_that_were_seen() -> None:
-    seen = Moments()
-    seen.update(torch.tensor([0.0, 2.0, 4.0]))  # mean 2, std 2
-    assert shape(",normalize=running,clip=-1:1", [[2.0, 3.0], [6.0, -9.0]], seen) == [[0, 0.5], [1, -1]]
+def test_running_normalisation_uses_the_running_moments() -> None:
+    running = Moments()
+    running.update(torch.tensor([0.0, 2.0, 4.0]))  # mean 2, std 2
+    assert shape(",normalize=running,clip=-1:1", [[2.0, 3.0], [6.0, -9.0]], running) == [[0, 0.5], [1, -1]]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_missing_reward_becomes_the_mean_of_those_it_is_compared_with(by_group
     assert shape("", rewards, fill_by_group=by_group) == expected
 
 
-def test_of_a_batch_without_a_reward_nothing_is_left_but_numbers() -> None:
+def test_a_batch_without_rewards_becomes_zeros() -> None:
     for options in ("", ",normalize=batch", ",normalize=group", ",normalize=running", ",clip=1:2"):
         assert shape(options, [[NAN, NAN], [NAN, NAN]]) == [[0, 0], [0, 0]]
 
@@ -71,17 +71,17 @@ def test_of_a_batch_without_a_reward_nothing_is_left_but_numbers() -> None:
     st.sampled_from(["batch", "group"]),
     st.floats(1e-3, 1e3),
 )
-def test_normalised_rewards_know_no_scale(rewards, normalize, scale) -> None:
+def test_normalised_rewards_do_not_depend_on_scale(rewards, normalize, scale) -> None:
     objective = parse_objective(f"a=builtin:length,normalize={normalize}")
-    given = torch.tensor(rewards, dtype=torch.float64)
-    one = shape_rewards(objective, given, Moments(), fill_by_group=False)
-    assert one.isfinite().all() and one.abs().max() <= math.sqrt(given.numel())
-    other = shape_rewards(objective, given * scale, Moments(), fill_by_group=False)
+    rewards_GN = torch.tensor(rewards, dtype=torch.float64)
+    one = shape_rewards(objective, rewards_GN, Moments(), fill_by_group=False)
+    assert one.isfinite().all() and one.abs().max() <= math.sqrt(rewards_GN.numel())
+    other = shape_rewards(objective, rewards_GN * scale, Moments(), fill_by_group=False)
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("normalize", ["batch", "group", "running"])
-def test_the_largest_rewards_are_normalised_to_numbers(normalize) -> None:
+def test_the_largest_rewards_stay_finite(normalize) -> None:
     rewards = [[1e18, -1e18] * 300, [1e18, 1e18] * 300]
     shaped = shape(f",normalize={normalize}", rewards, Moments(count=9, mean=0.0, squares=1e-49))
     assert shaped[0][0] > 0 > shaped[0][1]

@@ -1,4 +1,4 @@
-"""Statistics that go on from where a checkpoint left them."""
+"""Running statistics, and the identity of scorers in checkpoints."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from pama_plugin.batch.state import Moments
 from pama_plugin.settings.objective import parse_objective
 
 
-def test_where_and_how_it_is_written_is_no_part_of_a_scorer(tmp_path) -> None:
+def test_placement_and_weight_are_not_part_of_the_identity(tmp_path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     first = parse_objective(f"a=rm:{tmp_path},gpus=1,weight=2").identity()
@@ -19,7 +19,7 @@ def test_where_and_how_it_is_written_is_no_part_of_a_scorer(tmp_path) -> None:
     assert first != parse_objective(f"a=rm:{tmp_path}").identity()
 
 
-def test_an_agents_scorer_is_the_file_it_is_in(tmp_path) -> None:
+def test_the_identity_of_an_agent_depends_on_its_file(tmp_path) -> None:
     agent, style = tmp_path / "agent.py", parse_objective("style=agent:style")
     agent.write_text("first")
     first = style.identity(str(agent))
@@ -30,7 +30,7 @@ def test_an_agents_scorer_is_the_file_it_is_in(tmp_path) -> None:
 
 @pytest.mark.property
 @given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=5), min_size=1, max_size=6), st.floats(-1e6, 1e6))
-def test_moments_are_those_of_all_batches_together_even_through_json(batches, offset) -> None:
+def test_moments_equal_those_of_all_batches_together_after_json(batches, offset) -> None:
     moments = Moments()
     for batch in batches:
         moments.update(torch.tensor(batch, dtype=torch.float64) + offset)
@@ -45,7 +45,7 @@ def test_moments_are_those_of_all_batches_together_even_through_json(batches, of
 
 
 @pytest.mark.needs_extras
-def test_a_key_in_a_url_is_no_part_of_a_checkpoint_but_another_one_is_another_scorer() -> None:
+def test_the_identity_depends_on_a_key_in_a_url_but_does_not_contain_it() -> None:
     keys = ("pa55", "pa56")
     one, other = (parse_objective(f"a=http:http://judge/?key={key}|http://b/").identity() for key in keys)
     assert one != other and "pa5" not in one + other and one.startswith("http:http://judge/?")

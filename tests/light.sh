@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests of the mathematics, the settings and the batch alone, in an environment of their own: torch, pydantic, PyYAML
-# and hypothesis, nothing of the host. Made in a minute, tested in two: for whoever writes a rule or a reward.
+# The tests of aggregation, batch, settings and rewards, in an environment of their own: torch, pydantic, PyYAML,
+# hypothesis and pytest, without OpenRLHF. Made in a minute, tested in two: for whoever writes a rule or a reward.
 #
 #   tests/light.sh [PYTEST ARGUMENTS]        (PYTHON=python3.12: another Python, from 3.10 on)
 set -euo pipefail
@@ -17,4 +17,5 @@ if [ ! -e "$venv/.ready" ]; then
     touch "$venv/.ready"
 fi
 exec "$venv/bin/python" -m pytest -m "not slow and not needs_extras" tests/property \
-    tests/unit/test_{aggregate,batch,config,registry,shaping,state}.py pama_plugin/{aggregation,batch,settings} "$@"
+    tests/unit/test_{aggregate,batch,config,kinds,registry,rewards,shaping,state}.py \
+    pama_plugin/{aggregation,batch,settings} pama_plugin/rewards/{builtin,kinds,options,probes,py,response,threads}.py "$@"

@@ -1,5 +1,6 @@
 """From the rewards of a batch to the inputs of the estimator: failures, statistics, normalisation, clipping."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -124,7 +125,8 @@ def shape_rewards(objective: Objective, rewards_GN: Tensor, running: Moments, *,
         shaped_GN = (exact_GN - running.mean) / (running.std if running.std > CONSTANT * abs(running.mean) else 1.0)
     elif objective.normalize == "batch":
         present = exact_GN[exact_GN.isfinite()]
-        shaped_GN = _standardize(exact_GN, present.mean(), present.std(), exact_GN.abs().nan_to_num(0.0).max())
+        std = present.std() if len(present) > 1 else present.new_tensor(math.nan)  # torch would warn
+        shaped_GN = _standardize(exact_GN, present.mean(), std, exact_GN.abs().nan_to_num(0.0).max())
     elif objective.normalize == "group":
         mean_G1 = exact_GN.nanmean(1, keepdim=True)
         count_G1 = exact_GN.isfinite().sum(1, keepdim=True)

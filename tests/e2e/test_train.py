@@ -48,7 +48,7 @@ class AgentExecutor(MultiTurnAgentExecutor):
 """
 
 
-def test_all_six_kinds_with_the_literal_command(run_host, models, serve_rm, tmp_path) -> None:
+def test_all_six_kinds_with_the_stock_command(run_host, models, serve_rm, tmp_path) -> None:
     """Models of two tokenizers, the host's reward server, a function, a rule and a multi-turn agent in one run."""
     (tmp_path / "agent.py").write_text(AGENT)
     (tmp_path / "rewards.py").write_text(

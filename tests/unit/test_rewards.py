@@ -187,10 +187,12 @@ def test_repetition(text, reward) -> None:
         ({"pattern": r"\d+", "full": "true"}, "42.", 0),
     ],
 )
+@pytest.mark.needs_extras
 def test_regex(options, text, reward) -> None:
     assert load_measure("regex", options)(response(text=text)) == reward
 
 
+@pytest.mark.needs_extras
 def test_a_regex_of_exponential_time_is_stopped(monkeypatch) -> None:
     from pama_plugin.rewards import builtin
 

@@ -116,3 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(pth.enable() if options.command == "enable" else pth.disable())
     except ConfigError as error:
         parser.exit(2, f"pama {options.command}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

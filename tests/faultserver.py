@@ -6,6 +6,7 @@ with FaultServer("flaky", count=2) as server:
 """
 
 import functools
+import gzip
 import json
 import math
 import socket
@@ -191,6 +192,20 @@ def _drip(handler: _Handler) -> None:
     handler.close_connection = True
 
 
+def _compressed(layers: int) -> Callable[[_Handler], None]:
+    """A megabyte of spaces before the reward, packed again and again."""
+
+    def handle(handler: _Handler) -> None:
+        body = b" " * 2**20 + b'{"rewards": [0.5]}'
+        for _ in range(layers):
+            body = gzip.compress(body)
+        encoding = ", ".join(["gzip"] * layers)
+        head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(body)}\r\n\r\n"
+        handler.wfile.write(head.encode() + body)
+
+    return handle
+
+
 def _flaky(handler: _Handler) -> None:
     (_status(500) if handler.number <= handler.faults.count else _ok)(handler)
 
@@ -258,6 +273,10 @@ MODES: dict[str, Callable[[_Handler], None]] = {
     "overflow": _rewards(10**400),
     "string": _rewards("0.5"),
     "bool": _rewards(True),
+    "twice": _body('{"rewards": [0.5], "rewards": [0.9]}'),
+    "twice_inside": _body('{"rewards": [0.5], "extra_logs": {"a": 1, "a": 2}}'),
+    "gzip": _compressed(1),
+    "gzip_in_gzip": _compressed(2),
     "huge": _rewards(1e300),
     "integer": _rewards(2),
 }

@@ -12,6 +12,8 @@ from pama_plugin.rewards.options import LARGEST
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.values import Bounds
 
+LONGEST_PROBLEM = 500  # characters
+
 
 class Outcome(NamedTuple):
     """A reward, or NaN and the reason why there is none."""
@@ -27,9 +29,19 @@ async def attempt(objective: Objective, reward: Awaitable[float]) -> Outcome:
     except RewardError:  # ends the run
         raise
     except PamaError as error:
-        return Outcome(math.nan, str(error))
+        return Outcome(math.nan, printable(str(error)))
     except Exception as error:  # user code may raise any exception
-        return Outcome(math.nan, f"{type(error).__name__}: {error}")
+        return Outcome(math.nan, printable(f"{type(error).__name__}: {error}"))
+
+
+def printable(text: str) -> str:
+    """At most 500 characters, in which none can end a line, move a terminal's cursor or forge a line of a log.
+
+    >>> printable("no\\nERROR: \\x1b[2J" + 600 * "x") == "no\\\\nERROR: \\\\x1b[2J" + 486 * "x" + "…"
+    True
+    """
+    cut = text[:LONGEST_PROBLEM] + ("…" if len(text) > LONGEST_PROBLEM else "")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cut)
 
 
 def check_reward(objective: Objective, reward: float, bounds: Bounds | None = None) -> Outcome:
@@ -40,8 +52,8 @@ def check_reward(objective: Objective, reward: float, bounds: Bounds | None = No
         reward: the reward, of any type that a user function may return.
         bounds: ``objective.range``, rounded to the precision of the reward. Default: not rounded.
     """
-    if isinstance(reward, str | bytes):  # float() would accept it
-        return Outcome(math.nan, f"returned text, {reward!r}")
+    if isinstance(reward, str | bytes | bool):  # float() would accept them
+        return Outcome(math.nan, printable(f"returned {reward!r}, which is not a number"))
     reward = float(reward)
     if not math.isfinite(reward):
         return Outcome(math.nan, f"returned {reward}")

@@ -56,24 +56,27 @@ def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> floa
       below the first evaluation; 1 at the first evaluation.
 
     Weights are the final ones of their schedules. ``state``, and so the checkpoint, stores the first evaluation of each
-    objective. For a single prompt, ``min`` and ``hypervolume`` are NaN.
+    objective. An objective that has never varied over the prompts has no unit, and no say in ``min``; ``min`` is 0 if
+    none has varied. For a single prompt, ``min`` and ``hypervolume`` are NaN.
     """
-    rises = []
+    rises: list[tuple[float, float]] = []  # of each objective that has a unit, and its weight
     for objective in config.trained:
         mean, std = metrics[f"eval_{ALL}/{objective.name}"], metrics[f"eval_{ALL}/{objective.name}_std"]
         measured = state.objectives[objective.name]
         if measured.first_evaluation is None and std > 0:
             measured.first_evaluation = (mean, std)
-        if measured.first_evaluation is None:  # no standard deviation yet; with a single prompt there never is one
-            rises.append(0.0 if std == 0 else math.nan)
-        else:
-            rises.append((mean - measured.first_evaluation[0]) / measured.first_evaluation[1])
+        if measured.first_evaluation is not None:
+            first, unit = measured.first_evaluation
+            rises.append(((mean - first) / unit, objective.weight.end))
+        elif std != 0:  # NaN: with a single prompt there never is a standard deviation
+            rises.append((math.nan, objective.weight.end))
     if config.best == "weighted":
         return sum(objective.weight.end * metrics[f"eval_{ALL}/{objective.name}"] for objective in config.trained)
-    if any(map(math.isnan, rises)):
+    if any(math.isnan(rise) for rise, _ in rises):
         return math.nan  # never better than another rating
     if config.best == "hypervolume":
-        return math.prod(max(0.0, 1 + rise) for rise in rises)
-    weights = [objective.weight.end for objective in config.trained]
-    mean_weight = sum(weights) / len(weights)
-    return min(rise * mean_weight / weight for rise, weight in zip(rises, weights))
+        return math.prod(max(0.0, 1 + rise) for rise, _ in rises)
+    if not rises:
+        return 0.0
+    mean_weight = sum(weight for _, weight in rises) / len(rises)
+    return min(rise * mean_weight / weight for rise, weight in rises)

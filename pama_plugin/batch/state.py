@@ -2,7 +2,7 @@
 
 import math
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pama_plugin.settings.run import PamaConfig
@@ -19,9 +19,9 @@ class Moments(BaseModel):
     (3.0, 2.646)
     """
 
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0  # Σ (x − mean)²
+    count: int = Field(default=0, ge=0)
+    mean: float = Field(default=0.0, allow_inf_nan=False)
+    squares: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # Σ (x − mean)²
 
     def update(self, values: Tensor) -> None:
         """Update with a batch of any shape. An empty batch changes nothing."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from openrlhf.models import get_llm_for_sequence_regression
 
-from pama_plugin.host.preflight.weights import check_value_head
+from pama_plugin.host.preflight.weights import check_code, check_value_head
 from pama_plugin.rewards import Response
 from pama_plugin.settings.objective import Objective
 
@@ -18,15 +18,16 @@ def score_responses(
     objective: Objective, responses: list[Response], tokenizer: Any, advance: Callable[[int], Any]
 ) -> list[float]:
     """Return the rewards of the policy's tokens, as in training without --reward.normalize_enable."""
-    prefix = objective.settings.value_head_prefix
-    check_value_head(f"--pama.objective {objective.name}", objective.location, prefix)
+    flag, options = f"--pama.objective {objective.name}", objective.settings
+    check_code(flag, objective.location, trusted=options.trust_remote_code)
+    check_value_head(flag, objective.location, options.value_head_prefix)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = get_llm_for_sequence_regression(
         objective.location,
         "reward",
         param_dtype="bf16" if device == "cuda" else "fp32",
         attn_implementation="sdpa",
-        value_head_prefix=prefix or "score",
+        value_head_prefix=options.value_head_prefix or "score",
     )
     model.to(device).eval()
     rewards: list[float] = []

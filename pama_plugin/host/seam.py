@@ -28,7 +28,7 @@ from pama_plugin.host.preflight.fingerprints import check_host
 from pama_plugin.host.preflight.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
 from pama_plugin.host.preflight.resume import Resume, prepare_resume
 from pama_plugin.host.preflight.tokenizers import check_vocabularies
-from pama_plugin.host.preflight.weights import check_value_head
+from pama_plugin.host.preflight.weights import check_code, check_value_head
 from pama_plugin.host.protocols import Command, Strategy
 from pama_plugin.settings.names import STOCK
 from pama_plugin.settings.run import PamaConfig, dump_config, load_config, warn_of_many_objectives
@@ -194,8 +194,9 @@ def _check_models(args: argparse.Namespace, config: PamaConfig) -> list[str]:
         readers["--critic.model_name_or_path"] = critic
     warnings += check_vocabularies(getattr(args, "actor.model_name_or_path"), readers)
     for objective in config.scored_in("ranks"):
-        prefix = objective.settings.value_head_prefix
-        check_value_head(f"--pama.objective {objective.name}", objective.location, prefix)
+        flag, options = f"--pama.objective {objective.name}", objective.settings
+        check_code(flag, objective.location, trusted=options.trust_remote_code)
+        check_value_head(flag, objective.location, options.value_head_prefix)
     return warnings
 
 

@@ -5,7 +5,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from pama_plugin.registry import Registry
@@ -148,7 +148,10 @@ def regex(*, pattern: str, full: bool = False) -> Measure:
 
 @register_reward("json")
 def valid_json(*, fenced: bool = False) -> Measure:
-    """1 if the response is valid JSON (``fenced``: if its first ```` ```json ```` block is), else 0."""
+    """1 if the response is valid JSON (``fenced``: if its first fenced block marked ``json`` is), else 0.
+
+    Fences are those of CommonMark: three or more backticks or tildes at the start of a line, closed by as many or more.
+    """
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
@@ -156,8 +159,7 @@ def valid_json(*, fenced: bool = False) -> Measure:
     def measure(response: Response) -> float:
         text = response.response
         if fenced:
-            block = re.search(r"```(?:json)?\n(.*?)```", text, re.DOTALL)
-            text = block[1] if block else ""
+            text = next((block for language, block in _fenced_blocks(text) if language == "json"), "")
         try:
             json.loads(text, parse_constant=refuse)
         except (ValueError, RecursionError):
@@ -165,3 +167,20 @@ def valid_json(*, fenced: bool = False) -> Measure:
         return 1.0
 
     return measure
+
+
+def _fenced_blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Language and content of each fenced block, in order. A block that is not closed goes on to the end."""
+    fence, language = "", ""
+    lines: list[str] = []
+    for line in text.replace("\r\n", "\n").split("\n"):  # splitlines would split at U+2028 in a string
+        mark = re.match(r" {0,3}(`{3,}|~{3,})\s*(.*)", line)
+        if not fence and mark and not ("`" in mark[1] and "`" in mark[2]):  # inline code may stand on a line of its own
+            fence, language, lines = mark[1], mark[2].split(maxsplit=1)[0].lower() if mark[2].strip() else "", []
+        elif fence and mark and mark[1].startswith(fence) and not mark[2].strip():
+            yield language, "\n".join(lines)
+            fence = ""
+        elif fence:
+            lines.append(line)
+    if fence:
+        yield language, "\n".join(lines)

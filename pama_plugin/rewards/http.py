@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import httpx
 from circuitbreaker import STATE_HALF_OPEN, STATE_OPEN, CircuitBreaker  # type: ignore[import-untyped]
@@ -155,7 +156,7 @@ class _HttpScorer:
         authorization = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         connections = self.options.concurrency
         return httpx.AsyncClient(
-            headers={"Content-Type": "application/json"} | authorization,
+            headers={"Content-Type": "application/json", "Accept-Encoding": "identity"} | authorization,
             timeout=None,  # httpx limits single reads, not their sum; _post limits the sum
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
             # As OpenRLHF's client: no proxy from the environment, and the certificates that Python trusts.
@@ -226,7 +227,11 @@ class _HttpScorer:
     async def _receive(self, url: str, body: str) -> tuple[httpx.Response, bytes]:
         received = bytearray()
         async with self.client.stream("POST", url, content=body) as reply:
-            async for chunk in reply.aiter_bytes(LARGEST_REPLY):
+            if (encoding := reply.headers.get("Content-Encoding", "identity")) != "identity":
+                # A kilobyte of nested gzip unpacks to gigabytes, in one step that no limit interrupts.
+                problem = f"Content-Encoding must be identity, as requested, found {encoding[:40]!r}"
+                raise _Failure(f"{_redact(url)}: {problem}")
+            async for chunk in reply.aiter_raw(LARGEST_REPLY):
                 received += chunk
                 if len(received) > LARGEST_REPLY:  # limits the memory of the rollout
                     raise _Failure(f"{_redact(url)}: the body is longer than {LARGEST_REPLY} bytes")
@@ -237,7 +242,9 @@ class _HttpScorer:
             raise self._refused(where, reply, body)
         try:
             # Parse integers as floats: too large ones become inf, and true is not a number.
-            document = json.loads(body, parse_int=float)
+            document = json.loads(body, parse_int=float, object_pairs_hook=_unique)
+        except _Failure as failure:
+            raise _Failure(f"{where}: {failure}, found {self._quoted(body)}") from None
         except (ValueError, RecursionError):
             raise _ServerTrouble(f"{where}: the body is not JSON, found {self._quoted(body)}") from None
         rewards = document.get("rewards") if isinstance(document, dict) else None
@@ -265,6 +272,14 @@ class _HttpScorer:
         """The beginning of the body, without the token, which a server may repeat."""
         text = body.decode("utf-8", "replace")
         return repr((text.replace(self.token, "***") if self.token else text)[:200])
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a repeated key it is not clear which value counts."""
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise _Failure("the keys of an object must differ")
+    return document
 
 
 def _wait(state: RetryCallState) -> float:

@@ -73,9 +73,9 @@ KINDS.add(
     RewardKind(
         summary="a value-head reward model of OpenRLHF, folder or hub name",
         scored_in="ranks",
-        options=("gpus", "nodes", "offload", "value_head_prefix"),
+        options=("gpus", "nodes", "offload", "value_head_prefix", "trust_remote_code"),
         model="pama_plugin.rewards.options:RmOptions",
-        runtime_options=("gpus", "nodes", "offload"),
+        runtime_options=("gpus", "nodes", "offload", "trust_remote_code"),
         learned=True,
         check="pama_plugin.rewards.options:check_model",
         absolute="pama_plugin.rewards.options:absolute_model",

@@ -60,9 +60,10 @@ class RmOptions(BaseModel):
         nodes: number of nodes with ``gpus`` ranks each.
         offload: whether to keep the parameters in CPU memory between uses.
         value_head_prefix: name of the value head in the model's weights.
+        trust_remote_code: whether OpenRLHF may run code that comes with the model.
 
     >>> RmOptions.model_validate({"gpus": "0.5", "offload": "true"})
-    RmOptions(gpus=0.5, nodes=None, offload=True, value_head_prefix=None)
+    RmOptions(gpus=0.5, nodes=None, offload=True, value_head_prefix=None, trust_remote_code=False)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +72,7 @@ class RmOptions(BaseModel):
     nodes: Annotated[Annotated[int, Field(ge=1)] | None, RejectBool] = None
     offload: bool | None = None
     value_head_prefix: str | None = None
+    trust_remote_code: bool = False
 
     @field_validator("gpus")
     @classmethod

@@ -8,11 +8,9 @@ import math
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import torch
 
 from pama_plugin.errors import PamaError
+from pama_plugin.rewards.numbers import only_number
 from pama_plugin.rewards.options import PyOptions
 from pama_plugin.rewards.response import Response, Scorer
 from pama_plugin.rewards.threads import Threads
@@ -101,7 +99,10 @@ def _import(path: Path) -> ModuleType:
         raise ValueError(f"cannot import {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look up the module of a class there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SystemExit as error:  # of a script: an engine that it ended would keep OpenRLHF waiting for ever
+        raise ValueError(f"{path} exits when it is imported: {error}") from error
     return module
 
 
@@ -115,22 +116,14 @@ def load_function(location: str, options: PyOptions, *, patient: bool = False) -
     function = getattr(_import(path), name)
     threads = Threads(options.concurrency, options.timeout)
 
+    def call(response: Response) -> float:  # in the thread, because the conversion may take long or fail, too
+        result = function([response.query], [response.prompt], [response.label])
+        if isinstance(result, dict) and "rewards" not in result:
+            raise PamaError(f"must return a dict with 'rewards', found the keys {', '.join(map(repr, result))}")
+        return only_number(result["rewards"] if isinstance(result, dict) else result)
+
     async def score(response: Response) -> float:
-        return _only_number(await threads.call(function, [response.query], [response.prompt], [response.label]))
+        reward: float = await threads.call(call, response)
+        return reward
 
     return score
-
-
-def _only_number(result: Any) -> float:
-    rewards = result.get("rewards") if isinstance(result, dict) else result
-    if rewards is None:
-        raise PamaError("returned None")
-    # Not the default dtype of the process, which the function may have changed to load a model.
-    dtype = None if isinstance(rewards, torch.Tensor) else torch.float64
-    try:
-        values = torch.as_tensor(rewards, dtype=dtype).flatten()
-    except (TypeError, ValueError, RuntimeError):
-        raise PamaError(f"returned {repr(rewards)[:80]}, which is not a number") from None
-    if len(values) != 1:
-        raise PamaError(f"returned {len(values)} rewards for 1 response")
-    return float(values[0])

@@ -5,9 +5,12 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from pama_plugin.errors import PamaError
+
+_HERE = str(Path(__file__).parent)
 
 
 class Threads:
@@ -55,6 +58,9 @@ def _run(done: "Future[Any]", function: Callable[..., Any], arguments: tuple[Any
     try:
         done.set_result(function(*arguments))
     except BaseException as error:  # SystemExit would end the event loop; a future cannot carry StopIteration
+        if isinstance(error, PamaError):
+            done.set_exception(error)
+            return
         try:
             problem = PamaError(f"{type(error).__name__}: {error}{_where(error)}")
         except Exception:  # __str__ of the error raised; without a result the caller would wait for the time-out
@@ -64,7 +70,7 @@ def _run(done: "Future[Any]", function: Callable[..., Any], arguments: tuple[Any
 
 
 def _where(error: BaseException) -> str:
-    """The last line in the file of the function that led to the error. The first frame is the call in ``_run``."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]
+    """The last line in the file of the user's function that led to the error."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_HERE)]
     in_file = [frame for frame in frames if frame.filename == frames[0].filename]
     return f" ({in_file[-1].filename}, line {in_file[-1].lineno})" if in_file else ""

@@ -88,7 +88,10 @@ def parse_weight(value: Any) -> Weight:
     if shape not in SHAPES:
         raise ValueError(f"must have one of the shapes {', '.join(SHAPES[1:])}")
     if not (1e-9 <= min(weight.start, weight.end) <= max(weight.start, weight.end) <= 1e9 and weight.steps >= 1):
-        raise ValueError("must be from 1e-9 to 1e9, over at least 1 step")
+        raise ValueError(
+            "must be from 1e-9 to 1e9, over at least 1 step (role=monitor logs a reward without training on it; for a "
+            "reward of which less is better, return its negative)"
+        )
     return weight
 
 

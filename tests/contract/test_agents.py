@@ -116,7 +116,7 @@ def test_other_objectives_see_the_whole_conversation(tmp_path) -> None:
     [
         ("charm", "0.1", "the agent .*'charm', found reward, scores, style, turns"),
         ("style", "None", "the agent .*'style', found .*turns"),
-        ("style", "torch.zeros(2)", "the agent .*one value as 'style', found 2"),
+        ("style", "torch.zeros(2)", "the agent's 'style': returned 2 rewards"),
         ("style", "float('nan')", "returned nan"),
     ],
 )

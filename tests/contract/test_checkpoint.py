@@ -195,13 +195,48 @@ def test_the_best_of_a_step_is_resumed_if_it_was_saved_last(configure, save, tmp
     assert pointers(tmp_path) == ["best_global_step4"] * 2
 
 
-@pytest.mark.parametrize("saved", [[], ["_actor"], ["_critic"]])
-def test_no_whole_checkpoint(saved, configure, save, tmp_path) -> None:
+@pytest.mark.parametrize("saved", [[], ["_actor"], ["_critic"], "begun"])
+def test_a_first_save_that_was_cut_off_starts_from_the_beginning(saved, configure, save, tmp_path, capsys) -> None:
     config = configure(*TWO)
     (tmp_path / "_actor").mkdir()
-    if saved:
+    if saved == "begun":
+        save(1, state_of(config), ranks=2)
+        for role in ("_actor", "_critic"):
+            (tmp_path / role / "latest").unlink()
+            (tmp_path / role / "global_step1" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    elif saved:
         save(1, state_of(config), roles=saved)
-    with pytest.raises(ConfigError, match="--ckpt.load_enable: .*latest, found"):
+    before = files(tmp_path)
+    args = argparse.Namespace(**{"ckpt.load_enable": True, "ckpt.path": str(tmp_path), "ds.use_universal_ckpt": False})
+    vars(args)["algo.advantage.estimator"] = "gae"
+    assert prepare_resume(args, config, allow_other_objectives=False) == (config, None)
+    assert not getattr(args, "ckpt.load_enable") and files(tmp_path) == before
+    assert f"no save in {tmp_path} was completed; the run starts from the beginning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [None, "", "\n"])
+@pytest.mark.parametrize("roles", [["_actor"], ["_actor", "_critic"]])
+def test_without_latest_the_newest_complete_step_is_resumed(text, roles, configure, save, tmp_path) -> None:
+    config = configure(*TWO)
+    for step in (2, 3):
+        save(step, state_of(config))
+    for role in roles:
+        (tmp_path / role / "latest").unlink()
+        if text is not None:
+            (tmp_path / role / "latest").write_text(text)
+    resume(tmp_path, config)
+    assert pointers(tmp_path) == ["global_step3"] * 2
+
+
+def test_checkpoints_that_are_gone_or_of_no_step_are_refused(configure, save, tmp_path) -> None:
+    config = configure(*TWO)
+    save(3, state_of(config))
+    for role in ("_actor", "_critic"):
+        shutil.rmtree(tmp_path / role / "global_step3")
+    with pytest.raises(ConfigError, match="--ckpt.load_enable: .*complete checkpoint of the same step, found none"):
+        resume(tmp_path, config)
+    (tmp_path / "_actor" / "latest").write_text("my best one")
+    with pytest.raises(ConfigError, match="--ckpt.load_enable: latest .* must name a saved step, found .*my best one"):
         resume(tmp_path, config)
 
 

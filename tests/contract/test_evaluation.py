@@ -84,6 +84,13 @@ def test_a_rise_has_no_unit_until_an_objective_has_varied() -> None:
     assert rated("min", constant, LATER, {"a": (13.0, 1.0), "b": (11.0, 1.0)}) == pytest.approx([0, 0, 2 / 3])
 
 
+def test_an_objective_that_never_varies_has_no_say() -> None:
+    evaluations = [{"a": (1.0, 0.0), "b": (10.0 + rise / 2, 0.5)} for rise in (0, 1, 4)]
+    assert rated("min", *evaluations) == pytest.approx([0, 1, 4])
+    assert rated("hypervolume", *evaluations) == pytest.approx([1, 2, 5])
+    assert rated("min", {"a": (1.0, 0.0), "b": (2.0, 0.0)}) == [0]
+
+
 def test_held_out_samples_get_every_objective_and_their_weighted_sum(groups) -> None:
     from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 

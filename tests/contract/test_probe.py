@@ -71,12 +71,12 @@ class Rollouts:
         self.executor = ObjectiveExecutor(config, None, scalar_reward=False)
         self.score_texts = SimpleNamespace(remote=self._score)
 
-    def _score(self, responses: Any) -> Any:
+    def _score(self, responses: Any, names: list[str]) -> Any:
         import asyncio
 
         import ray
 
-        return ray.put(asyncio.run(self.executor.score_texts(responses)))
+        return ray.put(asyncio.run(self.executor.score_texts(responses, names)))
 
 
 def probe(groups: dict[str, Any], mode: str, *objectives: str) -> None:
@@ -92,6 +92,17 @@ def test_every_kind_is_asked_and_what_it_sees_is_shown(groups, capsys) -> None:
     assert [line.partition(":")[0] for line in lines] == ["helpful", "words", "own"]
     assert lines[0].endswith("\\x01'")  # the tail in the policy's tokens, end-of-sequence last
     assert lines[2] == "own: not probed, the agent scores it"
+
+
+def test_a_reward_that_reads_labels_is_not_called_without_them(groups, tmp_path, capsys) -> None:
+    from pama_plugin.host.actors.probe import probe_pairs
+
+    (tmp_path / "rewards.py").write_text("def f(queries, prompts, labels):\n    raise SystemExit('called')\n")
+    ours = maker(groups, "strict", f"right=py:{tmp_path}/rewards.py:f", "words=builtin:length,unit=words")
+    ours.args.data.label_key = "answer"
+    probe_pairs(ours.collector)
+    output = capsys.readouterr()
+    assert "right: not probed, it may read the labels" in output.out and "called" not in output.out + output.err
 
 
 BROKEN = {

@@ -90,4 +90,4 @@ def test_a_file_that_cannot_be_imported_ends_the_run_and_not_the_engine(tmp_path
     text = f"x=py:{tmp_path}/broken.py:f,on_failure={policy}"
     executor = ObjectiveExecutor(load_config("pama", [text], None, None, None, default_level="token"), None, False)
     with pytest.raises(RewardError, match="'x': cannot be loaded: ModuleNotFoundError: No module named 'nothing"):
-        asyncio.run(executor.score_texts([Response("q", "p", "", "r", 1)]))
+        asyncio.run(executor.score_texts([Response("q", "p", "", "r", 1)], ["x"]))

@@ -111,6 +111,34 @@ def test_a_run_with_it_is_refused_at_its_start(flag, policy, tmp_path) -> None:
         seam.install(parse_host_flags(*flags, extend=add_flags))
 
 
+@pytest.mark.parametrize("model_type", ["llama", "its own"])
+def test_code_of_a_reward_model_is_not_run_unless_it_is_trusted(model_type, policy, tmp_path, capsys) -> None:
+    """Neither by a run's checks nor by pama score: with a known model type, too, where only OpenRLHF would run it."""
+    import json
+
+    from pama_plugin.cli import main
+    from pama_plugin.host import seam
+    from pama_plugin.host.preflight.weights import check_code
+    from pama_plugin.settings.flags import add_flags
+
+    folder = Path(save_tiny_model(tmp_path / "model", TOKENS))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": model_type, "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    refused = "--pama.objective r: trust_remote_code .*found auto_map in the config.json of .*model"
+
+    flags = ["--loss", "pama", "--pama.objective", "length=builtin:length", "--actor.model_name_or_path", policy]
+    flags += ["--pama.objective", f"r=rm:{folder}", "--algo.advantage.estimator", "reinforce"]
+    with pytest.raises(ConfigError, match=refused):
+        seam.install(parse_host_flags(*flags, extend=add_flags))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "t1", "response": "t2"}\n')
+    with pytest.raises(SystemExit):
+        main(["score", str(tmp_path / "rows.jsonl"), "--pama.objective", f"r=rm:{folder}", "--tokenizer", policy])
+    assert re.search(refused, capsys.readouterr().err) and not (tmp_path / "ran").exists()
+    check_code("r", str(folder), trusted=True)
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "sharded"])
 def test_a_model_without_a_value_head_would_score_at_random(tmp_path, kind) -> None:
     import json

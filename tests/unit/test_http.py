@@ -46,6 +46,10 @@ FINAL = {
     "overflow": NOT_ONE_NUMBER + re.escape("""'{"rewards": [1000"""),
     "string": NOT_ONE_NUMBER + re.escape("""'{"rewards": ["0.5"]}'"""),
     "bool": NOT_ONE_NUMBER + re.escape("""'{"rewards": [true]}'"""),
+    "twice": 'the keys of an object must differ.*found \'{"rewards": .0.5., "rewards": .0.9.',
+    "twice_inside": "the keys of an object must differ",
+    "gzip": "Content-Encoding must be identity.*found 'gzip'",
+    "gzip_in_gzip": "Content-Encoding must be identity.*found 'gzip, gzip'",
 }
 
 REPEATED = {

@@ -63,3 +63,9 @@ def test_the_file_of_a_rule_has_its_name() -> None:
     from pama_plugin.settings.flags import _names_of_rules
 
     assert {name.partition(":")[0] for name in available_rules()} == _names_of_rules()
+
+
+@pytest.mark.parametrize("module", ["pama_plugin", "pama_plugin.cli"])
+def test_the_package_is_a_command(module) -> None:
+    result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.startswith("pama_plugin ")

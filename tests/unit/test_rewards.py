@@ -102,11 +102,22 @@ def test_two_functions_of_one_file_share_it(tmp_path) -> None:
     ("body", "message"),
     [
         ("None", "returned None"),
-        ("{}", "returned None"),
+        ("{}", "dict with 'rewards', found the keys $"),
+        ("{'reward': 1.0, 'scores': 2}", "dict with 'rewards', found the keys 'reward', 'scores'"),
+        ("bytearray(b'5')", r"returned bytearray\(b'5'\).*not a number"),
+        ("[memoryview(b'5')]", "returned <memory.*not a number"),
+        ("b'5'", "returned b'5'.*not a number"),
+        ("True", "returned True.*not a number"),
+        ("{'rewards': [False]}", "returned False.*not a number"),
+        ("__import__('torch').tensor([True])", "returned True.*not a number"),
+        ("__import__('numpy').bool_(True)", "returned True.*not a number"),
+        ("__import__('numpy').ma.masked_array([5.0], mask=[True])", "returned masked_array.*not a number"),
+        ("1j", "returned 1j.*not a number"),
+        ("float", "returned <class 'float'>.*not a number"),
         ("[0.5, 0.5]", "returned 2 rewards for 1 response"),
         ("[]", "returned 0 rewards for 1 response"),
         ("'0.5'", "returned '0.5'.*not a number"),
-        ("['good']", r"returned \['good'\].*not a number"),
+        ("['good']", "returned 'good'.*not a number"),
         ("{'rewards': {}}", "returned {}.*not a number"),
     ],
 )
@@ -131,6 +142,50 @@ def test_a_function_that_does_not_return(tmp_path, body, message) -> None:
     file.write_text(f"def f(queries, prompts, labels):\n    {body}\n")
     with pytest.raises(PamaError, match=message):
         call(f"{file}:f", timeout=0.1)
+
+
+NUMBERS = {
+    "0.5": 0.5,
+    "[1]": 1.0,
+    "{'rewards': [[0.5]], 'scores': [9]}": 0.5,
+    "__import__('torch').tensor([[0.5]], dtype=__import__('torch').bfloat16, requires_grad=True)": 0.5,
+    "__import__('fractions').Fraction(1, 4)": 0.25,
+    "__import__('decimal').Decimal('0.25')": 0.25,
+}
+
+
+@pytest.mark.parametrize("body", NUMBERS)
+def test_a_number_of_any_type_and_shape(tmp_path, body) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text(f"def f(queries, prompts, labels):\n    return {body}\n")
+    assert call(f"{file}:f") == NUMBERS[body]
+
+
+def test_a_file_may_replace_functions_of_torch(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "as_tensor", lambda *_, **__: torch.zeros(1))
+    file = tmp_path / "rewards.py"
+    file.write_text("def f(queries, prompts, labels):\n    return [0.7]\n")
+    assert call(f"{file}:f") == 0.7
+
+
+def test_the_time_limit_includes_the_conversion(tmp_path) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text(
+        "import time\n\nclass Slow:\n    def __float__(self):\n        time.sleep(60)\n        return 1.0\n\n"
+        "def f(queries, prompts, labels):\n    return [Slow()]\n"
+    )
+    with pytest.raises(PamaError, match="no answer within 0.1 s"):
+        call(f"{file}:f", timeout=0.1)
+
+
+@pytest.mark.parametrize(
+    "body", ["import sys\nsys.exit('set JUDGE_API_KEY first')", "raise SystemExit('set JUDGE_API_KEY first')"]
+)
+def test_a_file_that_exits_at_its_import_is_named(tmp_path, body) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text(f"{body}\n\ndef f(queries, prompts, labels):\n    return 1.0\n")
+    with pytest.raises(ValueError, match="rewards.py exits when it is imported: set JUDGE_API_KEY first"):
+        call(f"{file}:f")
 
 
 def test_functions_that_hang_take_no_more_threads_than_they_may(tmp_path) -> None:
@@ -212,6 +267,22 @@ def test_a_regex_of_exponential_time_is_stopped(monkeypatch) -> None:
         ({}, "", 0),
         ({"fenced": "true"}, 'Here:\n```json\n{"a": 1}\n```\nbye', 1),
         ({"fenced": "true"}, '{"a": 1}', 0),
+        ({"fenced": "true"}, "```python\nx = 1\n```\n42\n```bash\nls\n```", 0),  # between two blocks is no block
+        ({"fenced": "true"}, "```\n42\n```", 0),
+        ({"fenced": "true"}, '```python\nx = 1\n```\n```json\n{"a": 1}\n```', 1),
+        ({"fenced": "true"}, "```json\n1 2\n```\n```json\n3\n```", 0),  # the first one counts
+        *(
+            ({"fenced": "true"}, f"```{tag}\n42\n```", 1)
+            for tag in ("JSON", "json ", " json", "json\r", "json title=x")
+        ),
+        ({"fenced": "true"}, '```json\r\n{"a":\r\n1}\r\n```', 1),
+        ({"fenced": "true"}, '```json\n{"a": "```"}\n```', 1),
+        ({"fenced": "true"}, '```json\n"a\u2028b"\n```', 1),  # which splitlines takes for the end of a line
+        ({"fenced": "true"}, "````json\n42\n````", 1),
+        ({"fenced": "true"}, "~~~json\n42\n~~~", 1),
+        ({"fenced": "true"}, "  ```json\n  42\n  ```", 1),
+        ({"fenced": "true"}, "````text\n```json\n42\n```\n````", 0),  # a fence inside a longer one is text
+        ({"fenced": "true"}, "```json\n42", 1),
     ],
 )
 def test_json(options, text, reward) -> None:

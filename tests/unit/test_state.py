@@ -49,3 +49,9 @@ def test_the_identity_depends_on_a_key_in_a_url_but_does_not_contain_it() -> Non
     keys = ("pa55", "pa56")
     one, other = (parse_objective(f"a=http:http://judge/?key={key}|http://b/").identity() for key in keys)
     assert one != other and "pa5" not in one + other and one.startswith("http:http://judge/?")
+
+
+@pytest.mark.parametrize("broken", ['{"mean": NaN}', '{"count": -1}', '{"squares": -1}', '{"mean": 1e999}'])
+def test_statistics_that_cannot_be_are_not_resumed(broken) -> None:
+    with pytest.raises(ValueError):
+        Moments.model_validate_json(broken)

@@ -37,17 +37,21 @@ def probe_pairs(collector: RewardCollector) -> None:
     samples = [_as_sample(collector, prompt, text) for prompt, text in texts]
     responses = [_as_response(collector, *text, sample) for text, sample in zip(texts, samples)]
     rewards = {name: column.tolist() for name, column in collector.score_with_models(samples).items()}
-    rewards |= ray.get(collector.vllm_engines[0].score_texts.remote(responses))
+    skipped = {}
+    for objective in collector.config.objectives:
+        if objective.reward_kind.scored_in == "agent":
+            skipped[objective.name] = "the agent scores it"
+        elif objective.reward_kind.reads_labels and collector.args.data.label_key:
+            skipped[objective.name] = "it may read the labels of the data set"
+    asked = [objective.name for objective in collector.config.scored_in("rollout") if objective.name not in skipped]
+    rewards |= ray.get(collector.vllm_engines[0].score_texts.remote(responses, asked))
 
     lines = [f"PAMA probe: {len(pairs)} pairs of a good and a bad response"]
     findings = {}
     for objective in collector.config.objectives:
-        name, kind = objective.name, objective.reward_kind
-        if kind.scored_in == "agent":
-            lines.append(f"{name}: not probed, the agent scores it")
-            continue
-        if kind.reads_labels and collector.args.data.label_key:
-            lines.append(f"{name}: not probed, it may read the labels of the data set")
+        name = objective.name
+        if name in skipped:
+            lines.append(f"{name}: not probed, {skipped[name]}")
             continue
         good, bad = rewards[name][: len(pairs)], rewards[name][len(pairs) :]
         findings[name] = judge(good, bad, aspect=objective.probe, **_judged_as(objective))

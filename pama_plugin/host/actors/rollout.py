@@ -9,7 +9,6 @@ import zlib
 from typing import Any
 
 import ray
-import torch
 from openrlhf.trainer.ray import vllm_engine
 from openrlhf.utils.agent import AgentExecutorBase
 
@@ -17,6 +16,7 @@ from pama_plugin.batch.metrics import PROBLEM, REWARD, SECONDS
 from pama_plugin.batch.outcome import Outcome, attempt, code_of
 from pama_plugin.errors import PamaError, RewardError
 from pama_plugin.rewards import Response, Scorer
+from pama_plugin.rewards.numbers import only_number
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
 
@@ -75,10 +75,12 @@ class ObjectiveExecutor(AgentExecutorBase):
             output |= {"reward": total, "scores": total}
         return output
 
-    async def score_texts(self, responses: list[Response]) -> dict[str, list[float]]:
-        """Score texts with every objective except an agent's; a missing reward is NaN, and one reason is logged."""
+    async def score_texts(self, responses: list[Response], names: list[str]) -> dict[str, list[float]]:
+        """Score texts with objectives that the rollout scores; a missing reward is NaN, and one reason is logged."""
         rewards = {}
         for objective in self.config.scored_in("rollout"):
+            if objective.name not in names:
+                continue
             scorer = self.scorers[objective.name]
             outcomes = await asyncio.gather(*(attempt(objective, scorer(response)) for response in responses))
             for problem in [outcome.problem for outcome in outcomes if outcome.problem is not None][:1]:
@@ -139,11 +141,10 @@ async def _read(returned: dict[str, Any], key: str) -> float:
     if returned.get(key) is None:
         names = ", ".join(name for name, value in returned.items() if value is not None)
         raise PamaError(f"the agent must return {key!r}, found {names}")
-    dtype = None if isinstance(returned[key], torch.Tensor) else torch.float64  # not torch's default dtype
-    values = torch.as_tensor(returned[key], dtype=dtype).flatten()
-    if len(values) != 1:
-        raise PamaError(f"the agent must return one value as {key!r}, found {len(values)}")
-    return float(values[0])
+    try:
+        return only_number(returned[key])
+    except PamaError as error:
+        raise PamaError(f"the agent's {key!r}: {error}") from error
 
 
 def rollout_actor(config: PamaConfig, scalar_reward: bool, seed: int | None) -> Any:
@@ -166,8 +167,8 @@ def rollout_actor(config: PamaConfig, scalar_reward: bool, seed: int | None) -> 
             await super().__init__(*args, **kwargs)
             self.executor = ObjectiveExecutor(config, self.executor, scalar_reward)
 
-        async def score_texts(self, responses: list[Response]) -> dict[str, list[float]]:
-            return await self.executor.score_texts(responses)
+        async def score_texts(self, responses: list[Response], names: list[str]) -> dict[str, list[float]]:
+            return await self.executor.score_texts(responses, names)
 
         async def problems(self, codes: list[int]) -> dict[int, str]:
             return {code: self.executor.problems[code] for code in codes if code in self.executor.problems}

@@ -1,6 +1,7 @@
 """Chooses and checks the checkpoint to resume from before Ray starts; only a start changes the checkpoint."""
 
 import argparse
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -25,9 +26,10 @@ class Resume(NamedTuple):
     def point(self) -> None:
         """Write the step to every ``latest``, which DeepSpeed reads; an interrupted save may have left another step."""
         for folder in self.folders:
-            if (folder / "latest").read_text() != self.tag:
+            latest = folder / "latest"
+            if not latest.is_file() or latest.read_text() != self.tag:
                 print(f"PAMA: the last save was cut off; resuming from {folder / self.tag}", flush=True)
-                (folder / "latest").write_text(self.tag)
+                latest.write_text(self.tag)
 
 
 def prepare_resume(
@@ -36,7 +38,7 @@ def prepare_resume(
     """Refuse a checkpoint that cannot be resumed, and print which parts of it will not be used.
 
     Args:
-        args: OpenRLHF's flags, flat.
+        args: OpenRLHF's flags, flat; --ckpt.load_enable is switched off if no save was ever completed.
         config: the configuration of this run.
         allow_other_objectives: resume even if objectives were added or removed.
 
@@ -45,7 +47,7 @@ def prepare_resume(
         step to resume from, or None.
 
     Raises:
-        ConfigError: no complete checkpoint, an unreadable state, or other objectives.
+        ConfigError: a damaged checkpoint, an unreadable state, or other objectives.
     """
     root = Path(getattr(args, "ckpt.path"))
     with_critic = getattr(args, "algo.advantage.estimator") == "gae"
@@ -55,7 +57,12 @@ def prepare_resume(
     if getattr(args, "ds.use_universal_ckpt"):
         raise ConfigError("--ds.use_universal_ckpt must be left out with --ckpt.load_enable and objectives, found True")
 
-    resume = Resume(folders, _choose_tag(folders))
+    tag = _choose_tag(folders)
+    if tag is None:  # a scheduler that starts a job again must not be stopped by a first save that was cut off
+        print(f"PAMA: no save in {root} was completed; the run starts from the beginning", flush=True)
+        setattr(args, "ckpt.load_enable", False)
+        return config, None
+    resume = Resume(folders, tag)
     source = folders[0] / resume.tag
     saved = _read_state(source)
     if saved is None:
@@ -89,30 +96,34 @@ def prepare_resume(
     return config.model_copy(update={"objectives": tuple(ordered)}), resume
 
 
-def _choose_tag(folders: tuple[Path, ...]) -> str:
-    """Return the newest step that is complete in all folders.
+def _choose_tag(folders: tuple[Path, ...]) -> str | None:
+    """Return the newest step that is complete in all folders; None if no save was ever completed.
 
     DeepSpeed writes ``latest`` last, so a step newer than the oldest ``latest`` is an interrupted save. The step that
     ``latest`` names may be gone: OpenRLHF deletes old checkpoints before it saves the next.
     """
     where = " and ".join(map(str, folders))
-    pointers = [(folder / "latest").read_text().strip() for folder in folders if (folder / "latest").is_file()]
+    texts = [(folder / "latest").read_text().strip() for folder in folders if (folder / "latest").is_file()]
+    pointers = [text for text in texts if text]  # an interrupted write leaves an empty one
     steps = [int(match[1]) for match in map(TAG.fullmatch, pointers) if match]
-    if len(steps) < len(folders):
-        raise ConfigError(f"--ckpt.load_enable: {where} must each name a saved step in latest, found {pointers}")
-    if len(set(pointers)) == 1:
+    if len(steps) < len(pointers):
+        raise ConfigError(f"--ckpt.load_enable: latest in {where} must name a saved step, found {pointers}")
+    if len(steps) == len(folders) and len(set(pointers)) == 1:
         for folder in folders:
             if (folder / pointers[0]).is_dir() and (problem := _what_is_broken(folder / pointers[0])):
                 raise ConfigError(
                     f"--ckpt.load_enable: the checkpoint must be complete, found {problem}; to resume from an earlier "
                     f"step, write its name into latest of {where}"
                 )
-    shared = set.intersection(*({path.name for path in folder.iterdir() if path.is_dir()} for folder in folders))
-    tags = {tag: int(match[1]) for tag in shared if (match := TAG.fullmatch(tag)) and int(match[1]) <= min(steps)}
+    shared = set.intersection(*({path.parent.name for path in folder.glob("*/*.pt")} for folder in folders))
+    limit = min(steps, default=math.inf)
+    tags = {tag: int(match[1]) for tag in shared if (match := TAG.fullmatch(tag)) and int(match[1]) <= limit}
     # Of a step's two checkpoints (regular and best), latest names the one that was saved last.
     for tag in sorted(tags, key=lambda tag: (tags[tag], tag in pointers), reverse=True):
         if not any(_what_is_broken(folder / tag) for folder in folders):
             return tag
+    if len(steps) < len(folders):
+        return None
     raise ConfigError(f"--ckpt.load_enable: {where} must hold a complete checkpoint of the same step, found none")
 
 

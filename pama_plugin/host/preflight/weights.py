@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import PretrainedConfig
 
 from pama_plugin.errors import ConfigError
 
@@ -34,6 +35,25 @@ def check_value_head(flag: str, location: str, prefix: str | None) -> None:
         raise ConfigError(
             f"{flag}: a value-head reward model must hold {prefix}.weight, without which it scores at random, found "
             f"none in {location} (value_head_prefix= names another head; for a sequence classifier use kind hf)"
+        )
+
+
+def check_code(flag: str, location: str, *, trusted: bool) -> None:
+    """Refuse a model that comes with code, unless it is trusted: OpenRLHF would run the code without asking.
+
+    A hub name that this machine cannot look up is not checked.
+
+    Raises:
+        ConfigError: the model's config.json names code, which ``trusted`` does not allow.
+    """
+    try:
+        config, _ = PretrainedConfig.get_config_dict(location)
+    except OSError:
+        return
+    if "auto_map" in config and not trusted:
+        raise ConfigError(
+            f"{flag}: trust_remote_code must be true for a model that comes with its own code, found auto_map in the "
+            f"config.json of {location}"
         )
 
 

@@ -34,7 +34,8 @@ class RewardKind:
         check: ``(location, options) -> warnings or None``; raises ``ValueError`` if the reward cannot be computed. It
             runs on the driver before Ray starts, and sends no request to a server.
         absolute: ``location -> location`` with absolute paths.
-        files: ``location -> paths`` of files that determine the reward. They are part of its identity in checkpoints.
+        files: ``location -> list of paths``: files that determine the reward. Their content is part of its identity
+            in checkpoints.
         load: for ``rollout``, ``(location, options, *, patient) -> Scorer``; with ``patient`` the scorer waits for a
             server that is down, because a failure would end the run. For ``replicas``, ``(location, options, device)
             -> TextModel``. Unused otherwise.

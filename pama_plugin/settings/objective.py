@@ -169,7 +169,7 @@ class Objective(BaseModel):
             location = re.sub(r"(?<=\?)[^|]+", lambda query: _digest(query[0].encode()), location)
         text = f"{self.kind}:{location}{''.join(sorted(options))}"
         files = kind.resolve("files")
-        paths = files(self.location) if files else []
+        paths = [Path(file) for file in files(self.location)] if files else []
         if kind.scored_in == "agent" and agent is not None:
             paths = [Path(agent)]
         return f"{text} sha256:{_digest(*map(_sample, paths))}" if paths else text

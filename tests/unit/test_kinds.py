@@ -3,6 +3,7 @@
 import asyncio
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,55 +13,68 @@ from pama_plugin.settings.names import COMMON_OPTIONS
 from pama_plugin.settings.objective import Objective, parse_objective
 
 README = Path(kinds.__file__).with_name("README.md")
-(KIND,) = re.findall(r"```python\n(# shouting.py\n.*?)```", README.read_text(), re.DOTALL)
+(KIND,) = re.findall(r"```python\n(# wordlist.py\n.*?)```", README.read_text(), re.DOTALL)
 
 
 @pytest.fixture
-def shouts(tmp_path, monkeypatch):
-    """Install the package of the README, which adds a kind."""
-    (tmp_path / "shouting.py").write_text(KIND)
-    metadata = tmp_path / "shouting-1.0.dist-info"
+def words(tmp_path, monkeypatch):
+    """Install the package of the README, which adds a kind; return a file of words."""
+    (tmp_path / "wordlist.py").write_text(KIND)
+    metadata = tmp_path / "wordlist-1.0.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: shouting\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[pama_plugin.kinds]\nshouts = shouting:SHOUTS\nbroken = no_such:KIND\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: wordlist\nVersion: 1.0\n")
+    entry_points = "[pama_plugin.kinds]\nwordlist = wordlist:WORDLIST\nbroken = no_such:KIND\n"
+    (metadata / "entry_points.txt").write_text(entry_points)
     monkeypatch.syspath_prepend(tmp_path)
-    yield
-    KINDS.entries.pop("shouts", None)
-    sys.modules.pop("shouting", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "polite.txt").write_text("please\nthanks\n")
+    yield tmp_path / "polite.txt"
+    KINDS.entries.pop("wordlist", None)
+    sys.modules.pop("wordlist", None)
 
 
-def test_an_installed_package_adds_a_kind(shouts) -> None:
-    objective = parse_objective("loud=shouts:2,mark=?,weight=3")
+def test_an_installed_package_adds_a_kind(words) -> None:
+    objective = parse_objective("polite=wordlist:polite.txt,at_most=2,weight=3")
     score = objective.load_scorer(patient=False)
-    answers = [asyncio.run(score(Response("", "", "", text, 1))) for text in ("eh?", "eh??")]
-    assert answers == [0.0, 1.0] and objective.identity() == "shouts:2 mark=?" and objective.check() == []
-    assert parse_objective("loud=shouts:0").check() == ["0 marks are always there"]
+    answers = [asyncio.run(score(Response("", "", "", text, 1))) for text in ("no", "please", "please and thanks")]
+    assert answers == [0.0, 1.0, 2.0] and objective.location == str(words) and objective.check() == []
+    identity = objective.identity()
+    assert identity.startswith(f"wordlist:{words} at_most=2 sha256:")
+    words.write_text("")
+    assert objective.check() == ["the file has no word, so every reward is 0"] and objective.identity() != identity
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("loud=shouts:two", "number of marks.*found 'two'"),
-        ("loud=shouts:2,loudness=3", "'shouts' .*option loudness.*probe, mark"),
-        ("loud=broken:2", "'broken' .*loaded from no_such:KIND"),
-        ("loud=sings:2", "kind: .*agent, broken, builtin, .*shouts.*found 'sings'"),
+        ("a=wordlist:none.txt", "file with one word per line.*found 'none.txt'"),
+        ("a=wordlist:polite.txt,most=3", "'wordlist' .*option most.*probe, at_most"),
+        ("a=broken:2", "'broken' .*loaded from no_such:KIND"),
+        ("a=sings:2", "kind: .*agent, broken, builtin, .*wordlist.*found 'sings'"),
     ],
 )
-def test_an_invalid_objective_of_it_is_refused(text, message, shouts) -> None:
+def test_an_invalid_objective_of_it_is_refused(text, message, words) -> None:
     with pytest.raises(ValueError, match=message):
         parse_objective(text)
 
 
-def test_help_lists_it_but_not_a_broken_kind(shouts, capsys) -> None:
+def test_files_may_be_named_as_text(words, monkeypatch) -> None:
+    objective = parse_objective("polite=wordlist:polite.txt")
+    expected = objective.identity()
+    monkeypatch.setitem(KINDS.entries, "wordlist", replace(KINDS["wordlist"], files=lambda location: [location]))
+    assert objective.identity() == expected
+
+
+def test_help_lists_it_but_not_a_broken_kind(words, capsys) -> None:
     from pama_plugin.cli import main
 
     with pytest.raises(SystemExit):
         main(["score", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "shouts: 1 where a mark occurs LOCATION times" in text and "shouts mark=" in text and "broken" not in text
+    assert "wordlist: how many words of a file" in text and "wordlist at_most=" in text and "broken" not in text
 
 
-@pytest.mark.parametrize("name", ["agent", "builtin", "hf", "http", "py", "rm"])
+@pytest.mark.parametrize("name", sorted(KINDS.entries))
 @pytest.mark.needs_extras
 def test_the_options_of_a_record_are_those_of_its_model(name) -> None:
     kind = KINDS[name]

@@ -43,9 +43,7 @@ def environment() -> dict[str, str]:
     settings = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     cache = BIN.parent / "cache" / "torch_extensions"  # DeepSpeed compiles its CPU operators once
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    # Ray's workers are served last by default (niceness 15), and with -n 2 these runs are what CI waits for.
-    ours = {"TORCH_EXTENSIONS_DIR": str(cache), "PYTHONWARNINGS": "ignore", "PATH": path, "RAY_worker_niceness": "0"}
-    return os.environ | settings | ours
+    return os.environ | settings | {"TORCH_EXTENSIONS_DIR": str(cache), "PYTHONWARNINGS": "ignore", "PATH": path}
 
 
 @pytest.fixture(scope="session")

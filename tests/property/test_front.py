@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy import Combine, Optimizer, Walk, by, by_reward, independent, noise_like, on_the_front, to_unit_rms, train
 
-from pama_plugin import aggregate
+from pama_plugin import aggregate, available_rules
 from pama_plugin.aggregation.rules.gram import WEIGHTINGS
 
 pytestmark = pytest.mark.property
@@ -82,6 +82,11 @@ ON_THE_FRONT = {
     "gram:imtl_g": (by("gram:imtl_g"), "vanishes", "vanishes"),
     "gram:aligned_mtl": (by("gram:aligned_mtl"), "vanishes", "vanishes"),
 }
+
+
+def test_every_rule_has_its_behaviour_on_the_front() -> None:
+    named = {name.partition(",")[0] for name in ON_THE_FRONT} | {"lagrangian"}  # which needs a constraint
+    assert named == set(available_rules())
 
 
 @pytest.mark.parametrize("rule", ON_THE_FRONT)

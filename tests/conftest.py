@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("default")
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which tests/light.sh does without
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n 2`` one process takes tests/contract, another tests/e2e, and whoever is done first all the rest.
+    """With ``-n 2`` one process takes tests/contract, the other tests/e2e; the first to finish takes the rest.
 
     Each of the two folders has a Ray and models that its tests share, and the end-to-end runs take turns. The two come
     first because xdist begins with the largest scopes; any other test is a scope of its own.

@@ -192,7 +192,7 @@ def _drip(handler: _Handler) -> None:
     handler.close_connection = True
 
 
-def _compressed(layers: int) -> Callable[[_Handler], None]:
+def _compressed(layers: int, status: int = 200) -> Callable[[_Handler], None]:
     """A megabyte of spaces before the reward, packed again and again."""
 
     def handle(handler: _Handler) -> None:
@@ -200,7 +200,7 @@ def _compressed(layers: int) -> Callable[[_Handler], None]:
         for _ in range(layers):
             body = gzip.compress(body)
         encoding = ", ".join(["gzip"] * layers)
-        head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"HTTP/1.1 {status} {status}\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(body)}\r\n\r\n"
         handler.wfile.write(head.encode() + body)
 
     return handle
@@ -277,6 +277,7 @@ MODES: dict[str, Callable[[_Handler], None]] = {
     "twice_inside": _body('{"rewards": [0.5], "extra_logs": {"a": 1, "a": 2}}'),
     "gzip": _compressed(1),
     "gzip_in_gzip": _compressed(2),
+    "502_gzip": _compressed(1, status=502),
     "huge": _rewards(1e300),
     "integer": _rewards(2),
 }

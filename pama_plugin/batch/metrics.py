@@ -15,6 +15,10 @@ from pama_plugin.settings.run import PamaConfig
 REWARD, SECONDS, PROBLEM = "reward/", "seconds/", "pama/problem/"
 FAILURES, PAMA, EXPLAINED = "pama/failures/", "pama/", "explained_variance/"
 OUR_COLUMNS = (REWARD, SECONDS, PAMA, EXPLAINED)
+# Keys and prefixes of metrics that are no columns.
+ACTIVE, CONFLICT, STEPS_AT_FRONT = f"{PAMA}active_fraction", f"{PAMA}conflict_rate", f"{PAMA}steps_at_front"
+COSINE, REWARD_MEAN, REWARD_STD = f"{PAMA}gradient_cosine/", "reward_mean/", "reward_std/"
+CRITIC_LOSS, REWARD_TIMING = "critic_loss/", "timing/reward/"
 
 
 def name_metrics(config: PamaConfig, result: Aggregation, steps_done: int) -> dict[str, float]:

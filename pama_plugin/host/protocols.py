@@ -1,6 +1,6 @@
 """Protocols of OpenRLHF's objects, for the type checker: the parts that the plugin uses. OpenRLHF has no types.
 
-``tests/contract`` checks each of them against the real wheels.
+``tests/contract/test_protocols.py`` checks each of them against OpenRLHF.
 """
 
 import argparse
@@ -67,22 +67,6 @@ class ActorGroup(Protocol):
     def async_run_method_batch(self, method_name: str, **batches: Any) -> list[Any]: ...
 
 
-class RewardGroupsLike(Protocol):
-    """Our ``RewardGroups``, in place of OpenRLHF's single group of reward models."""
-
-    groups: dict[str, Any]
-
-
-class SamplesGenerator(Protocol):
-    """Makes rollouts with the vLLM engines."""
-
-    strategy: Strategy
-    tokenizer: Tokenizer
-    vllm_engines: list[Any]
-    prompts_dataloader: Any
-    eval_dataloader: Any
-
-
 class Trainer(Protocol):
     """``BasePPOTrainer``, which the synchronous and the asynchronous trainer share."""
 
@@ -91,7 +75,7 @@ class Trainer(Protocol):
     tokenizer: Tokenizer
     actor_model_group: ActorGroup
     critic_model_group: ActorGroup | None
-    reward_model_group: RewardGroupsLike | None
+    reward_model_group: Any  # our RewardGroups
     reference_model_group: ActorGroup | None
     vllm_engines: list[Any]
     kl_ctl: Any

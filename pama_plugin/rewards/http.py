@@ -227,11 +227,7 @@ class _HttpScorer:
     async def _receive(self, url: str, body: str) -> tuple[httpx.Response, bytes]:
         received = bytearray()
         async with self.client.stream("POST", url, content=body) as reply:
-            if (encoding := reply.headers.get("Content-Encoding", "identity")) != "identity":
-                # A kilobyte of nested gzip unpacks to gigabytes, in one step that no limit interrupts.
-                problem = f"Content-Encoding must be identity, as requested, found {encoding[:40]!r}"
-                raise _Failure(f"{_redact(url)}: {problem}")
-            async for chunk in reply.aiter_raw(LARGEST_REPLY):
+            async for chunk in reply.aiter_raw(LARGEST_REPLY):  # a kilobyte of nested gzip would unpack to gigabytes
                 received += chunk
                 if len(received) > LARGEST_REPLY:  # limits the memory of the rollout
                     raise _Failure(f"{_redact(url)}: the body is longer than {LARGEST_REPLY} bytes")
@@ -240,6 +236,9 @@ class _HttpScorer:
     def _reward(self, where: str, reply: httpx.Response, body: bytes) -> float:
         if not reply.is_success:
             raise self._refused(where, reply, body)
+        encoding = reply.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            raise _Failure(f"{where}: Content-Encoding must be identity, as requested, found {encoding[:40]!r}")
         try:
             # Parse integers as floats: too large ones become inf, and true is not a number.
             document = json.loads(body, parse_int=float, object_pairs_hook=_unique)

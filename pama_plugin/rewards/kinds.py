@@ -76,7 +76,7 @@ KINDS.add(
         scored_in="ranks",
         options=("gpus", "nodes", "offload", "value_head_prefix", "trust_remote_code"),
         model="pama_plugin.rewards.options:RmOptions",
-        runtime_options=("gpus", "nodes", "offload", "trust_remote_code"),
+        runtime_options=("gpus", "nodes", "offload"),
         learned=True,
         check="pama_plugin.rewards.options:check_model",
         absolute="pama_plugin.rewards.options:absolute_model",

@@ -1,4 +1,4 @@
-"""The number in what user code returned."""
+"""Reads one number from the result of user code."""
 
 import numbers
 import reprlib
@@ -9,12 +9,12 @@ from pama_plugin.errors import PamaError
 
 
 def only_number(value: Any) -> float:
-    """The only number in a number, tensor, array or (nested) list; NaN and infinities are left to the caller.
+    """Return the only number in a number, tensor, array or nested list. It may be NaN or infinite.
 
-    Nothing is parsed, and functions of torch that user code may have replaced are not called.
+    Text is not parsed, and functions of torch, which user code may have replaced, are not called.
 
     Raises:
-        PamaError: another count of numbers, or text, bytes, a bool, a masked array or any other object.
+        PamaError: there is no number or more than one, or text, bytes, a bool, a masked element or another object.
 
     >>> only_number([[0.5]]), only_number({"rewards": 2}["rewards"])
     (0.5, 2.0)
@@ -24,22 +24,21 @@ def only_number(value: Any) -> float:
     """
     if value is None:
         raise PamaError("returned None")
-    found = list(_numbers_in(value))
-    if len(found) != 1:
-        raise PamaError(f"returned {len(found)} rewards for 1 response")
-    return found[0]
+    rewards = list(_numbers_in(value))
+    if len(rewards) != 1:
+        raise PamaError(f"returned {len(rewards)} rewards for 1 response")
+    return rewards[0]
 
 
 def _numbers_in(value: Any) -> Iterator[float]:
-    masked = hasattr(value, "mask")  # what is under the mask of a NumPy array is no reward
-    if hasattr(value, "dtype") and hasattr(value, "tolist") and not masked:  # of torch, NumPy, JAX …
-        value = value.tolist()  # bools stay bools
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # a tensor or array
+        value = value.tolist()  # a bool stays a bool; a masked element is None
     if isinstance(value, list | tuple):
         for element in value:
             yield from _numbers_in(element)
         return
     is_number = isinstance(value, numbers.Real) or hasattr(type(value), "__float__")
-    if isinstance(value, bool) or masked or not is_number:
+    if isinstance(value, bool) or not is_number:
         raise PamaError(f"returned {reprlib.repr(value)}, which is not a number")
     try:
         yield float(value)

@@ -58,15 +58,16 @@ def _run(done: "Future[Any]", function: Callable[..., Any], arguments: tuple[Any
     try:
         done.set_result(function(*arguments))
     except BaseException as error:  # SystemExit would end the event loop; a future cannot carry StopIteration
-        if isinstance(error, PamaError):
-            done.set_exception(error)
-            return
-        try:
-            problem = PamaError(f"{type(error).__name__}: {error}{_where(error)}")
-        except Exception:  # __str__ of the error raised; without a result the caller would wait for the time-out
-            problem = PamaError(type(error).__name__)
-        problem.__cause__ = error
-        done.set_exception(problem)
+        done.set_exception(error if type(error) is PamaError else _describe(error))
+
+
+def _describe(error: BaseException) -> PamaError:
+    try:
+        problem = PamaError(f"{type(error).__name__}: {error}{_where(error)}")
+    except Exception:  # the __str__ of a user's exception may raise anything; its type still says something
+        problem = PamaError(type(error).__name__)
+    problem.__cause__ = error
+    return problem
 
 
 def _where(error: BaseException) -> str:

@@ -5,6 +5,14 @@ BEST_RULES = ("min", "weighted", "hypervolume")
 PROBE_MODES = ("off", "warn", "strict")
 # Options of every kind: the fields of ``Objective`` except name, kind, location and options.
 COMMON_OPTIONS = (
-    *("weight", "role", "threshold", "normalize", "freeze_after", "clip", "range", "on_failure", "max_failures"),
+    "weight",
+    "role",
+    "threshold",
+    "normalize",
+    "freeze_after",
+    "clip",
+    "range",
+    "on_failure",
+    "max_failures",
     "probe",
 )

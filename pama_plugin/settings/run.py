@@ -8,6 +8,10 @@ Settings come from flags and from YAML; flags take precedence:
     objectives:
       sentiment: rm:./reward-model
       length: {kind: builtin, location: length, scale: 140}
+
+The module contains, in this order: ``PamaConfig`` with its validators and its one call of a rule; ``load_config``,
+which merges flags and file; the checks that call the rule before a run (``_rehearse`` … ``_combine``); and the
+functions that read and write objectives and YAML (``load_objectives``, ``dump_config`` and their helpers).
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
-"""What the host's flags of the policy loss do to our combined advantages, in the host's own training step.
+"""The effect of OpenRLHF's policy-loss flags on our combined advantages, in OpenRLHF's own training step.
 
 The policy's log-probabilities are free numbers here, so that the loss and its gradient can be read per token. Each flag
-is held against the same step without it.
+is compared with the same step without it.
 """
 
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ LOW, HIGH = 0.5, 5.0  # the host's default band of the importance weight
 
 
 class Step(NamedTuple):
-    """One training step, every tensor (B, A): what went in, and what came out."""
+    """Inputs and results of one training step; every tensor is (B, A)."""
 
     log_probs: Tensor
     old: Tensor
@@ -39,13 +39,13 @@ class Step(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """Of importance sampling: the policy against what vLLM sampled with."""
+        """Importance weight of the policy relative to the policy that vLLM sampled from."""
         return (self.old - self.rollout).exp()
 
 
 @pytest.fixture
 def step(groups, monkeypatch):
-    """``step(flags)``: a step of the host's trainer on what our maker makes of a rollout, the same one every time."""
+    """``step(flags)``: one step of OpenRLHF's trainer on the same rollout, with our combined advantages."""
     from openrlhf.trainer.ray import ppo_actor
 
     from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
@@ -95,7 +95,7 @@ def step(groups, monkeypatch):
 
 
 class Policy:
-    """Its log-probabilities are given."""
+    """A policy with fixed log-probabilities."""
 
     def __init__(self, log_probs: Tensor) -> None:
         self.log_probs = log_probs
@@ -112,7 +112,7 @@ def mean(values: Tensor, mask: Tensor) -> float:
 
 
 def test_dual_clip_bounds_the_loss_and_stops_the_gradient(step) -> None:
-    """Of tokens that are worse than average, and far more likely than they were."""
+    """For tokens with a negative advantage whose probability has risen to more than 3 times."""
     plain, clipped = step(), step("--actor.dual_clip", "3")
     bounded = (plain.advantages < 0) & (plain.ratio > 3) & plain.mask
     others = (plain.advantages >= 0) & (plain.ratio > 3) & plain.mask
@@ -155,7 +155,7 @@ def test_gspo_has_one_ratio_for_a_response_and_weighs_responses_alike(step) -> N
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_the_kl_loss_is_added_to_the_policy_loss(kind, step) -> None:
-    """Its gradient, too: what the estimator's derivative by the log-probability says."""
+    """So is its gradient, the derivative of the estimator with respect to the log-probability."""
     flags = ("--algo.kl.use_loss", "--algo.kl.estimator", kind)
     plain, found = step(*flags, "--algo.kl.init_coef", "0"), step(*flags)
     mask, behind = found.mask, found.log_probs - found.reference

@@ -36,7 +36,7 @@ def test_sleep_weight_sync_and_everything_else_is_the_hosts() -> None:
 
 
 def test_an_engine_keeps_the_latest_reasons(monkeypatch) -> None:
-    from pama_plugin.batch.outcome import code_of
+    from pama_plugin.batch.outcome import LONGEST_PROBLEM, code_of
     from pama_plugin.host.actors import rollout
 
     monkeypatch.setattr(rollout, "PROBLEMS_KEPT", 2)
@@ -44,7 +44,7 @@ def test_an_engine_keeps_the_latest_reasons(monkeypatch) -> None:
     executor = rollout.ObjectiveExecutor(config, None, False)
     for problem in ("often", "once", "often", "x" * 9999, None):
         executor._remember(problem)
-    assert list(executor.problems.values()) == ["often", "x" * rollout.PROBLEM_LENGTH]
+    assert list(executor.problems.values()) == ["often", "x" * LONGEST_PROBLEM]
     assert list(executor.problems)[0] == code_of("often")
 
 

@@ -61,6 +61,7 @@ REPEATED = {
     "500": "HTTP 500, 'status 500'",
     "502": "HTTP 502, 'status 502'",
     "503": "HTTP 503, 'status 503'",
+    "502_gzip": "HTTP 502, ",  # as a proxy may pack its error page
     "empty": ".*not JSON, found ''",
     "html": ".*not JSON, found '<html>",
     "truncated": r""".*not JSON, found '{"rewards": \[0.5'""",

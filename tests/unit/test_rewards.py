@@ -15,6 +15,8 @@ from pama_plugin.rewards.builtin import load_builtin
 from pama_plugin.rewards.options import PyOptions
 from pama_plugin.rewards.py import check_function, load_function
 
+NEEDS_NUMPY = pytest.mark.needs_extras
+
 
 def response(num_tokens: int = 7, text: str = " more, please") -> Response:
     return Response(query="Once more, please", prompt="Once", label="tale", response=text, num_tokens=num_tokens)
@@ -110,8 +112,10 @@ def test_two_functions_of_one_file_share_it(tmp_path) -> None:
         ("True", "returned True.*not a number"),
         ("{'rewards': [False]}", "returned False.*not a number"),
         ("__import__('torch').tensor([True])", "returned True.*not a number"),
-        ("__import__('numpy').bool_(True)", "returned True.*not a number"),
-        ("__import__('numpy').ma.masked_array([5.0], mask=[True])", "returned masked_array.*not a number"),
+        pytest.param("__import__('numpy').bool_(True)", "returned True.*not a number", marks=NEEDS_NUMPY),
+        pytest.param(
+            "__import__('numpy').ma.masked_array([5.0], mask=[True])", "returned None.*not a number", marks=NEEDS_NUMPY
+        ),
         ("1j", "returned 1j.*not a number"),
         ("float", "returned <class 'float'>.*not a number"),
         ("[0.5, 0.5]", "returned 2 rewards for 1 response"),
@@ -154,11 +158,17 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("body", NUMBERS)
+ARRAYS = {
+    "__import__('numpy').ma.masked_array([5.0, 0.5], mask=[True, False])[1:]": 0.5,
+    "__import__('pandas').Series([0.5])": 0.5,  # which has a method called mask
+}
+
+
+@pytest.mark.parametrize("body", [*NUMBERS, *(pytest.param(body, marks=NEEDS_NUMPY) for body in ARRAYS)])
 def test_a_number_of_any_type_and_shape(tmp_path, body) -> None:
     file = tmp_path / "rewards.py"
     file.write_text(f"def f(queries, prompts, labels):\n    return {body}\n")
-    assert call(f"{file}:f") == NUMBERS[body]
+    assert call(f"{file}:f") == (NUMBERS | ARRAYS)[body]
 
 
 def test_a_file_may_replace_functions_of_torch(tmp_path, monkeypatch) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
+from pama_plugin.batch.metrics import CRITIC_LOSS
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.protocols import Strategy
 from pama_plugin.settings.objective import Objective
@@ -57,7 +58,7 @@ class CriticModelActor(ppo_critic.CriticModelActor.__ray_metadata__.modified_cla
             return status
         losses_K = self.trainer.critic_loss_fn.pop_losses()
         status["values"] /= len(self.names)  # OpenRLHF summed over the heads
-        losses = {f"critic_loss/{name}": loss.item() for name, loss in zip(self.names, losses_K)}
+        losses = {f"{CRITIC_LOSS}{name}": loss.item() for name, loss in zip(self.names, losses_K)}
         return status | self.strategy.all_reduce(losses)
 
     def save_model(self) -> None:

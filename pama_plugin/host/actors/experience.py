@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pama_plugin.aggregation import Aggregation, get_rule
 from pama_plugin.batch.combine import combine, estimated
-from pama_plugin.batch.metrics import EXPLAINED, PAMA, name_metrics
+from pama_plugin.batch.metrics import COSINE, EXPLAINED, name_metrics
 from pama_plugin.batch.shaping import measure, shape_trained
 from pama_plugin.batch.state import RunState
 from pama_plugin.batch.table import RewardTable
@@ -177,4 +177,4 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             all_ranks=self.args.ds.zero_stage == 3,
         )
         named = zip(self.config.trained_names, cosines, strict=True)
-        return {f"{PAMA}gradient_cosine/{name}": cosine for name, cosine in named if not math.isnan(cosine)}
+        return {f"{COSINE}{name}": cosine for name, cosine in named if not math.isnan(cosine)}

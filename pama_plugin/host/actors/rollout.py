@@ -13,7 +13,7 @@ from openrlhf.trainer.ray import vllm_engine
 from openrlhf.utils.agent import AgentExecutorBase
 
 from pama_plugin.batch.metrics import PROBLEM, REWARD, SECONDS
-from pama_plugin.batch.outcome import Outcome, attempt, code_of
+from pama_plugin.batch.outcome import LONGEST_PROBLEM, Outcome, attempt, code_of, printable
 from pama_plugin.errors import PamaError, RewardError
 from pama_plugin.rewards import Response, Scorer
 from pama_plugin.rewards.numbers import only_number
@@ -22,7 +22,7 @@ from pama_plugin.settings.run import PamaConfig
 
 logger = logging.getLogger(__name__)
 
-PROBLEMS_KEPT, PROBLEM_LENGTH = 4096, 500  # an engine keeps the texts of its latest problems
+PROBLEMS_KEPT = 4096  # an engine keeps the texts of its latest problems
 
 
 class ObjectiveExecutor(AgentExecutorBase):
@@ -93,7 +93,7 @@ class ObjectiveExecutor(AgentExecutorBase):
         code = code_of(problem)
         if problem is not None:
             self.problems.pop(code, None)  # so that it becomes the latest
-            self.problems[code] = problem[:PROBLEM_LENGTH]
+            self.problems[code] = problem[:LONGEST_PROBLEM]
             while len(self.problems) > PROBLEMS_KEPT:
                 del self.problems[next(iter(self.problems))]
         return code
@@ -128,7 +128,7 @@ def _load(objective: Objective) -> Scorer:
     try:
         return objective.load_scorer(patient=objective.on_failure.action == "fail")
     except Exception as error:  # the user's file may raise anything
-        problem = f"cannot be loaded: {type(error).__name__}: {error}"
+        problem = printable(f"cannot be loaded: {type(error).__name__}: {error}")
 
         async def refuse(response: Response) -> float:
             raise RewardError(objective.name, problem, response.query)

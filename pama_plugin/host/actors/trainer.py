@@ -8,7 +8,17 @@ from openrlhf.trainer import ppo_trainer
 from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 from transformers import set_seed
 
-from pama_plugin.batch.metrics import OUR_COLUMNS, SECONDS, reduce_columns
+from pama_plugin.batch.metrics import (
+    ACTIVE,
+    CONFLICT,
+    OUR_COLUMNS,
+    REWARD_MEAN,
+    REWARD_STD,
+    REWARD_TIMING,
+    SECONDS,
+    STEPS_AT_FRONT,
+    reduce_columns,
+)
 from pama_plugin.batch.rating import BEST, rate
 from pama_plugin.batch.state import RunState
 from pama_plugin.errors import PamaError, RewardError
@@ -103,7 +113,8 @@ class MultiObjectiveTrainer(Host):
         status, steps_done = super().train_step(*args, **kwargs)
         for name, objective in self.state.objectives.items():
             if objective.rewards.count:
-                status |= {f"reward_mean/{name}": objective.rewards.mean, f"reward_std/{name}": objective.rewards.std}
+                rewards = objective.rewards
+                status |= {f"{REWARD_MEAN}{name}": rewards.mean, f"{REWARD_STD}{name}": rewards.std}
         stop = self.config.stop_at_front
         if stop is not None and self._has_stayed_at_the_front(stop, status, steps_done):
             self.end_run()
@@ -119,10 +130,10 @@ class MultiObjectiveTrainer(Host):
 
         Most tokens must be in conflict; otherwise they have no advantage because no rewards differ.
         """
-        active = status["pama/active_fraction"]
-        at_front = active < stop.share and status["pama/conflict_rate"] > 0.5
+        active = status[ACTIVE]
+        at_front = active < stop.share and status[CONFLICT] > 0.5
         self.state.steps_at_front = self.state.steps_at_front + 1 if at_front else 0
-        status["pama/steps_at_front"] = self.state.steps_at_front
+        status[STEPS_AT_FRONT] = self.state.steps_at_front
         if self.state.steps_at_front < stop.steps:
             return False
         print(
@@ -163,7 +174,7 @@ class MultiObjectiveTrainer(Host):
     def save_logs_and_checkpoints(self, global_step: int, logs_dict: Any = None, client_states: Any = None) -> None:
         # Not earlier: OpenRLHF sums all timing/* of a step, and these overlap with the other phases.
         logs_dict = {
-            f"timing/reward/{key.removeprefix(SECONDS)}" if key.startswith(SECONDS) else key: value
+            f"{REWARD_TIMING}{key.removeprefix(SECONDS)}" if key.startswith(SECONDS) else key: value
             for key, value in (logs_dict or {}).items()
         }
         states = {

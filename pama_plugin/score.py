@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from pama_plugin.batch.outcome import Outcome, attempt, check_reward
+from pama_plugin.batch.outcome import Outcome, attempt, check_reward, problem_of
 from pama_plugin.errors import ConfigError, PamaError
 from pama_plugin.rewards import Conversation, Response
 from pama_plugin.settings.objective import Objective
@@ -176,7 +176,7 @@ async def _score_in_turn(
     try:
         scorer = objective.load_scorer(patient=False)  # a failure does not end a run here
     except Exception as error:  # user code may raise any exception
-        raise ConfigError(f"objective {objective.name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"objective {objective.name!r} cannot be loaded: {problem_of(error)}") from error
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def score(response: Response) -> Outcome:

@@ -28,10 +28,13 @@ async def attempt(objective: Objective, reward: Awaitable[float]) -> Outcome:
         return check_reward(objective, await reward)
     except RewardError:  # ends the run
         raise
-    except PamaError as error:
-        return Outcome(math.nan, printable(str(error)))
     except Exception as error:  # user code may raise any exception
-        return Outcome(math.nan, printable(f"{type(error).__name__}: {error}"))
+        return Outcome(math.nan, problem_of(error))
+
+
+def problem_of(error: Exception) -> str:
+    """The text of an error, with its type unless it is ours."""
+    return printable(str(error) if isinstance(error, PamaError) else f"{type(error).__name__}: {error}")
 
 
 def printable(text: str) -> str:

@@ -41,7 +41,7 @@ class RewardKind:
             -> TextModel``. Unused otherwise.
 
     >>> KINDS["py"].scored_in, KINDS["py"].options
-    ('rollout', ('timeout', 'concurrency'))
+    ('rollout', ('timeout', 'concurrency', 'isolate'))
     """
 
     summary: str
@@ -105,9 +105,9 @@ KINDS.add(
     RewardKind(
         summary="FILE.py:FUNCTION with the signature of OpenRLHF's reward_func",
         scored_in="rollout",
-        options=("timeout", "concurrency"),
+        options=("timeout", "concurrency", "isolate"),
         model="pama_plugin.rewards.options:PyOptions",
-        runtime_options=("timeout", "concurrency"),
+        runtime_options=("timeout", "concurrency", "isolate"),
         reads_labels=True,
         check="pama_plugin.rewards.py:check_function",
         absolute="pama_plugin.rewards.py:absolute_function",

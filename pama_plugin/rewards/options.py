@@ -94,12 +94,15 @@ class PyOptions(BaseModel):
     Args:
         timeout: seconds per call.
         concurrency: maximum number of parallel calls per rollout engine.
+        isolate: whether each parallel call has a process of its own, in which it can be ended. Otherwise calls run in
+            threads of the engine: the file is imported once, and a call that does not return cannot be ended.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     timeout: Annotated[float, RejectBool, Field(gt=0, allow_inf_nan=False)] = 180.0
     concurrency: Annotated[int, RejectBool, Field(ge=1)] = 16
+    isolate: bool = True
 
 
 class HttpOptions(BaseModel):

@@ -2,18 +2,15 @@
 
 import ast
 import functools
-import hashlib
-import importlib.util
 import math
-import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import ModuleType
 
-from pama_plugin.errors import PamaError
-from pama_plugin.rewards.numbers import only_number
 from pama_plugin.rewards.options import PyOptions
+from pama_plugin.rewards.processes import Processes
 from pama_plugin.rewards.response import Response, Scorer
 from pama_plugin.rewards.threads import Threads
+from pama_plugin.rewards.user_code import load
 
 
 def split_location(location: str) -> tuple[Path, str]:
@@ -52,8 +49,8 @@ def check_function(location: str, options: PyOptions) -> None:
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:
-        module = ast.parse(path.read_text(), path.name)
-    except (SyntaxError, UnicodeDecodeError) as error:
+        module = ast.parse(path.read_bytes(), path.name)  # bytes, for files with a byte-order mark or a coding line
+    except (SyntaxError, ValueError) as error:
         raise ValueError(f"{path} is not valid Python: {error}") from error
     functions, others = _top_level_names(module)
     if function not in functions | others and "*" not in others:
@@ -91,39 +88,21 @@ def _top_level_names(module: ast.Module) -> tuple[set[str], set[str]]:
     return functions, others
 
 
-@functools.cache  # functions of one file share the module and the models that it loads
-def _import(path: Path) -> ModuleType:
-    name = f"pama_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"cannot import {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look up the module of a class there
-    try:
-        spec.loader.exec_module(module)
-    except SystemExit as error:  # of a script: an engine that it ended would keep OpenRLHF waiting for ever
-        raise ValueError(f"{path} exits when it is imported: {error}") from error
-    return module
-
-
 def load_function(location: str, options: PyOptions, *, patient: bool = False) -> Scorer:
-    """Import the file and wrap ``function(queries, prompts, labels)``, called with lists of one element.
+    """Import the file, in a process of its own with ``isolate``, and wrap the function.
 
     The function returns a dict with ``rewards``, as OpenRLHF's ``reward_func`` does, or the rewards themselves: one
     number in any shape. OpenRLHF's other keys (``scores``, ``extra_logs``) are ignored.
     """
     path, name = split_location(location)
-    function = getattr(_import(path), name)
-    threads = Threads(options.concurrency, options.timeout)
-
-    def call(response: Response) -> float:  # in the thread, because the conversion may take long or fail, too
-        result = function([response.query], [response.prompt], [response.label])
-        if isinstance(result, dict) and "rewards" not in result:
-            raise PamaError(f"must return a dict with 'rewards', found the keys {', '.join(map(repr, result))}")
-        return only_number(result["rewards"] if isinstance(result, dict) else result)
+    call: Callable[..., Awaitable[float]]
+    if options.isolate:
+        call = Processes(str(path), name, options.concurrency, options.timeout).call
+    else:
+        threads = Threads(options.concurrency, options.timeout)
+        call = functools.partial(threads.call, load(str(path), name, alone=False))
 
     async def score(response: Response) -> float:
-        reward: float = await threads.call(call, response)
-        return reward
+        return await call(response.query, response.prompt, response.label)
 
     return score

@@ -2,15 +2,12 @@
 
 import asyncio
 import threading
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 from pama_plugin.errors import PamaError
-
-_HERE = str(Path(__file__).parent)
+from pama_plugin.rewards.user_code import describe
 
 
 class Threads:
@@ -58,20 +55,4 @@ def _run(done: "Future[Any]", function: Callable[..., Any], arguments: tuple[Any
     try:
         done.set_result(function(*arguments))
     except BaseException as error:  # SystemExit would end the event loop; a future cannot carry StopIteration
-        done.set_exception(error if type(error) is PamaError else _describe(error))
-
-
-def _describe(error: BaseException) -> PamaError:
-    try:
-        problem = PamaError(f"{type(error).__name__}: {error}{_where(error)}")
-    except Exception:  # the __str__ of a user's exception may raise anything; its type still says something
-        problem = PamaError(type(error).__name__)
-    problem.__cause__ = error
-    return problem
-
-
-def _where(error: BaseException) -> str:
-    """The last line in the file of the user's function that led to the error."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_HERE)]
-    in_file = [frame for frame in frames if frame.filename == frames[0].filename]
-    return f" ({in_file[-1].filename}, line {in_file[-1].lineno})" if in_file else ""
+        done.set_exception(describe(error))

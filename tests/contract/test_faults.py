@@ -191,7 +191,9 @@ def test_a_replica_that_dies_and_comes_back(policy, groups) -> None:
 
 FUNCTIONS = {
     "raises": ("raise KeyError('label')", "KeyError: 'label'"),
-    "never returns": ("time.sleep(3600)", "no answer within 0.2 s"),
+    "never returns": ("time.sleep(3600)", "no answer within 1 s"),
+    "holds the interpreter": ("re.match(r'(a+)+$', 'a' * 60 + 'b')", "no answer within 1 s"),
+    "crashes": ("os.kill(os.getpid(), 11)", "its process was ended by SIGSEGV"),
     "exits": ("sys.exit(1)", "SystemExit: 1"),
     "gives nothing": ("return None", "returned None"),
     "nan": ("return [math.nan]", "returned nan"),
@@ -210,10 +212,9 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_that_fails(name, policy, groups, tmp_path) -> None:
     body, problem = FUNCTIONS[name]
-    (tmp_path / "rewards.py").write_text(
-        f"import math\nimport sys\nimport time\n\nimport torch\n\n\ndef f(queries, prompts, labels):\n    {body}\n"
-    )
-    check(f"py:{tmp_path}/rewards.py:f,timeout=0.2,concurrency=3", policy, groups, problem)
+    libraries = "math, os, re, sys, time" + (", torch" if "torch" in body else "")
+    (tmp_path / "rewards.py").write_text(f"import {libraries}\n\n\ndef f(queries, prompts, labels):\n    {body}\n")
+    check(f"py:{tmp_path}/rewards.py:f,timeout=1,concurrency=8", policy, groups, problem)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -87,7 +87,7 @@ def test_an_error_has_the_line_in_the_file_of_the_user(tmp_path) -> None:
         call(f"{shutil.copy(file, tmp_path / 'others.py')}:g")
 
 
-def test_two_functions_of_one_file_share_it(tmp_path) -> None:
+def test_functions_of_one_file_in_the_engine_share_it(tmp_path) -> None:
     """The file is imported once, with the models that it loads; dataclasses in it work."""
     file = tmp_path / "rewards.py"
     file.write_text(
@@ -97,7 +97,8 @@ def test_two_functions_of_one_file_share_it(tmp_path) -> None:
         "def f(q, p, l):\n    model.calls += 1\n    return [model.calls]\n"
         "def g(q, p, l):\n    model.calls += 1\n    return [model.calls]\n"
     )
-    assert call(f"{file}:f") == 1 and call(f"{file}:g") == 2
+    assert call(f"{file}:f", isolate=False) == 1 and call(f"{file}:g", isolate=False) == 2
+    assert call(f"{file}:g") == 1
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_a_file_may_replace_functions_of_torch(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch, "as_tensor", lambda *_, **__: torch.zeros(1))
     file = tmp_path / "rewards.py"
     file.write_text("def f(queries, prompts, labels):\n    return [0.7]\n")
-    assert call(f"{file}:f") == 0.7
+    assert call(f"{file}:f", isolate=False) == 0.7
 
 
 def test_the_time_limit_includes_the_conversion(tmp_path) -> None:
@@ -191,20 +192,21 @@ def test_the_time_limit_includes_the_conversion(tmp_path) -> None:
 @pytest.mark.parametrize(
     "body", ["import sys\nsys.exit('set JUDGE_API_KEY first')", "raise SystemExit('set JUDGE_API_KEY first')"]
 )
-def test_a_file_that_exits_at_its_import_is_named(tmp_path, body) -> None:
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_file_that_exits_at_its_import_is_named(tmp_path, body, isolate) -> None:
     file = tmp_path / "rewards.py"
     file.write_text(f"{body}\n\ndef f(queries, prompts, labels):\n    return 1.0\n")
-    with pytest.raises(ValueError, match="rewards.py exits when it is imported: set JUDGE_API_KEY first"):
-        call(f"{file}:f")
+    with pytest.raises(PamaError, match="rewards.py exits when it is imported: set JUDGE_API_KEY first"):
+        call(f"{file}:f", isolate=isolate)
 
 
-def test_functions_that_hang_take_no_more_threads_than_they_may(tmp_path) -> None:
+def test_functions_that_hang_in_the_engine_take_no_more_threads_than_they_may(tmp_path) -> None:
     """The process can also exit although they never return; otherwise pytest would hang here."""
     file = tmp_path / "rewards.py"
     file.write_text("import time\n\ndef f(queries, prompts, labels):\n    time.sleep(3600)\n")
 
     async def ask():
-        score = load_function(f"{file}:f", PyOptions(timeout=0.05, concurrency=2))
+        score = load_function(f"{file}:f", PyOptions(timeout=0.05, concurrency=2, isolate=False))
         return await asyncio.gather(*(score(response()) for _ in range(9)), return_exceptions=True)
 
     problems = [str(problem) for problem in asyncio.run(ask())]
@@ -341,6 +343,6 @@ def test_the_default_dtype_does_not_round_rewards(tmp_path, reward) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert call(f"{file}:f") == 1.2345678
+        assert call(f"{file}:f", isolate=False) == 1.2345678
     finally:
         torch.set_default_dtype(before)

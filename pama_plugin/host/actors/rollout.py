@@ -13,7 +13,7 @@ from openrlhf.trainer.ray import vllm_engine
 from openrlhf.utils.agent import AgentExecutorBase
 
 from pama_plugin.batch.metrics import PROBLEM, REWARD, SECONDS
-from pama_plugin.batch.outcome import LONGEST_PROBLEM, Outcome, attempt, code_of, printable
+from pama_plugin.batch.outcome import LONGEST_PROBLEM, Outcome, attempt, code_of, problem_of
 from pama_plugin.errors import PamaError, RewardError
 from pama_plugin.rewards import Response, Scorer
 from pama_plugin.rewards.numbers import only_number
@@ -128,7 +128,7 @@ def _load(objective: Objective) -> Scorer:
     try:
         return objective.load_scorer(patient=objective.on_failure.action == "fail")
     except Exception as error:  # the user's file may raise anything
-        problem = printable(f"cannot be loaded: {type(error).__name__}: {error}")
+        problem = f"cannot be loaded: {problem_of(error)}"
 
         async def refuse(response: Response) -> float:
             raise RewardError(objective.name, problem, response.query)

@@ -2,8 +2,10 @@
 
 import argparse
 import asyncio
+import contextlib
 import json
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -51,6 +53,8 @@ def score_file(options: argparse.Namespace) -> int:
     rows = _read(options.file)
     tokenizer = _load_tokenizer(options.tokenizer, objectives)
     responses = [_as_response(row, tokenizer) for row in rows]
+    partial = out.with_name(f"{out.name}.partial")
+    _reserve(partial, rows, [objective.name for objective in objectives])
     results: dict[str, list[Outcome]] = {}
     seconds = {}
     for objective in objectives:
@@ -58,11 +62,8 @@ def score_file(options: argparse.Namespace) -> int:
         with tqdm(total=len(rows), desc=objective.name, unit="response") as bar:
             results[objective.name] = _score(objective, rows, responses, tokenizer, bar.update)
         seconds[objective.name] = time.perf_counter() - start
-    with out.open("w", encoding="utf-8") as file:
-        for index, row in enumerate(rows):
-            outcomes = {name: outcomes[index] for name, outcomes in results.items()}
-            rewards = {name: None if outcome.problem else outcome.reward for name, outcome in outcomes.items()}
-            file.write(json.dumps(row | {"rewards": rewards}) + "\n")
+        _write(partial, rows, results)
+    partial.replace(out)
     _print_table(results, seconds)
     print(f"rewards  {out}")
     return int(any(all(outcome.problem for outcome in outcomes) for outcomes in results.values()))
@@ -91,6 +92,28 @@ def _read(path: Path) -> list[Row]:
     if not rows:
         raise ConfigError(f"{path} must have at least one line, found none")
     return rows
+
+
+def _reserve(partial: Path, rows: list[Row], names: list[str]) -> None:
+    """Write a file as large as the result can become: a disk that is too small is found before anything is scored."""
+    longest = dict.fromkeys(names, Outcome(-sys.float_info.max))
+    try:
+        partial.touch()
+        _write(partial, rows, {name: [outcome] * len(rows) for name, outcome in longest.items()})
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise ConfigError(f"--out must be a file that can be written, found {partial}: {error.strerror}") from error
+
+
+def _write(partial: Path, rows: list[Row], results: dict[str, list[Outcome]]) -> None:
+    """Write the rewards so far in place, within the space that ``_reserve`` took."""
+    with partial.open("r+", encoding="utf-8") as file:
+        for index, row in enumerate(rows):
+            outcomes = {name: outcomes[index] for name, outcomes in results.items()}
+            rewards = {name: None if outcome.problem else outcome.reward for name, outcome in outcomes.items()}
+            file.write(json.dumps(row | {"rewards": rewards}) + "\n")
+        file.truncate()
 
 
 def _is_prompt(prompt: Any) -> bool:

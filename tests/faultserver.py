@@ -37,6 +37,7 @@ class FaultServer:
     Attributes:
         bodies: every request's document, in the order of arrival.
         authorization: the last request's header.
+        cookies, paths: every request's header and target.
         most_in_flight: the largest number of requests that were waiting out their ``delay`` at once.
     """
 
@@ -44,6 +45,8 @@ class FaultServer:
         self.count, self.delay, self.retry_after = count, delay, retry_after
         self.bodies: list[dict[str, Any]] = []
         self.authorization: str | None = None
+        self.cookies: list[str | None] = []
+        self.paths: list[str] = []
         self.in_flight = self.most_in_flight = self.port = 0
         self.lock = threading.Lock()
         self.stopping = threading.Event()
@@ -146,6 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
         with faults.lock:
             faults.bodies.append(body)
             faults.authorization = self.headers.get("Authorization")
+            faults.cookies.append(self.headers.get("Cookie"))
+            faults.paths.append(self.path)
             faults.in_flight += 1
             faults.most_in_flight = max(faults.most_in_flight, faults.in_flight)
             self.number = len(faults.bodies)
@@ -165,6 +170,23 @@ class _Handler(BaseHTTPRequestHandler):
 def _ok(handler: _Handler) -> None:
     rewards = [reward_of(handler.query)]
     handler.reply(json.dumps({"rewards": rewards, "scores": rewards, "extra_logs": {"dummy_scores": rewards}}))
+
+
+def _double(delay: float) -> Callable[[_Handler], None]:
+    """The reply twice, on a connection that stays open whatever the client asks for."""
+
+    def handle(handler: _Handler) -> None:
+        _ok(handler)
+        handler.faults.stopping.wait(delay)
+        handler.close_connection = False
+        with suppress(OSError):
+            _ok(handler)
+
+    return handle
+
+
+def _cookie(handler: _Handler) -> None:
+    handler.reply(json.dumps({"rewards": [0.5]}), headers=f"Set-Cookie: c{handler.number}={'v' * 100}\r\n")
 
 
 def _drop(handler: _Handler) -> None:
@@ -278,6 +300,9 @@ MODES: dict[str, Callable[[_Handler], None]] = {
     "gzip": _compressed(1),
     "gzip_in_gzip": _compressed(2),
     "502_gzip": _compressed(1, status=502),
+    "double": _double(0.0),
+    "double_late": _double(0.02),
+    "cookie": _cookie,
     "huge": _rewards(1e300),
     "integer": _rewards(2),
 }

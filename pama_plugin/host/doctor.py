@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -64,12 +65,19 @@ def doctor(flags: Sequence[str]) -> int:
 def _examine(flags: Sequence[str]) -> Iterator[Check]:
     yield Check("pama_plugin", "ok", f"{__version__}, Python {sys.version.split()[0]}")
     yield from map(_package, STACK)
+    from pama_plugin.host.preflight.fingerprints import host_package, host_release
+
     try:
-        host = version("openrlhf")
-    except PackageNotFoundError:
-        yield Check("openrlhf", "FAIL", "not installed")
+        host, folder = host_release(), host_package()
+    except ConfigError as error:
+        yield Check("openrlhf", "FAIL", str(error))
         return
-    yield Check("openrlhf", "ok", host)
+    yield Check("openrlhf", "ok", f"{host}, {folder}")
+    checkout = Path.cwd() / "openrlhf"
+    if checkout.is_dir() and checkout.resolve() != folder.resolve():
+        yield Check(
+            "openrlhf", "warning", f"python -m, started in this folder, runs {checkout} instead; pama train does not"
+        )
     yield from _seams("--pama.allow_unsupported_host" in flags)
     yield _way_in()
     print(f"asking Ray for a cluster, for up to {RAY_TIMEOUT} s ...", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Ways to start: the stock OpenRLHF command (``pama_plugin.pth`` arms it at interpreter start) and ``pama train``.
+"""Ways to start: the stock OpenRLHF command (``pama_plugin.pth`` calls ``arm`` at its start) and ``pama train``.
 
 OpenRLHF has neither a registry nor an entry point, and builds its parser inside ``if __name__ == "__main__"``. But
 every run calls ``ArgumentParser.parse_args``. We wrap it once, for OpenRLHF's parser only: the wrapper adds our flags
@@ -7,12 +7,14 @@ and, because OpenRLHF's modules are imported by then, calls ``seam.install`` to 
 
 import argparse
 import importlib.abc
+import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 HOST_COMMAND = "openrlhf.cli.train_ppo_ray"
+HOST_FILE = "openrlhf/cli/train_ppo_ray.py"
 
 
 class FlagCheck(importlib.abc.MetaPathFinder):
@@ -22,6 +24,29 @@ class FlagCheck(importlib.abc.MetaPathFinder):
         if fullname == HOST_COMMAND.rpartition(".")[0]:
             sys.meta_path.remove(self)
             check_flags("train_ppo_ray.py", sys.argv[1:])
+
+
+def arm_command(command: Sequence[str]) -> None:
+    """Arm an interpreter that was started with ``command`` if it runs OpenRLHF's, or a module that may run it.
+
+    A program that only mentions OpenRLHF's command, such as ``ray job submit``, is left alone.
+    """
+    module, script = _program(command)
+    if module or f"/{script}".endswith(f"/{HOST_FILE}"):
+        arm()
+
+
+def _program(command: Sequence[str]) -> tuple[str, str]:
+    """The module or the script that the interpreter runs; both empty for ``-c`` or an interactive session."""
+    arguments = iter(command[1:])
+    for argument in arguments:
+        if argument in ("-W", "-X", "--check-hash-based-pycs"):  # a value follows
+            next(arguments, None)
+        elif match := re.fullmatch(r"-[a-zA-Z]*?(c|m)(.*)", argument):
+            return (match[2] or next(arguments, ""), "") if match[1] == "m" else ("", "")
+        elif not argument.startswith("-"):
+            return "", argument
+    return "", ""
 
 
 def arm(start: Callable[[Any], None] | None = None) -> None:
@@ -36,9 +61,16 @@ def arm(start: Callable[[Any], None] | None = None) -> None:
         return
 
     def parse_args(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> argparse.Namespace:
-        if not _is_host_parser(parser):
+        caller = sys._getframe(1).f_globals
+        if not _is_host_parser(parser, caller):
             return stock(parser, args, namespace)
         argparse.ArgumentParser.parse_args = stock  # type: ignore[method-assign]
+        if caller is not vars(sys.modules["__main__"]):  # run by a profiler or debugger, which is __main__ itself
+            parser.exit(
+                2,
+                f"{parser.prog}: error: --loss and --pama.* need OpenRLHF's command to be the main program, found "
+                f"{sys.modules['__main__'].__file__}; put `-m pama_plugin train` in the place of `-m {HOST_COMMAND}`\n",
+            )
         from pama_plugin.errors import ConfigError
         from pama_plugin.host.seam import install
         from pama_plugin.settings.flags import add_flags
@@ -72,9 +104,10 @@ def check_flags(program: str, arguments: Sequence[str]) -> None:
         sys.exit(2)
 
 
-def _is_host_parser(parser: argparse.ArgumentParser) -> bool:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec is not None and spec.name == HOST_COMMAND and parser.get_default("algo.advantage.estimator") is not None
+def _is_host_parser(parser: argparse.ArgumentParser, caller: dict[str, Any]) -> bool:
+    """Whether OpenRLHF's command, run as a module or as a script, asks its parser."""
+    is_command = caller["__name__"] == "__main__" and str(caller.get("__file__")).endswith(HOST_FILE)
+    return is_command and parser.get_default("algo.advantage.estimator") is not None
 
 
 def train(arguments: Sequence[str], start: Callable[[Any], None] | None = None) -> None:

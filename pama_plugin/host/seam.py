@@ -31,7 +31,7 @@ from pama_plugin.host.preflight.tokenizers import check_vocabularies
 from pama_plugin.host.preflight.weights import check_code, check_value_head
 from pama_plugin.host.protocols import Command, Strategy
 from pama_plugin.settings.names import STOCK
-from pama_plugin.settings.run import PamaConfig, dump_config, load_config, warn_of_many_objectives
+from pama_plugin.settings.run import WEIGHTED_SUM, PamaConfig, dump_config, load_config, warn_of_many_objectives
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     config = load_config(loss, objectives, file, **flags, default_level=level)
     warnings = check_host(allowed["unsupported_host"])
     _check_host_flags(args, config)
+    config = _choose_filter(args, config)
     plan = make_plan(args, config)
     if plan_for is not None:
         cluster = parse_cluster(plan_for)
@@ -130,18 +131,6 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
             f"--rollout.n_samples_per_prompt must be at least 2 with --loss {config.loss}, which compares the "
             "responses to one prompt, found 1"
         )
-    if getattr(args, "algo.dynamic_filtering_enable"):
-        if late := config.scored_in("ranks", "replicas"):
-            raise ConfigError(
-                "--algo.dynamic_filtering_enable needs every objective scored in the rollout, found "
-                f"{', '.join(f'{objective.name} of kind {objective.kind}' for objective in late)}, scored after it"
-            )
-        # Filtering comes before failures are handled: a prompt whose responses have no reward has no rating.
-        if tolerant := [objective.name for objective in config.trained if objective.on_failure.action != "fail"]:
-            raise ConfigError(
-                "--algo.dynamic_filtering_enable rates prompts by their rewards: on_failure must be fail, found "
-                f"another policy for {', '.join(tolerant)}"
-            )
     grouped = [objective.name for objective in config.objectives if objective.normalize == "group"]
     if grouped and getattr(args, "rollout.n_samples_per_prompt") == 1:
         raise ConfigError(
@@ -167,6 +156,52 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
             f"only one of --pama.best and --ckpt.best_metric_key may be given, found {config.best} and "
             f"{getattr(args, 'ckpt.best_metric_key')}"
         )
+
+
+def _choose_filter(args: argparse.Namespace, config: PamaConfig) -> PamaConfig:
+    """Set by what dynamic filtering rates prompts; refuse a rating that is not known in time or fits no prompt."""
+    if not getattr(args, "algo.dynamic_filtering_enable"):
+        if config.filter_by is not None:
+            raise ConfigError(f"--pama.filter_by needs --algo.dynamic_filtering_enable, found {config.filter_by} only")
+        return config
+    default = config.names[0] if len(config.names) == 1 else None
+    config = config.model_copy(update={"filter_by": config.filter_by or default})
+    smallest, largest = getattr(args, "algo.dynamic_filtering_range")
+    between = f"--algo.dynamic_filtering_range {smallest:g} {largest:g}"
+    if config.filter_by is None:
+        raise ConfigError(
+            "--pama.filter_by must say what --algo.dynamic_filtering_enable rates prompts by, the objective whose mean "
+            f"reward lies within {between}, or {WEIGHTED_SUM}; found none with {', '.join(config.names)}"
+        )
+    is_default = isinstance(getattr(args, "algo.dynamic_filtering_range"), tuple)  # a flag gives a list
+    if config.filter_by == WEIGHTED_SUM and is_default:
+        raise ConfigError(
+            f"--pama.filter_by {WEIGHTED_SUM} needs a --algo.dynamic_filtering_range for the weighted sum of "
+            f"{', '.join(config.trained_names)}, found the default"
+        )
+    rated = config.filtered_by
+    if late := [each for each in rated if each in config.scored_in("ranks", "replicas")]:
+        raise ConfigError(
+            f"--pama.filter_by {config.filter_by} must be scored in the rollout, found "
+            f"{', '.join(f'{objective.name} of kind {objective.kind}' for objective in late)}, scored after it"
+        )
+    # Filtering comes before failures are handled: a prompt whose responses have no reward has no rating.
+    if tolerant := [objective.name for objective in rated if objective.on_failure.action != "fail"]:
+        raise ConfigError(
+            "--algo.dynamic_filtering_enable rates prompts by their rewards: on_failure must be fail, found another "
+            f"policy for {', '.join(tolerant)}"
+        )
+    ranges = [objective.range for objective in rated if objective.range is not None]
+    if len(ranges) == len(rated):
+        weights = [objective.weight.at(0) if config.filter_by == WEIGHTED_SUM else 1.0 for objective in rated]
+        low = sum(weight * bounds.low for weight, bounds in zip(weights, ranges))
+        high = sum(weight * bounds.high for weight, bounds in zip(weights, ranges))
+        if high <= smallest or low >= largest:
+            raise ConfigError(
+                f"{between} must contain rewards between {low:g} and {high:g}, as range= says of "
+                f"{config.filter_by}, found none: every prompt would be filtered out"
+            )
+    return config
 
 
 def _check_agent(agent: str | None, config: PamaConfig) -> None:
@@ -209,9 +244,7 @@ def _swap(
     from pama_plugin.host.actors import critic, reward_groups, rollout, trainer, trainer_async
 
     seed = getattr(args, "train.seed") if getattr(args, "train.full_determinism_enable") else None
-    # Only dynamic filtering reads a reward in the rollout; elsewhere a stock trainer must find none to train on.
-    scalar_reward = getattr(args, "algo.dynamic_filtering_enable")
-    vllm_engine.RolloutRayActor = rollout.rollout_actor(config, scalar_reward, seed)
+    vllm_engine.RolloutRayActor = rollout.rollout_actor(config, seed)
     ppo_trainer.PPOTrainer = trainer.PPOTrainer
     ppo_trainer_async.PPOTrainerAsync = trainer_async.PPOTrainerAsync
     ppo_trainer_async.TrainingActor = trainer_async.TrainingActor

@@ -26,7 +26,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from circuitbreaker import STATE_HALF_OPEN, STATE_OPEN, CircuitBreaker  # type: ignore[import-untyped]
@@ -37,10 +39,11 @@ from pama_plugin.rewards.options import HttpOptions
 from pama_plugin.rewards.response import Response
 
 BACKOFF = wait_exponential_jitter(multiplier=0.5, max=30, jitter=1)  # 0.5, 1, 2, 4 … s, plus up to 1 s
-LONGEST_RETRY_AFTER = 60.0  # seconds; longer values of the header are reduced to this
+LONGEST_RETRY_AFTER = 60.0  # seconds that the header may add to the waits for one response
 FAILURES_TO_OPEN = 5  # consecutive failures of a replica
 OPEN_SECONDS = 2.0  # seconds from the last failure to the trial request
 POLL_SECONDS = 0.1
+LONGEST_OUTAGE = 30.0  # seconds for which responses wait for a server that is down, if a failure does not end the run
 LARGEST_REPLY = 2**20  # bytes, decompressed
 
 
@@ -49,15 +52,16 @@ class ServerFailure(PamaError, RuntimeError):
 
 
 def split_replicas(location: str) -> tuple[str, ...]:
-    """Split ``URL|URL…`` into URLs.
+    """Split ``URL|URL…`` into URLs, with the values of the environment variables in their queries.
 
     Raises:
-        ValueError: a URL is not http or https, has no host, or contains a user name or password.
+        ValueError: a URL is not http or https, has no host, contains a user name or password, or has a query that is
+            not ``KEY=${VARIABLE}``: OpenRLHF prints its arguments, trackers and other users of the machine see them.
 
     >>> split_replicas("http://a:5000/get_reward|https://b/get_reward")
     ('http://a:5000/get_reward', 'https://b/get_reward')
     """
-    replicas = tuple(location.split("|"))
+    replicas = tuple(map(_fill_in, location.split("|")))
     for url in replicas:
         if not _is_usable(url):
             # The part before an @ may be a password.
@@ -87,8 +91,8 @@ def load_http(location: str, options: HttpOptions, *, patient: bool = False) -> 
     Args:
         location: the replicas.
         options: limits of the requests, and the token.
-        patient: if all replicas are suspended, wait for up to the time of one attempt, and then fail. Use it if a
-            failure ends the run. Otherwise it counts as a failed attempt.
+        patient: while all replicas are suspended, wait for up to the time of one attempt, because a failure ends the
+            run. Otherwise wait for up to 30 s, because the run goes on without these rewards.
 
     Raises:
         ValueError: as ``check_http``.
@@ -149,6 +153,7 @@ class _HttpScorer:
         self.token = _token(options)
         self.replicas = [_Replica(url) for url in split_replicas(location)]  # least recently used first
         self.slots = asyncio.Semaphore(options.concurrency)
+        self.down_since: float | None = None  # all replicas have been suspended since, apart from trials
 
     @functools.cached_property
     def client(self) -> httpx.AsyncClient:
@@ -156,9 +161,13 @@ class _HttpScorer:
         authorization = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         connections = self.options.concurrency
         return httpx.AsyncClient(
-            headers={"Content-Type": "application/json", "Accept-Encoding": "identity"} | authorization,
+            headers={"Content-Type": "application/json", "Accept-Encoding": "identity", "Connection": "close"}
+            | authorization,
             timeout=None,  # httpx limits single reads, not their sum; _post limits the sum
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            # One request per connection, as in OpenRLHF's client: if a server or proxy sends a reply twice, the second
+            # would be the reply to the next request.
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=0),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # accepts none
             # As OpenRLHF's client: no proxy from the environment, and the certificates that Python trusts.
             trust_env=False,
             verify=ssl.create_default_context(),
@@ -189,17 +198,18 @@ class _HttpScorer:
 
     async def _next(self, attempted: list[_Replica]) -> _Replica:
         """The least recently used of the replicas with the fewest attempts for this response."""
-        patience = self.options.timeout + OPEN_SECONDS if self.patient else 0.0
-        waited = 0.0
+        patience = self.options.timeout + OPEN_SECONDS if self.patient else LONGEST_OUTAGE
         while not (ready := [replica for replica in self.replicas if replica.may_be_asked]):
-            if waited >= patience:
-                problem = (
-                    f"all replicas are suspended, each failed {FAILURES_TO_OPEN} times in a row; "
-                    f"last error: {self.replicas[-1].breaker.last_failure}"
+            # The outage is timed, not the wait: else responses that wait for a slot would wait one after another.
+            self.down_since = self.down_since or time.monotonic()
+            if time.monotonic() - self.down_since >= patience:
+                raise _Failure(
+                    f"all replicas have been suspended for {patience:g} s, each failed {FAILURES_TO_OPEN} times in a "
+                    f"row; last error: {self.replicas[-1].breaker.last_failure}"
                 )
-                raise _Failure(problem) if self.patient else _Transient(problem)
             await asyncio.sleep(POLL_SECONDS)
-            waited += POLL_SECONDS
+        if any(replica.breaker.closed for replica in ready):
+            self.down_since = None
         replica = min(ready, key=attempted.count)
         self.replicas.remove(replica)
         self.replicas.append(replica)
@@ -283,7 +293,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _wait(state: RetryCallState) -> float:
     failure = state.outcome.exception() if state.outcome else None
-    return max(BACKOFF(state), failure.retry_after if isinstance(failure, _Transient) else 0.0)
+    asked = failure.retry_after if isinstance(failure, _Transient) else 0.0
+    return max(BACKOFF(state), min(asked, LONGEST_RETRY_AFTER - state.idle_for))
 
 
 def _retry_after(reply: httpx.Response) -> float:
@@ -293,21 +304,42 @@ def _retry_after(reply: httpx.Response) -> float:
         seconds = float(value) if value.isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
     except (ValueError, OverflowError):
         return 0.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER)
+    return max(seconds, 0.0)
 
 
 def _token(options: HttpOptions) -> str | None:
-    """The bearer token. Refuses one that cannot be sent in a header, without quoting it in the error."""
+    """The bearer token. Refuses one that cannot be sent in a header.
+
+    The error quotes neither the token nor the name of its variable, in whose place some write the token itself.
+    """
     if options.token_env is None:
         return None
     token = os.environ.get(options.token_env, "")
     if not re.fullmatch("[!-~]+", token):
         problem = "other characters" if token else "it unset or empty"
         raise ValueError(
-            f"the environment variable {options.token_env} (token_env) must contain the bearer token, "
-            f"printable ASCII without spaces, found {problem}"
+            "token_env must name an environment variable that contains the bearer token, printable ASCII without "
+            f"spaces, found {problem}"
         )
     return token
+
+
+def _fill_in(url: str) -> str:
+    """Replace ``${VARIABLE}`` in the query by its value."""
+    address, mark, query = url.partition("?")
+    if not mark:
+        return url
+    filled = []
+    for part in query.split("&"):
+        match = re.fullmatch(r"([\w.-]+)=\$\{(\w+)\}", part)
+        if not match or not os.environ.get(match[2]):
+            problem = f"the variable {match[2]} unset or empty" if match else "other text, not shown"
+            raise ValueError(
+                "the query of a replica may contain a key, which would be printed: it must be KEY=${VARIABLE}, in "
+                f"single quotes for the shell, with an environment variable that is set; found {problem}"
+            )
+        filled.append(f"{match[1]}={quote(os.environ[match[2]], safe='')}")
+    return f"{address}?{'&'.join(filled)}"
 
 
 def _is_usable(text: str) -> bool:
@@ -316,7 +348,8 @@ def _is_usable(text: str) -> bool:
     except httpx.InvalidURL:
         return False
     has_port = url.port is None or 0 < url.port < 2**16
-    return url.scheme in ("http", "https") and url.host != "" and has_port and not url.userinfo and " " not in text
+    plain = " " not in text and "#" not in text  # a fragment is not sent
+    return url.scheme in ("http", "https") and url.host != "" and has_port and not url.userinfo and plain
 
 
 def _is_loopback(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,20 +86,21 @@ def read_run(folder: Path) -> Run:
         ConfigError: the folder has no data of a run with objectives.
     """
     spec: dict[str, Any] = {"arm": folder.name, "rule": folder.name, "seed": None}
-    for name in (SPEC, RESULT):
-        if (folder / name).exists():
-            try:
-                spec |= json.loads((folder / name).read_text())
-            except ValueError as error:
-                raise ConfigError(f"{folder / name} is not JSON: {error}") from error
-    if "scalars" in spec:
-        scalars = {tag: [(int(step), float(value)) for step, value in rows] for tag, rows in spec["scalars"].items()}
+    if (folder / SPEC).exists():
+        spec |= _read_json(folder / SPEC)
+    if (folder / RESULT).exists():
+        result = read_result(folder / RESULT)
+        spec |= result
+        scalars = result["scalars"]
     else:
         scalars = read_scalars(folder)
     problems = []
     run = Run(folder, spec["arm"], spec["rule"], spec["seed"], scalars, ())
     if (folder / SPEC).exists() and not (folder / RESULT).exists():
         problems.append(f"not finished, {run.steps} steps so far")
+    steps = {step for name in run.trained for step, _ in scalars[f"{COEFFICIENT}{name}"]}
+    if missing := max(steps, default=0) - len(steps):
+        problems.append(f"{missing} of the steps 1 to {max(steps)} are missing")
     for name in run.trained:
         series = scalars.get(f"{REWARD}{name}", [])
         if not series:
@@ -108,23 +110,60 @@ def read_run(folder: Path) -> Run:
     return replace(run, problems=tuple(problems))
 
 
+def read_result(file: Path) -> dict[str, Any]:
+    """The result of a run of a sweep.
+
+    Raises:
+        ConfigError: the file is broken.
+        FileNotFoundError: there is none.
+    """
+    result = _read_json(file)
+    try:
+        result["scalars"] = {
+            tag: [(int(step), float(value)) for step, value in rows] for tag, rows in result["scalars"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"{file} must have scalars, tag → [step, value] …, found {error!r}") from error
+    return result
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must be a mapping, found {type(content).__name__}")
+    return content
+
+
 def read_scalars(folder: Path) -> dict[str, Series]:
     """All scalars of the newest run in a ``--logger.tensorboard_dir``, without OpenRLHF's prefix ``train/``.
 
-    A resumed run has several files in one folder; if they repeat a step, the later value is used.
+    OpenRLHF names a log by the minute, so a resumed run has several. A log that starts after step 1 continues the one
+    before it, of which the steps until there are used. If several have a step, the latest value is used.
 
     Raises:
         ConfigError: the folder has no event file, or the newest run has no objectives.
     """
-    files = sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+    files = sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime, reverse=True)
     if not files:
         raise ConfigError(f"no TensorBoard events in {folder}: give the folder of --logger.tensorboard_dir")
-    events = EventAccumulator(str(files[-1].parent), size_guidance={"scalars": 0})  # 0: keep every step
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    if not any(tag.startswith(f"train/{COEFFICIENT}") for tag in tags):
-        raise ConfigError(f"{files[-1]} is not the log of a run with --loss: it has no {COEFFICIENT}<name>")
-    return {
-        tag.removeprefix("train/"): sorted({event.step: event.value for event in events.Scalars(tag)}.items())
-        for tag in tags
-    }
+    scalars: dict[str, dict[int, float]] = {}
+    start = sys.maxsize  # the first step that was read
+    for log in dict.fromkeys(file.parent for file in files):
+        events = EventAccumulator(str(log), size_guidance={"scalars": 0})  # 0: keep every step
+        events.Reload()
+        tags = events.Tags()["scalars"]
+        coefficients = [tag for tag in tags if tag.startswith(f"train/{COEFFICIENT}")]
+        if not coefficients and any(tag.startswith("train/") for tag in tags):
+            break  # a stock run
+        for tag in tags:
+            values = {event.step: event.value for event in events.Scalars(tag) if event.step < start}
+            scalars[tag] = values | scalars.get(tag, {})
+        start = min([start, *(event.step for tag in coefficients for event in events.Scalars(tag))])
+        if start <= 1:
+            break
+    if start == sys.maxsize:
+        raise ConfigError(f"{files[0]} is not the log of a run with --loss: it has no {COEFFICIENT}<name>")
+    return {tag.removeprefix("train/"): sorted(values.items()) for tag, values in scalars.items() if values}

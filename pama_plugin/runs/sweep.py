@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pama_plugin import __version__
 from pama_plugin.errors import ConfigError
-from pama_plugin.runs.logs import RESULT, SPEC, read_scalars
+from pama_plugin.runs.logs import RESULT, SPEC, read_result, read_scalars
 from pama_plugin.settings.flags import load_flags
 from pama_plugin.settings.run import UniqueKeyLoader
 
@@ -152,7 +152,7 @@ def run_sweep(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, found {options.jobs}")
     jobs, out = load_sweep(options.file), options.out
-    waiting = [job for job in jobs if not (out / job.folder / RESULT).exists()]
+    waiting = [job for job in jobs if not _is_done(out / job.folder)]
     _check(waiting, options.file)
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done; logs and results: {out}", flush=True)
     outcomes: dict[str, list[str]] = {"done": [], "failed": [], "running elsewhere": []}
@@ -168,7 +168,11 @@ def run_sweep(options: argparse.Namespace) -> int:
         try:
             for future in as_completed(futures):
                 job = futures[future]
-                outcome = future.result()
+                try:
+                    outcome = future.result()
+                except OSError as error:  # a full disk; the next run may fit
+                    outcome = "failed"
+                    bar.write(f"{job.folder}: {error}")
                 outcomes[outcome].append(job.folder)
                 steps.pop(job.folder, None)
                 bar.update(outcome == "done")
@@ -184,12 +188,25 @@ def run_sweep(options: argparse.Namespace) -> int:
     return 1 if outcomes["failed"] else 0
 
 
+def _is_done(folder: Path) -> bool:
+    """Whether the run has a whole result. One that is not, as a disk may leave it, is run again."""
+    try:
+        read_result(folder / RESULT)
+    except FileNotFoundError:
+        return False
+    except ConfigError as error:
+        print(f"{error}: the run is repeated", flush=True)
+        return False
+    return True
+
+
 _running: set[int] = set()  # process groups
 
 
 def _stop_all() -> None:
     for group in list(_running):
-        os.killpg(group, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGTERM)
 
 
 @contextmanager
@@ -210,8 +227,9 @@ def run_job(job: Job, folder: Path, show: Any) -> str:
     with _lock(folder / "lock") as lock:
         if lock is None:
             return "running elsewhere"
-        if (folder / RESULT).exists():  # another sweep finished it
+        if _is_done(folder):  # another sweep finished it
             return "done"
+        (folder / RESULT).unlink(missing_ok=True)
         for partial in ("logs", "checkpoints", "model"):
             shutil.rmtree(folder / partial, ignore_errors=True)
         spec = {"arm": job.arm, "rule": job.rule, "weights": job.weights, "seed": job.seed, "flags": job.flags}
@@ -239,6 +257,10 @@ def run_job(job: Job, folder: Path, show: Any) -> str:
                     if match := GLOBAL_STEP.search(line):
                         show(job, int(match[1]))
                 status = process.wait()
+            except BaseException:  # the log cannot be written: nobody would read what the run prints
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+                raise
             finally:
                 _running.discard(process.pid)
         if status:

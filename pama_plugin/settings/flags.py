@@ -140,6 +140,13 @@ def add_flags(parser: argparse.ArgumentParser, rules: Mapping[str, Sequence[str]
         "off; try 0.1)",
     )
     group.add_argument(
+        "--pama.filter_by",
+        metavar="NAME",
+        help="with --algo.dynamic_filtering_enable: the objective, or monitor, whose mean reward over the responses to "
+        "a prompt must lie within --algo.dynamic_filtering_range; or sum, the weighted sum of all rewards. Required "
+        "with several objectives (default: the only one)",
+    )
+    group.add_argument(
         "--pama.allow_other_objectives",
         action="store_true",
         help="resume from a checkpoint with other objectives; new objectives start without statistics. Not with gae, "
@@ -198,7 +205,7 @@ def load_flags(arguments: Sequence[str]) -> "PamaConfig | None":
         raise ConfigError(f"--loss must be one of {rules}, or {STOCK} without objectives, found {loss!r}")
     from pama_plugin.settings.run import load_config
 
-    keys = ("level", "noon", "best", "probe", "whiten", "option", "probe_gradients", "stop_at_front")
+    keys = ("level", "noon", "best", "probe", "whiten", "option", "probe_gradients", "stop_at_front", "filter_by")
     settings = {key: flags[f"pama.{key}"] for key in keys}
     return load_config(loss, flags["pama.objective"], file, **settings, default_level="token")
 

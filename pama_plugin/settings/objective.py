@@ -26,6 +26,9 @@ from pama_plugin.settings.values import (
 
 Role = Literal["train", "monitor", "constraint"]
 # A name is part of metric keys such as reward/NAME, which trackers split at "/".
+# What may be secret in an http objective: user info, all after the first question mark or hash, and a token in place of
+# the name of its variable.
+SECRET = re.compile(r"(?<=://).*@|(?<=[?#]).*|(?<=token_env=)[^,]*", re.DOTALL)
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _MIB = 2**20
 
@@ -154,7 +157,7 @@ class Objective(BaseModel):
         """Kind, location, options and a hash of local files. Objectives with equal identities give equal rewards.
 
         The hash covers the size and the first and last MiB of each file. Options that do not change rewards are
-        excluded. The query of a URL is hashed, because it may contain a key.
+        excluded.
 
         Args:
             agent: file of the user's agent.
@@ -164,10 +167,7 @@ class Objective(BaseModel):
         """
         kind = self.reward_kind
         options = [f" {key}={value}" for key, value in self.options.items() if key not in kind.runtime_options]
-        location = self.location
-        if re.match("https?://", location):
-            location = re.sub(r"(?<=\?)[^|]+", lambda query: _digest(query[0].encode()), location)
-        text = f"{self.kind}:{location}{''.join(sorted(options))}"
+        text = f"{self.kind}:{self.location}{''.join(sorted(options))}"
         files = kind.resolve("files")
         paths = [Path(file) for file in files(self.location)] if files else []
         if kind.scored_in == "agent" and agent is not None:
@@ -201,9 +201,7 @@ def _digest(*parts: bytes) -> str:
 def parse_objective(text: str) -> Objective:
     """Parse ``NAME=KIND:LOCATION[,key=value…]``; raise ``ConfigError`` for anything else."""
     name, equals, rest = text.partition("=")
-    # The user info and the query of a URL may be secret.
-    redacted = re.sub(r"(?<=\?)[^,|#]+", "…", re.sub(r"(?<=://)[^|]*@", "…@", text))
-    source = f"--pama.objective {redacted!r}"
+    source = f"--pama.objective {SECRET.sub('…', text)!r}"
     if not equals:
         raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found no '='")
     return make_objective(name, rest, source)
@@ -214,6 +212,25 @@ def make_objective(name: str, spec: Any, source: str) -> Objective:
 
     Errors start with ``source``.
     """
+    try:
+        return _make_objective(name, spec, source)
+    except ConfigError as error:
+        raise ConfigError(_without_secrets(str(error), spec)) from None
+
+
+def _without_secrets(message: str, spec: Any) -> str:
+    """The message without parts of a user info or query, which a comma turns into options."""
+    secrets = SECRET.findall(spec) if isinstance(spec, str) else []
+    parts = {part for secret in secrets for part in re.split("[,=&|:@]", secret)} - {
+        *COMMON_OPTIONS,
+        *KINDS["http"].options,
+    }
+    for part in sorted(parts, key=len, reverse=True):
+        message = message.replace(part, "…") if len(part) > 3 else message
+    return message
+
+
+def _make_objective(name: str, spec: Any, source: str) -> Objective:
     if isinstance(spec, str):
         kind, colon, rest = spec.partition(":")
         location, *pairs = rest.split(",")

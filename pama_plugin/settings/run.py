@@ -37,6 +37,9 @@ from pama_plugin.settings.objective import Objective, describe_error, make_objec
 
 CHOICES: dict[str, tuple[str, ...]] = {"level": LEVELS, "best": BEST_RULES, "probe": PROBE_MODES}
 
+# The value of --pama.filter_by that stands for the sum of rewards times weights.
+WEIGHTED_SUM = "sum"
+
 # Number of objectives from which pama warns: independent objectives agree on a share of 2^(1−K), 3 % for six.
 MANY_OBJECTIVES = 6
 
@@ -81,6 +84,7 @@ class PamaConfig(BaseModel):
     probe: Literal["off", "warn", "strict"] = "warn"
     probe_gradients: int | None = None
     stop_at_front: StopAtFront | None = None
+    filter_by: str | None = None
 
     @field_validator(*CHOICES, mode="before")
     @classmethod
@@ -157,6 +161,11 @@ class PamaConfig(BaseModel):
             raise ValueError(
                 f"--pama.whiten needs a rule that combines advantages, found --loss {self.loss}, which combines rewards"
             )
+        if self.filter_by not in (None, WEIGHTED_SUM, *self.names):
+            raise ValueError(
+                f"--pama.filter_by must be {WEIGHTED_SUM} or an objective ({', '.join(self.names)}), found "
+                f"{self.filter_by!r}"
+            )
         _rehearse(self)
         if self.stop_at_front is not None:
             _check_stop_at_front(self, self.stop_at_front)
@@ -174,6 +183,13 @@ class PamaConfig(BaseModel):
     @property
     def trained_names(self) -> tuple[str, ...]:
         return tuple(objective.name for objective in self.trained)
+
+    @property
+    def filtered_by(self) -> tuple[Objective, ...]:
+        """The objectives by which dynamic filtering rates prompts."""
+        if self.filter_by == WEIGHTED_SUM:
+            return self.trained
+        return tuple(objective for objective in self.objectives if objective.name == self.filter_by)
 
     def weights_at(self, steps_done: int) -> tuple[float, ...]:
         """The weights of the trained objectives for the next step, after ``steps_done`` steps."""
@@ -225,6 +241,7 @@ def load_config(
     option: Iterable[str] = (),
     probe_gradients: str | None = None,
     stop_at_front: str | None = None,
+    filter_by: str | None = None,
     *,
     default_level: str,
 ) -> PamaConfig:
@@ -243,6 +260,7 @@ def load_config(
         "probe": probe,
         "probe_gradients": probe_gradients,
         "stop_at_front": stop_at_front,
+        "filter_by": filter_by,
     }
     listed = {key: value for key, value in content.items() if value is not None or key == "probe"}
     settings = listed | {key: value for key, value in flags.items() if value is not None}

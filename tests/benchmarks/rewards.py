@@ -133,7 +133,7 @@ def rollout(rounds: int, folder: str, server: FaultServer) -> None:
         else:
             chosen = [objectives[name] for name in names]
             config = load_config("linear", chosen, None, None, None, default_level="token")
-            executor = ObjectiveExecutor(config, Generation(), scalar_reward=False)
+            executor = ObjectiveExecutor(config, Generation())
         return asyncio.run(roll_out())
 
     cases = {"generation alone": run, "with http": lambda: run("http"), "with py": lambda: run("py")}

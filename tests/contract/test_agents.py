@@ -61,7 +61,7 @@ class Engine:
         return SimpleNamespace(outputs=[output])
 
 
-def play(tmp_path, *objectives: str, style: str = "torch.tensor([0.1 * self.turn])", scalar=False) -> tuple[dict, dict]:
+def play(tmp_path, *objectives: str, style: str = "torch.tensor([0.1 * self.turn])", by=None) -> tuple[dict, dict]:
     """What the agent returns by itself, and with our objectives around it."""
     from openrlhf.trainer.ray.vllm_engine import _load_agent_executor
 
@@ -69,7 +69,7 @@ def play(tmp_path, *objectives: str, style: str = "torch.tensor([0.1 * self.turn
 
     path = tmp_path / "agent.py"
     path.write_text(AGENT.replace("{STYLE}", style))
-    config = load_config("pama", objectives, None, None, None, default_level="sequence")
+    config = load_config("pama", objectives, None, None, None, filter_by=by, default_level="sequence")
 
     def run(executor):
         sampling = SimpleNamespace(logprobs=None, max_tokens=4)
@@ -77,7 +77,7 @@ def play(tmp_path, *objectives: str, style: str = "torch.tensor([0.1 * self.turn
         return asyncio.run(executor.execute(**request, hf_tokenizer=Numbers(), llm_engine=Engine()))
 
     stock = _load_agent_executor(str(path))
-    return run(stock), run(ObjectiveExecutor(config, stock, scalar_reward=scalar))
+    return run(stock), run(ObjectiveExecutor(config, stock))
 
 
 def test_a_multi_turn_agent_keeps_all_it_returns_and_its_keys_become_objectives(tmp_path) -> None:
@@ -92,13 +92,15 @@ def test_a_multi_turn_agent_keeps_all_it_returns_and_its_keys_become_objectives(
     assert own == alone["extra_logs"] and ours | {"extra_logs": None} == alone | {"extra_logs": None}
 
 
-def test_what_filtering_rates_is_the_weighted_sum_of_every_trained_kind(tmp_path) -> None:
+@pytest.mark.parametrize(("by", "rating"), [("style", 0.3), ("n", 9), ("sum", None)])
+def test_prompts_are_filtered_by_an_objective_or_by_the_weighted_sum(tmp_path, by, rating) -> None:
     (tmp_path / "rewards.py").write_text("def f(queries, prompts, labels):\n    return 2.0\n")
     objectives = ("style=agent:style,weight=10", f"own=py:{tmp_path}/rewards.py:f", "n=builtin:length,role=monitor")
     with FaultServer() as server:
-        _, ours = play(tmp_path, *objectives, f"judge=http:{server.url}", scalar=True)
+        _, ours = play(tmp_path, *objectives, f"judge=http:{server.url}", by=by)
         (body,) = server.bodies
-    assert ours["reward"] == ours["scores"] == pytest.approx(10 * 0.3 + 2 + reward_of(body["query"][0]))
+    assert ours["scores"] == pytest.approx(rating or 10 * 0.3 + 2 + reward_of(body["query"][0]))
+    assert ours["reward"] == 3.0, "the agent's own reward"
 
 
 def test_other_objectives_see_the_whole_conversation(tmp_path) -> None:
@@ -132,13 +134,13 @@ def test_the_hosts_single_turn_executor_is_used_without_an_agent() -> None:
 
     from pama_plugin.host.actors.rollout import ObjectiveExecutor
 
-    config = load_config("pama", ["n=builtin:length"], None, None, None, default_level="sequence")
-    executor = ObjectiveExecutor(config, SingleTurnAgentExecutor(None), scalar_reward=True)
+    config = load_config("pama", ["n=builtin:length"], None, None, None, filter_by="n", default_level="sequence")
+    executor = ObjectiveExecutor(config, SingleTurnAgentExecutor(None))
     sampling = SimpleNamespace(logprobs=None, max_tokens=4)
     request = dict(prompt="3 4", label="", sampling_params=sampling, max_length=64)
     output = asyncio.run(executor.execute(**request, hf_tokenizer=Numbers(), llm_engine=Engine()))
     assert output["observation_tokens"] == [3, 4, 7, 8, 9] and output["extra_logs"]["reward/n"] == 3
-    assert output["reward"] == output["scores"] == 3
+    assert output["scores"] == 3
 
 
 def test_the_host_makes_columns_of_what_an_agent_gives_now_and_then(tmp_path) -> None:

@@ -112,16 +112,32 @@ def test_one_failure_is_exit_code_1(monkeypatch, capsys) -> None:
     assert code == 1 and "1 of the checks failed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("missing", ["openrlhf", "deepspeed"])
-def test_a_package_that_is_missing(missing, monkeypatch) -> None:
+def test_a_package_that_is_missing(monkeypatch) -> None:
     def found(name: str) -> str:
-        if name == missing:
+        if name == "deepspeed":
             raise PackageNotFoundError(name)
         return version(name)
 
     monkeypatch.setattr(doctor, "version", found)
     code, checks = examine(monkeypatch)
-    assert code == 1 and Check(missing, "FAIL", "not installed") in checks
+    assert code == 1 and Check("deepspeed", "FAIL", "not installed") in checks
+
+
+def test_no_openrlhf(monkeypatch) -> None:
+    from pama_plugin.host.preflight import fingerprints
+
+    monkeypatch.setattr(fingerprints, "find_spec", lambda _: None)
+    code, checks = examine(monkeypatch)
+    assert code == 1 and (checks[-1].name, checks[-1].status) == ("openrlhf", "FAIL")
+
+
+def test_a_checkout_in_the_working_directory(tmp_path, monkeypatch) -> None:
+    """``python -m`` would run it instead."""
+    (tmp_path / "openrlhf").mkdir()
+    monkeypatch.chdir(tmp_path)
+    _, checks = examine(monkeypatch)
+    (warning,) = [check for check in checks if check.name == "openrlhf" and check.status == "warning"]
+    assert str(tmp_path / "openrlhf") in warning.detail
 
 
 def test_a_host_that_drifted(monkeypatch) -> None:

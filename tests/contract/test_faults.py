@@ -59,7 +59,7 @@ def roll_out(config: PamaConfig, problems: dict[int, str] | None = None) -> list
     from pama_plugin.host.actors.rollout import ObjectiveExecutor
 
     async def generate() -> list[dict[str, Any]]:
-        executor = ObjectiveExecutor(config, Generation(), scalar_reward=False)
+        executor = ObjectiveExecutor(config, Generation())
         outputs = await asyncio.gather(
             *(executor.execute(prompt=str(index), hf_tokenizer=Words()) for index in range(RESPONSES))
         )

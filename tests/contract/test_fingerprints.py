@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,24 @@ def test_the_table_is_what_the_wheel_has(release, wheels) -> None:
     found = fingerprint(zipfile.Path(wheels[release]) / f"openrlhf-{release}.data" / "purelib" / "openrlhf")
     assert found == known_releases()[release], "write the table anew: see the docstring of preflight/fingerprints.py"
     assert set(found) == with_seams
+
+
+@pytest.mark.parametrize("told", ["version.txt", "the fingerprints"])
+def test_a_checkout_that_is_not_installed(told, installed, monkeypatch) -> None:
+    def fail(_: str) -> str:
+        raise PackageNotFoundError
+
+    installed("0.11.1")
+    monkeypatch.setattr(fingerprints, "version", fail)
+    if told == "version.txt":
+        (fingerprints.host_package().parent / "version.txt").write_text("0.11.1\n")
+    assert fingerprints.host_release() == "0.11.1" and check_host(False) == []
+
+
+def test_no_openrlhf_at_all(monkeypatch) -> None:
+    monkeypatch.setattr(fingerprints, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="OpenRLHF must be installed"):
+        check_host(False)
 
 
 MODULES = [path.stem for path in (ROOT / "pama_plugin" / "host").glob("[a-z]*.py")]

@@ -68,7 +68,7 @@ class Rollouts:
     def __init__(self, config: Any) -> None:
         from pama_plugin.host.actors.rollout import ObjectiveExecutor
 
-        self.executor = ObjectiveExecutor(config, None, scalar_reward=False)
+        self.executor = ObjectiveExecutor(config, None)
         self.score_texts = SimpleNamespace(remote=self._score)
 
     def _score(self, responses: Any, names: list[str]) -> Any:

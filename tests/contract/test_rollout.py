@@ -18,7 +18,7 @@ def actor_classes(seed: int | None) -> tuple[type, type]:
     from pama_plugin.host.actors.rollout import rollout_actor
 
     config = load_config("pama", ["length=builtin:length"], None, None, None, default_level="token")
-    ours = rollout_actor(config, scalar_reward=False, seed=seed).__ray_metadata__.modified_class
+    ours = rollout_actor(config, seed=seed).__ray_metadata__.modified_class
     return ours, vllm_engine.RolloutRayActor.__ray_metadata__.modified_class
 
 
@@ -41,7 +41,7 @@ def test_an_engine_keeps_the_latest_reasons(monkeypatch) -> None:
 
     monkeypatch.setattr(rollout, "PROBLEMS_KEPT", 2)
     config = load_config("pama", ["length=builtin:length"], None, None, None, default_level="token")
-    executor = rollout.ObjectiveExecutor(config, None, False)
+    executor = rollout.ObjectiveExecutor(config, None)
     for problem in ("often", "once", "often", "x" * 9999, None):
         executor._remember(problem)
     assert list(executor.problems.values()) == ["often", "x" * LONGEST_PROBLEM]
@@ -88,6 +88,6 @@ def test_a_file_that_cannot_be_imported_ends_the_run_and_not_the_engine(tmp_path
 
     (tmp_path / "broken.py").write_text("import nothing_like_it\ndef f(queries, prompts, labels): ...\n")
     text = f"x=py:{tmp_path}/broken.py:f,on_failure={policy}"
-    executor = ObjectiveExecutor(load_config("pama", [text], None, None, None, default_level="token"), None, False)
+    executor = ObjectiveExecutor(load_config("pama", [text], None, None, None, default_level="token"), None)
     with pytest.raises(RewardError, match="'x': cannot be loaded: ModuleNotFoundError: No module named 'nothing"):
         asyncio.run(executor.score_texts([Response("q", "p", "", "r", 1)], ["x"]))

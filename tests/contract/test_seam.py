@@ -1,5 +1,6 @@
 """Both ways in, what they swap, what they leave alone, and what is refused before anything starts."""
 
+import importlib.util
 import json
 import os
 import re
@@ -45,6 +46,7 @@ def dump():
 if os.environ.get("OBSERVED"):
     atexit.register(dump)
 """
+FILTERING = ["--algo.dynamic_filtering_enable", "--rollout.n_samples_per_prompt", "4"]
 FAILS_VALIDATION = ["--algo.advantage.estimator", "rloo", "--rollout.n_samples_per_prompt", "1"]
 
 
@@ -85,14 +87,45 @@ def test_without_loss_nothing_of_the_host_differs(tmp_path) -> None:
 
 
 def test_the_literal_command_shows_our_flags_and_refuses_before_ray_starts() -> None:
-    commands = [[*LITERAL, "--help"], [*LITERAL, "--loss", "pareto", "--pama.objective", LENGTH]]
+    quiet, wrong = LITERAL[:3], ["--loss", "pareto", "--pama.objective", LENGTH]
+    file = importlib.util.find_spec(HOST_COMMAND).origin
+    commands = [[*LITERAL, "--help"], [*LITERAL, *wrong], [*quiet, f"-m{HOST_COMMAND}", *wrong], [*quiet, file, *wrong]]
+    commands += [[*quiet, *f"-m cProfile -m {HOST_COMMAND} --loss pama --pama.objective {LENGTH}".split()]]
     running = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for words in commands]
-    (shown, _), (_, refused) = (process.communicate(timeout=240) for process in running)
+    (shown, _), (_, refused), *others = (process.communicate(timeout=240) for process in running)
+    for (_, error), expected in zip(
+        others, ["found 'pareto'", "found 'pareto'", "put `-m pama_plugin train` in the place"]
+    ):
+        assert expected in error and "unrecognized arguments" not in error
     for flag in ("--loss", "--pama.objective", "--pama.config", "--pama.level", "--pama.noon", "--actor.adam.lr"):
         assert flag in shown
-    assert [process.returncode for process in running] == [0, 2]
+    assert [process.returncode for process in running][:4] == [0, 2, 2, 2]
     assert re.search("error: --loss .*pama, .*ppo.*, found 'pareto'", refused)
     assert "Started a local Ray instance" not in refused and "usage:" not in refused
+
+
+@pytest.mark.parametrize(
+    ("command", "armed"),
+    [
+        ("python -m {module} --loss pama", True),
+        ("python -m{module} --loss pama", True),
+        ("python -W ignore -X dev -um {module} --loss pama", True),
+        ("python -I -Wignore {file} --loss pama", True),
+        ("python -m cProfile -o out -m {module} --loss pama", True),  # of which only an error can come
+        ("python openrlhf/cli/train_ppo_ray.py --loss pama", True),
+        ("python my_train_ppo_ray.py --loss pama", False),
+        ("python /bin/ray job submit -- python -m {module} --loss pama", False),
+        ("python submit.py python {file} --loss pama", False),
+        ("python -c pass -m {module} --loss pama", False),
+        ("python", False),
+    ],
+)
+def test_only_the_hosts_own_process_is_armed(command, armed) -> None:
+    from pama_plugin.host import hook
+
+    with mock.patch.object(hook, "arm") as arm:
+        hook.arm_command(command.format(module=HOST_COMMAND, file=f"/site/{hook.HOST_FILE}").split())
+    assert arm.called == armed
 
 
 def test_the_launcher_refuses_before_it_loads_the_host(capsys, monkeypatch) -> None:
@@ -219,13 +252,39 @@ def test_stock_flags_come_through_untouched(flags) -> None:
         ((*TWO, *GROUPS, "--train.agent_func_path", "a.py"), "--train.agent_func_path must be a file, found a.py"),
         ((*TWO, *GROUPS, "--pama.objective", "s=agent:k"), "agent.*--train.agent_func_path, found none .*s$"),
         (
-            (*TWO, *GROUPS, "--algo.dynamic_filtering_enable"),
-            "--algo.dynamic_filtering_enable.*in the rollout, found r of kind rm",
+            (*TWO, *GROUPS, *FILTERING),
+            "--pama.filter_by .*within --algo.dynamic_filtering_range 0 1.*found none with .*r",
+        ),
+        ((*TWO, *GROUPS, "--pama.filter_by", "sum"), "--pama.filter_by .*--algo.dynamic_filtering_enable"),
+        ((*TWO, *GROUPS, *FILTERING, "--pama.filter_by", "q"), "--pama.filter_by .*sum .*r.*found 'q'"),
+        ((*TWO, *GROUPS, *FILTERING, "--pama.filter_by", "sum"), "sum needs a --algo.dynamic_filtering_range.*default"),
+        (
+            (*TWO, *GROUPS, *FILTERING, "--pama.filter_by", "r"),
+            "--pama.filter_by r .*in the rollout, found r of kind rm",
         ),
         (
-            ("--loss", "pama", "--pama.objective", f"{LENGTH},on_failure=mask", *GROUPS)
-            + ("--algo.dynamic_filtering_enable", "--rollout.n_samples_per_prompt", "4"),
+            (*TWO, *GROUPS, *FILTERING, "--pama.filter_by", "sum", "--algo.dynamic_filtering_range", "0", "9"),
+            "--pama.filter_by sum .*in the rollout, found r of kind rm",
+        ),
+        (
+            ("--loss", "pama", "--pama.objective", f"{LENGTH},on_failure=mask", *GROUPS, *FILTERING),
             "--algo.dynamic_filtering_enable.*on_failure.*fail, found .*length$",
+        ),
+        (
+            ("--loss", "pama", "--pama.objective", f"{LENGTH},range=1:12,weight=0.01", *GROUPS, *FILTERING),
+            "--algo.dynamic_filtering_range 0 1 .*between 1 and 12.*length.*filtered out",
+        ),
+        (
+            (
+                "--loss",
+                "pama",
+                "--pama.objective",
+                f"{LENGTH},range=0:2",
+                "--pama.objective",
+                "s=builtin:json,range=0:1",
+            )
+            + (*GROUPS, *FILTERING, "--pama.filter_by", "sum", "--algo.dynamic_filtering_range", "3", "4"),
+            "--algo.dynamic_filtering_range 3 4 .*between 0 and 3.*sum.*filtered out",
         ),
         (
             (

@@ -1,5 +1,6 @@
 """What the trainer adds to the host's: logs of the whole rollout batch, and what it takes back from a checkpoint."""
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,8 +38,10 @@ def trainer(
     made.best_eval_metric_key = key or BEST
     made.experience_maker = SimpleNamespace(steps_done=0)
     made.args = SimpleNamespace(
-        train=SimpleNamespace(full_determinism_enable=False), algo=SimpleNamespace(dynamic_filtering_enable=False)
+        train=SimpleNamespace(full_determinism_enable=False, dynamic_batch_enable=False, batch_size=8, max_epochs=1),
+        algo=SimpleNamespace(dynamic_filtering_enable=False),
     )
+    made.responses_trained = made.steps_at_start = 0
     return made
 
 
@@ -92,6 +95,57 @@ def test_the_mean_of_no_reward_is_not_logged() -> None:
     type(ours).__mro__[-2].train_step = lambda self, samples, step: ({}, step + 1)
     status, _ = ours.train_step([], 0)
     assert status == {"reward_mean/a": 2.0, "reward_std/a": pytest.approx(2**0.5)}
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "epochs", "dynamic", "start", "trains"),
+    [
+        ([], 1, False, 0, False),
+        ([4, 3], 1, False, 0, False),
+        ([4, 4], 1, False, 0, True),  # DeepSpeed accumulates gradients over rollouts
+        ([4], 2, False, 0, True),
+        ([4], 1, True, 0, True),
+        ([], 1, True, 0, False),
+        ([], 1, False, 7, True),  # resumed after its last step
+    ],
+)
+def test_a_run_that_trained_nothing_is_an_error(rollouts, epochs, dynamic, start, trains) -> None:
+    """Dynamic filtering, or a small data set, may leave fewer responses than an optimizer step takes."""
+    ours = trainer()
+    ours.args.train.max_epochs, ours.args.train.dynamic_batch_enable, ours.steps_at_start = epochs, dynamic, start
+    type(ours).__mro__[-2].train_step = lambda self, samples, step: ({}, step + 1)
+    for step, responses in enumerate(rollouts):
+        ours.train_step([None] * responses, step)
+    with (
+        contextlib.nullcontext()
+        if trains
+        else pytest.raises(PamaError, match=f"--train.batch_size.*had {sum(rollouts)}")
+    ):
+        ours._refuse_to_save_the_start()
+
+
+@pytest.mark.parametrize(("kept", "warns"), [(0, True), (1, True), (2, False), (12, False)])
+def test_a_step_that_filtered_out_almost_everything_says_so(kept, warns, capfd, monkeypatch) -> None:
+    from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+
+    from pama_plugin.host.actors.evaluation import ScoredSamplesGenerator
+
+    ours = ScoredSamplesGenerator.__new__(ScoredSamplesGenerator)
+    args = SimpleNamespace(
+        train=SimpleNamespace(full_determinism_enable=False),
+        algo=SimpleNamespace(dynamic_filtering_enable=True, dynamic_filtering_range=(0, 1)),
+        rollout=SimpleNamespace(batch_size=4, n_samples_per_prompt=2, vllm_generate_batch_size=None),
+        vllm=SimpleNamespace(enable_sleep=False),
+    )
+    config = load_config("pama", TWO, None, None, None, filter_by="b", default_level="token")
+    vars(ours).update(
+        args=args, batches=0, ended=False, prompts_dataloader=[], collector=SimpleNamespace(config=config)
+    )
+    samples = [SimpleNamespace(prompts=[str(prompt)]) for prompt in range(kept) for _ in range(2)]
+    monkeypatch.setattr(SamplesGenerator, "_generate_vllm", lambda *_, **__: (samples, 12, True))
+    assert ours.generate_samples()[2] == 12
+    said = f"kept {kept} of 12 prompts, those whose mean b lies within --algo.dynamic_filtering_range 0 1"
+    assert (said in capfd.readouterr().out) == warns
 
 
 AT_THE_FRONT = dict(active=0.05, conflict=0.9)
@@ -242,3 +296,22 @@ def test_heads_in_another_order_than_the_flags_are_refused() -> None:
     with pytest.raises(PamaError, match="--ckpt.path .*same folder.*found .*b, a .*a, b"):
         trainer(checkpoint(objectives=TWO[::-1]), critic=object()).init_checkpoint_states()
     assert trainer(checkpoint(objectives=TWO[::-1])).init_checkpoint_states()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("used", "left", "position"), [(5, 8, 5), (5, 5, 0), (5, 4, 0), (5, 1, 0)])
+def test_a_data_set_that_has_become_smaller_starts_again(workers, used, left, position, capfd) -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    from pama_plugin.host.actors.trainer import reachable_position
+
+    loader = StatefulDataLoader(list(range(8)), num_workers=workers)
+    iterator = iter(loader)
+    for _ in range(used):
+        next(iterator)
+    now = StatefulDataLoader(list(range(left)), num_workers=workers)
+    if found := reachable_position(loader.state_dict(), len(now)):
+        now.load_state_dict(found)
+    following = list(now) or list(now)  # after the last prompt comes the next epoch
+    assert int(following[0]) == position
+    assert (f"prompt 5 of the data set, which now has {left}" in capfd.readouterr().out) == (left < used)

@@ -67,13 +67,13 @@ def ray_address(environment: dict[str, str]) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(60)
-        kill_orphaned_engines(address)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def kill_orphaned_engines(address: str) -> None:
-    """vLLM's engines outlive an actor that was killed, with all their memory, and ignore SIGTERM."""
-    for pid in subprocess.run(["pgrep", "-f", "^VLLM::EngineCore"], capture_output=True, text=True).stdout.split():
+def orphaned_engines(address: str) -> list[int]:
+    """The processes of vLLM that outlived the actor that started them."""
+    orphans = []
+    for pid in subprocess.run(["pgrep", "-f", "^VLLM::"], capture_output=True, text=True).stdout.split():
         process = Path("/proc") / pid
         try:
             ours = f":{address.rpartition(':')[2]}\0" in (process / "environ").read_text()
@@ -81,7 +81,19 @@ def kill_orphaned_engines(address: str) -> None:
         except OSError:  # it has ended
             continue
         if ours and orphaned:
-            os.kill(int(pid), signal.SIGKILL)
+            orphans.append(int(pid))
+    return orphans
+
+
+def check_that_nothing_is_left(address: str) -> None:
+    """Nothing of a run outlives it, by more than some seconds."""
+    deadline = time.monotonic() + 20
+    while orphans := orphaned_engines(address):
+        if time.monotonic() > deadline:
+            for pid in orphans:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"processes of vLLM outlived the run: {orphans}")
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")
@@ -177,9 +189,8 @@ def run_host(environment: dict[str, str], ray_address: str, models: Path, tmp_pa
             except subprocess.TimeoutExpired:
                 stacks = what_the_actors_do()
                 os.killpg(process.pid, signal.SIGKILL)
-                kill_orphaned_engines(ray_address)
                 pytest.fail(f"no end after {limit} s\n{log.read_text()[-5000:]}\n{stacks}")
-        kill_orphaned_engines(ray_address)
+        check_that_nothing_is_left(ray_address)
         output = log.read_text()
         found = re.findall(r"Global step (\d+): ({.*})", output)
         return Run(status, output, {int(step): eval(metrics, {"nan": math.nan}) for step, metrics in found})

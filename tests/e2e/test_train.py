@@ -104,7 +104,7 @@ def test_a_reward_that_raises_stops_the_run_with_its_name_and_step(run_host, tmp
         "    global calls\n    calls += 1\n"
         "    if calls > 16:\n        raise KeyError('no such label')\n    return [float(calls)]\n"
     )
-    objective = ["--loss", "linear", "--pama.objective", f"fragile=py:{tmp_path}/rewards.py:fragile"]
+    objective = ["--loss", "linear", "--pama.objective", f"fragile=py:{tmp_path}/rewards.py:fragile,isolate=false"]
     run = run_host(*GROUPS, *WITHOUT_REFERENCE, *objective, "--pama.probe", "off", steps=3)
     assert run.status != 0 and len(run.steps) == 1
     problem = f"KeyError: 'no such label' ({tmp_path}/rewards.py, line 8)"

@@ -22,7 +22,10 @@ from pama_plugin.rewards import Response, http
 RESPONSE = Response(query="Once more, please", prompt="Once", label="tale", response=" more, please", num_tokens=7)
 TOKEN = "s3cret/token"
 
-ANSWERED = {"ok": reward_of(RESPONSE.query), "huge": 1e300, "integer": 2.0}
+ANSWERED = {
+    **dict.fromkeys(("ok", "double", "double_late"), reward_of(RESPONSE.query)),
+    **{"huge": 1e300, "integer": 2.0, "cookie": 0.5},
+}
 
 NOT_ONE_NUMBER = "rewards .*list of one finite number.*found "
 FINAL = {
@@ -139,6 +142,30 @@ def test_a_transient_failure_is_repeated(mode, message) -> None:
             assert server.requests == (0 if mode == "refuse" else 3)
 
 
+@pytest.mark.parametrize("mode", ["double", "double_late"])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_reply_that_comes_twice_is_never_that_of_another_response(mode, concurrency) -> None:
+    async def main() -> None:
+        with FaultServer(mode) as server:
+            async with scorer(server, concurrency=concurrency) as score:
+                queries = ["x" * length for length in range(50)]
+                rewards = await asyncio.gather(*(score(RESPONSE._replace(query=query)) for query in queries))
+        assert rewards == list(map(reward_of, queries))
+
+    asyncio.run(main())
+
+
+def test_cookies_are_not_kept() -> None:
+    async def main() -> None:
+        with FaultServer("cookie") as server:
+            async with scorer(server) as score:
+                for _ in range(3):
+                    await score(RESPONSE)
+                assert server.cookies == [None] * 3 and not list(score.client.cookies.jar)
+
+    asyncio.run(main())
+
+
 def test_a_reward_after_failures() -> None:
     with FaultServer("flaky", count=2) as server:
         assert score_once(server, retries=2) == reward_of(RESPONSE.query) and server.requests == 3
@@ -199,12 +226,18 @@ def waits(monkeypatch) -> list[float]:
 @pytest.mark.parametrize("mode", ["429", "503"])
 @pytest.mark.parametrize(
     ("retry_after", "wait"),
-    [("7", 7), ("7200", http.LONGEST_RETRY_AFTER), ("soon", 0), ("-1", 0), ("Mon, 01 Jan 2024 00:00:00 GMT", 0)],
+    [
+        ("7", [7, 7, 7]),
+        ("25", [25, 25, 10]),
+        ("7200", [http.LONGEST_RETRY_AFTER, 0, 0]),
+        *((text, [0, 0, 0]) for text in ("soon", "-1", "Mon, 01 Jan 2024 00:00:00 GMT")),
+    ],
 )
 def test_retry_after(mode, retry_after, wait, waits) -> None:
+    """A server may delay one response by a minute in all."""
     with FaultServer(mode, retry_after=retry_after) as server, pytest.raises(http.ServerFailure):
-        score_once(server, retries=2)
-    assert waits == [wait, wait]
+        score_once(server, retries=3)
+    assert waits == wait
 
 
 def test_retry_after_as_a_date(waits) -> None:
@@ -312,9 +345,10 @@ def test_only_one_request_tries_a_replica(later) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("patient", [True, False])
-def test_a_patient_scorer_survives_the_restart_of_a_server(patient, monkeypatch) -> None:
+@pytest.mark.parametrize(("patient", "outage", "lost"), [(True, 0, 0), (False, 30, 0), (False, 0, 20)])
+def test_a_scorer_survives_the_restart_of_a_server(patient, outage, lost, monkeypatch) -> None:
     """Many responses at once open the breaker long before the retries of any of them are used up."""
+    monkeypatch.setattr(http, "LONGEST_OUTAGE", outage)
     monkeypatch.setattr(http, "OPEN_SECONDS", 1)
     monkeypatch.setattr(http, "BACKOFF", tenacity.wait_fixed(0.1))  # one request tries, the others repeat after it
 
@@ -327,9 +361,49 @@ def test_a_patient_scorer_survives_the_restart_of_a_server(patient, monkeypatch)
                 server.mode = "ok"
                 outcomes = await waiting
         failed = [outcome for outcome in outcomes if isinstance(outcome, http.ServerFailure)]
-        assert len(failed) == (0 if patient else 20)
+        assert len(failed) == lost
 
     asyncio.run(main())
+
+
+def test_what_was_not_sent_is_no_attempt(monkeypatch) -> None:
+    """A server that is down for 0.3 s of every second, at a tenth of the real times, costs no reward."""
+    monkeypatch.setattr(http, "OPEN_SECONDS", 0.2)
+    monkeypatch.setattr(http, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_exponential_jitter(multiplier=0.05, max=3, jitter=0.1))
+
+    async def main() -> None:
+        with FaultServer(delay=0.03) as server:
+
+            async def fail_now_and_then() -> None:
+                while True:
+                    for mode, seconds in (("500", 0.3), ("ok", 0.7)):
+                        server.mode = mode
+                        await asyncio.sleep(seconds)
+
+            failing = asyncio.create_task(fail_now_and_then())
+            async with scorer(server, concurrency=8) as score:
+                queries = ["x" * length for length in range(400)]
+                rewards = await asyncio.gather(*(score(RESPONSE._replace(query=query)) for query in queries))
+            failing.cancel()
+        assert rewards == list(map(reward_of, queries))
+
+    asyncio.run(main())
+
+
+def test_a_server_that_stays_down_delays_a_step_once(monkeypatch) -> None:
+    """The outage is timed, not the wait of each response: those that wait for a slot fail with the others."""
+    monkeypatch.setattr(http, "LONGEST_OUTAGE", 0.3)
+
+    async def main() -> float:
+        with FaultServer("refuse") as server:
+            async with scorer(server, retries=99, concurrency=4) as score:
+                start = time.perf_counter()
+                outcomes = await asyncio.gather(*(score(RESPONSE) for _ in range(100)), return_exceptions=True)
+        assert all("all replicas have been suspended for 0.3 s" in str(outcome) for outcome in outcomes)
+        return time.perf_counter() - start
+
+    assert asyncio.run(main()) < 0.3 * 100 / 4 / 2
 
 
 @pytest.mark.parametrize("patient", [True, False])
@@ -382,7 +456,9 @@ def test_failures_must_be_in_a_row() -> None:
     asyncio.run(main())
 
 
-def test_no_replica_left() -> None:
+def test_no_replica_left(monkeypatch) -> None:
+    monkeypatch.setattr(http, "LONGEST_OUTAGE", 0.2)
+
     async def main() -> None:
         with FaultServer("500") as a, FaultServer("refuse") as b:
             async with scorer(a, b, retries=99) as score:
@@ -471,20 +547,42 @@ def test_a_token_that_cannot_be_sent(function, value, problem, monkeypatch) -> N
     monkeypatch.delenv("JUDGE_TOKEN", raising=False)
     if value is not None:
         monkeypatch.setenv("JUDGE_TOKEN", value)
-    with pytest.raises(ValueError, match=rf"JUDGE_TOKEN \(token_env\).*printable ASCII.*found .*{problem}") as caught:
+    with pytest.raises(ValueError, match=rf"token_env .*printable ASCII.*found .*{problem}") as caught:
         function("http://localhost/get_reward", http.HttpOptions(token_env="JUDGE_TOKEN"))
     assert TOKEN not in "".join(traceback.format_exception(caught.value))
+    assert "JUDGE_TOKEN" not in str(caught.value), "it may be the token itself"
 
 
-def test_the_query_of_a_url_is_sent_and_not_shown() -> None:
+def test_the_query_of_a_url_is_sent_and_not_shown(monkeypatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", TOKEN)
     with FaultServer("500") as server, pytest.raises(http.ServerFailure) as caught:
-        score_once(SimpleNamespace(url=f"{server.url}?key={TOKEN}"), retries=0)
-    assert server.requests == 1 and TOKEN not in str(caught.value)
+        score_once(SimpleNamespace(url=f"{server.url}?model=${{JUDGE_KEY}}&key=${{JUDGE_KEY}}"), retries=0)
+    assert server.paths == ["/get_reward?model=s3cret%2Ftoken&key=s3cret%2Ftoken"] and TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        ("key=pa55", "other text"),
+        ("pa55", "other text"),
+        ("", "other text"),
+        ("key=${JUDGE_KEY}&token=pa55", "other text"),
+        ("key=${JUDGE_KEY}pa55", "other text"),
+        ("key=$JUDGE_KEY", "other text"),
+        ("key=${OTHER_KEY}", "OTHER_KEY unset"),
+    ],
+)
+@pytest.mark.parametrize("function", [http.check_http, http.load_http])
+def test_a_key_in_a_url_must_come_from_the_environment(function, query, problem, monkeypatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", TOKEN)
+    with pytest.raises(ValueError, match=rf"query .*KEY=\$.VARIABLE.*found .*{problem}") as caught:
+        function(f"https://judge/score?{query}", http.HttpOptions())
+    assert "pa55" not in str(caught.value) and TOKEN not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "location",
-    ["http://judge", "https://judge:8443/v1/@model?key=1", "http://[::1]:5000/get_reward|http://127.0.0.1:5001/"],
+    ["http://judge", "https://judge:8443/v1/@model", "http://[::1]:5000/get_reward|http://127.0.0.1:5001/"],
 )
 def test_replicas(location) -> None:
     assert http.split_replicas(location) == tuple(location.split("|"))
@@ -504,6 +602,7 @@ def test_replicas(location) -> None:
         "http://judge/get_reward|",
         "http://judge/get reward",
         "http://judge/\n",
+        "http://judge/#part",
         "http://[::1/get_reward",
     ],
 )
@@ -514,7 +613,7 @@ def test_replicas_that_cannot_be_asked(function, location) -> None:
 
 
 @pytest.mark.parametrize(
-    "location", ["http://user:pa55@judge/", "http://pa55@judge/", "http://a:pa55/@judge/", "ftp://judge/?key=pa55"]
+    "location", ["http://user:pa55@judge/", "http://pa55@judge/", "http://a:pa55/@judge/", "ftp://judge/#pa55"]
 )
 def test_a_password_is_refused_and_not_shown(location) -> None:
     with pytest.raises(ValueError, match=r"http\(s\)://HOST.*without user or password.*found ") as caught:
@@ -527,7 +626,10 @@ def test_a_password_is_refused_and_not_shown(location) -> None:
     [
         ("https://judge/get_reward", []),
         ("http://localhost:5000/get_reward|http://127.0.0.1/|http://127.8.9.1:5000/|http://[::1]:5000/", []),
-        ("http://10.0.0.1/a|https://judge/b|http://judge/c?key=1", ["http://10.0.0.1/a", "http://judge/c"]),
+        (
+            "http://10.0.0.1/a|https://judge/b|http://judge/c?key=${JUDGE_TOKEN}",
+            ["http://10.0.0.1/a", "http://judge/c"],
+        ),
         ("http://[2001:db8::1]/", ["http://[2001:db8::1]/"]),
         ("http://localhost.example.com/", ["http://localhost.example.com/"]),
     ],

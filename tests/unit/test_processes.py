@@ -13,6 +13,7 @@ import pytest
 from pama_plugin.errors import PamaError
 from pama_plugin.rewards import Response
 from pama_plugin.rewards.options import PyOptions
+from pama_plugin.rewards.processes import Processes
 from pama_plugin.rewards.py import check_function, load_function
 from pama_plugin.rewards.response import Scorer
 
@@ -109,15 +110,17 @@ def test_a_function_may_use_signals_and_print(tmp_path, capfd) -> None:
     asyncio.run(ask())
 
 
-def test_fast_calls_share_one_process_and_slow_ones_take_no_more_than_they_may(tmp_path) -> None:
-    location = write(tmp_path, "return os.getpid()", top="import os, time\ntime.sleep(2)")
+@pytest.mark.parametrize(("patience", "processes"), [(60, 1), (0.01, 3)])
+def test_a_call_waits_as_long_as_a_start_takes_before_it_starts_another_process(tmp_path, patience, processes) -> None:
+    path, _, name = write(tmp_path, "time.sleep(0.5); return os.getpid()", top="import os, time").rpartition(":")
 
-    async def ask(location: str, count: int) -> set[str]:
-        return set(await gather(load_function(location, PyOptions(concurrency=3)), *count * ["bad"]))
+    async def ask() -> set[float]:
+        pool = Processes(path, name, limit=3, timeout=60)
+        assert 0 < pool.patience < 60
+        pool.patience = patience
+        return set(await asyncio.gather(*(pool.call("bad", "", "") for _ in range(6))))
 
-    assert len(asyncio.run(ask(location, 100))) == 1
-    slow = write(tmp_path, "import time; time.sleep(0.3); return os.getpid()", top="import os", name="slow.py")
-    assert len(asyncio.run(ask(slow, 9))) == 3
+    assert len(asyncio.run(ask())) == processes
 
 
 def test_what_a_call_has_started_ends_with_it(tmp_path) -> None:

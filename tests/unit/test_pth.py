@@ -26,6 +26,11 @@ def site_packages(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+def test_the_package_and_the_root_of_the_wheel_have_the_same_line() -> None:
+    own = ROOT / "pama_plugin" / "host" / "pama_plugin.pth"
+    assert own.read_text() == LINE and not own.is_symlink()
+
+
 def test_enable_writes_the_line_and_disable_removes_it(site_packages, capsys) -> None:
     target = site_packages / "pama_plugin.pth"
     for _ in range(2):

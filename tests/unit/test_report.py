@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +177,52 @@ def test_steps_that_a_resumed_run_repeats_count_once(folder) -> None:
             writer.add_scalar("train/pama/coefficient/length", 0.75, step)
     series = read_scalars(folder)["reward/length"]
     assert [step for step, _ in series] == list(range(1, 22)) and series[-2:] == [(20, 5.0), (21, 5.0)]
+
+
+def log(folder: Path, name: str, steps: range, *, stock: bool = False) -> None:
+    """A log of OpenRLHF's, in a folder of its own, whose reward is a tenth of the step."""
+    with SummaryWriter(str(folder / name)) as writer:
+        for step in steps:
+            writer.add_scalar("train/reward/a", step / 10, step)
+            if not stock:
+                writer.add_scalar("train/pama/coefficient/a", 1.0, step)
+        writer.add_scalar("eval/eval_pama_best", 0.0, steps[-1])
+    for number, file in enumerate((folder / name).iterdir()):
+        place = len(list(folder.iterdir()))
+        os.utime(file, (10 * place + number, 10 * place + number))
+
+
+def test_a_resumed_run_is_reported_from_its_first_step(tmp_path, capsys) -> None:
+    """OpenRLHF names the folders of logs by the minute in which they start."""
+    log(tmp_path, "1", range(1, 5))
+    log(tmp_path, "2", range(5, 9))
+    run = read_run(tmp_path)
+    expected = [(step, pytest.approx(step / 10)) for step in range(1, 9)]
+    assert run.scalars["reward/a"] == expected and run.problems == ()
+    main(["report", str(tmp_path)])
+    assert "0.100" in (out := capsys.readouterr().out) and "0.700" in out
+
+
+@pytest.mark.parametrize(
+    ("logs", "steps"),
+    [
+        ([range(1, 7), range(5, 9)], range(1, 9)),  # killed after the checkpoint of step 4
+        ([range(1, 5), range(5, 7), range(7, 9)], range(1, 9)),
+        ([range(1, 9), range(1, 4)], range(1, 4)),  # another run
+        ([range(1, 9), range(1, 5), range(5, 7)], range(1, 7)),
+        ([range(1, 5), range(3, 4), range(6, 9)], [1, 2, 3, 6, 7, 8]),
+    ],
+)
+def test_which_logs_belong_to_the_newest_run(logs, steps, tmp_path) -> None:
+    for number, part in enumerate(logs):
+        log(tmp_path, str(number), part)
+    assert [step for step, _ in read_run(tmp_path).scalars["reward/a"]] == list(steps)
+
+
+def test_missing_steps_are_a_problem(tmp_path) -> None:
+    log(tmp_path, "1", range(1, 5), stock=True)
+    log(tmp_path, "2", range(5, 9))
+    assert read_run(tmp_path).problems == ("4 of the steps 1 to 8 are missing",)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path) -> None:

@@ -1,7 +1,9 @@
 """``pama score``: the rewards of a run, for the lines of a file."""
 
+import contextlib
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,58 @@ def test_settings_from_a_file_and_the_exit_code_of_an_objective_without_rewards(
     code, rows = run(file, "--pama.config", f"{file.parent}/run.yaml", "--out", str(file.with_suffix(".scored.jsonl")))
     assert code == 1 and [row["rewards"] for row in rows] == [{"dead": None}] * 3
     assert "3 of 3" in capsys.readouterr().out
+
+
+@contextlib.contextmanager
+def files_end_at(size: int):
+    """As a disk on which there is no more room: no file of this process can become longer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_noticed_before_anything_is_scored(file, capsys) -> None:
+    (file.parent / "rewards.py").write_text(f"def f(q, p, l):\n    open('{file.parent}/called', 'w')\n    return 1\n")
+    with files_end_at(100):
+        code, rows = run(file, "--pama.objective", f"a=py:{file.parent}/rewards.py:f")
+    assert code == 2 and not rows and not (file.parent / "called").exists()
+    assert re.search("--out .*rows.scored.jsonl.partial: File too large", capsys.readouterr().err)
+    assert not list(file.parent.glob("*.partial"))
+
+
+def test_a_disk_that_becomes_full_costs_no_reward(file, monkeypatch, capsys) -> None:
+    from pama_plugin import score
+
+    scored = score._score
+
+    def fill_the_disk(*arguments):
+        outcomes = scored(*arguments)
+        (partial,) = file.parent.glob("*.partial")
+        limit.enter_context(files_end_at(partial.stat().st_size))
+        return outcomes
+
+    monkeypatch.setattr(score, "_score", fill_the_disk)
+    with contextlib.ExitStack() as limit:
+        code, rows = run(file, "--pama.objective", "a=builtin:length,unit=words,scale=3e-10")
+    assert code == 0 and [row["rewards"]["a"] for row in rows] == [words / 3e-10 for words in (2, 2, 1)]
+    assert not list(file.parent.glob("*.partial"))
+
+
+def test_what_was_scored_before_an_interrupt_is_kept(file, monkeypatch) -> None:
+    from pama_plugin import score
+
+    scored = score._score
+    monkeypatch.setattr(
+        score, "_score", lambda objective, *rest: scored(objective, *rest) if objective.name == "a" else 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        main(["score", str(file), "--pama.objective", "a=builtin:json", "--pama.objective", "b=builtin:json"])
+    (partial,) = file.parent.glob("*.partial")
+    assert [json.loads(line)["rewards"] for line in partial.read_text().splitlines()] == [{"a": 0}, {"a": 1}, {"a": 0}]
+    assert not file.with_suffix(".scored.jsonl").exists()
 
 
 def test_registered_rewards_need_a_tokenizer_only_to_count_tokens(file, capsys, monkeypatch) -> None:
@@ -141,7 +195,8 @@ def test_pama_score_does_not_wait_for_a_server_that_is_down(file, capsys, monkey
     from pama_plugin.rewards import http
 
     monkeypatch.setattr(http, "BACKOFF", tenacity.wait_none())
+    monkeypatch.setattr(http, "LONGEST_OUTAGE", 1)
     with file.open("a") as rows:
         rows.writelines(json.dumps(ROWS[0]) + "\n" for _ in range(20))
     code, _ = run(file, "--pama.objective", "dead=http:http://127.0.0.1:9/get_reward,timeout=60")
-    assert code == 1 and "all replicas are suspended" in capsys.readouterr().out
+    assert code == 1 and "all replicas have been suspended for 1 s" in " ".join(capsys.readouterr().out.split())

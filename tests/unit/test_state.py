@@ -45,10 +45,9 @@ def test_moments_equal_those_of_all_batches_together_after_json(batches, offset)
 
 
 @pytest.mark.needs_extras
-def test_the_identity_depends_on_a_key_in_a_url_but_does_not_contain_it() -> None:
-    keys = ("pa55", "pa56")
-    one, other = (parse_objective(f"a=http:http://judge/?key={key}|http://b/").identity() for key in keys)
-    assert one != other and "pa5" not in one + other and one.startswith("http:http://judge/?")
+def test_the_identity_does_not_contain_a_key(monkeypatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "pa55")
+    assert parse_objective("a=http:http://judge/?key=${JUDGE_KEY}").identity() == "http:http://judge/?key=${JUDGE_KEY}"
 
 
 @pytest.mark.parametrize("broken", ['{"mean": NaN}', '{"count": -1}', '{"squares": -1}', '{"mean": 1e999}'])

@@ -105,6 +105,26 @@ def test_a_run_without_a_log_has_failed(sweep, capsys) -> None:
     assert run(sweep, "--jobs", "0") == 2
 
 
+@pytest.mark.parametrize("content", ["", '{"arm": "pama"', "{}", '{"scalars": {"a": [1]}}', "[]"])
+def test_a_result_that_is_not_whole_is_made_again(sweep, content, capsys) -> None:
+    assert run(sweep) == 0
+    result = min((sweep / "out").glob("*/result.json"))
+    result.write_text(content)
+    assert run(sweep) == 0
+    said = capsys.readouterr().out
+    assert f"{result} " in said and "the run is repeated" in said and "6 runs, 5 of them done" in said
+    assert len((sweep / "calls").read_text().split()) == 7 and json.loads(result.read_text())["seed"]
+
+
+def test_a_run_whose_log_cannot_be_written_does_not_end_the_sweep(sweep, capsys) -> None:
+    """As on a full disk."""
+    job = load_sweep(sweep / "sweep.yaml")[0]
+    (sweep / "out" / job.folder / "run.log").mkdir(parents=True)
+    assert run(sweep) == 1
+    assert re.search(rf"{job.folder}: .*Is a directory", capsys.readouterr().out)
+    assert len(list((sweep / "out").glob("*/result.json"))) == 5
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_killed_sweep_resumes(sweep, sent) -> None:
     """SIGTERM and SIGINT also end the run. After SIGKILL it goes on, and the next sweep does not start it again."""
@@ -120,12 +140,16 @@ def test_a_killed_sweep_resumes(sweep, sent) -> None:
         # A shell makes background processes, such as a whole run of the tests, ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline = time.monotonic() + 60
-    while not (sweep / "calls").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(sent)
-    assert process.wait(30) != 0
+    try:
+        deadline = time.monotonic() + 60
+        while not (sweep / "calls").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(sent)
+        assert process.wait(30) != 0
+    finally:
+        process.kill()
+        process.wait()
 
     (lock,) = (sweep / "out").glob("*/lock")
     with lock.open("w") as handle:

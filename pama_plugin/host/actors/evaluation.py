@@ -9,6 +9,8 @@ from pama_plugin.batch.rating import summarise
 from pama_plugin.host.actors.collector import RewardCollector
 from pama_plugin.host.protocols import Experience
 
+FEW_PROMPTS = 0.1  # share of prompts left by dynamic filtering, below which a warning says so
+
 
 class ScoredSamplesGenerator(SamplesGenerator):
     """OpenRLHF's generator; its evaluation samples carry the rewards of all objectives, including ``rm``."""
@@ -26,11 +28,23 @@ class ScoredSamplesGenerator(SamplesGenerator):
         """Generate as OpenRLHF does and count the batches; once ``ended`` is set, report that no prompts are left."""
         if self.ended:
             return [], None, 0, True
-        samples, *rest = super().generate_samples(**generate_kwargs)
+        samples, pass_rate, prompts, exhausted = super().generate_samples(**generate_kwargs)
         self.batches += bool(samples)
+        if pass_rate is not None:
+            self._warn_of_filtering(pass_rate / 100 * prompts / self.args.rollout.n_samples_per_prompt, prompts)
         if self.args.train.full_determinism_enable:  # OpenRLHF returns them in the order in which vLLM finished
             samples.sort(key=lambda sample: sample.prompts[0])
-        return samples, *rest
+        return samples, pass_rate, prompts, exhausted
+
+    def _warn_of_filtering(self, kept: float, prompts: int) -> None:
+        """OpenRLHF logs its rate only for batches that it trains on, as a multiple of the responses per prompt."""
+        if kept < FEW_PROMPTS * prompts:
+            low, high = self.args.algo.dynamic_filtering_range
+            print(
+                f"[Warning] PAMA: dynamic filtering kept {kept:.0f} of {prompts} prompts, those whose mean "
+                f"{self.collector.config.filter_by} lies within --algo.dynamic_filtering_range {low:g} {high:g}",
+                flush=True,
+            )
 
     @torch.no_grad()
     def generate_eval_samples(self, **generate_kwargs: Any) -> list[Experience]:

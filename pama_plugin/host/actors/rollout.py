@@ -4,10 +4,13 @@ import asyncio
 import copy
 import logging
 import math
+import subprocess
 import time
 import zlib
+from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from openrlhf.trainer.ray import vllm_engine
 from openrlhf.utils.agent import AgentExecutorBase
@@ -33,8 +36,8 @@ class ObjectiveExecutor(AgentExecutorBase):
     reason. OpenRLHF's own executor would log an exception of a reward and continue.
     """
 
-    def __init__(self, config: PamaConfig, base: AgentExecutorBase, scalar_reward: bool) -> None:
-        self.config, self.base, self.scalar_reward = config, base, scalar_reward
+    def __init__(self, config: PamaConfig, base: AgentExecutorBase) -> None:
+        self.config, self.base = config, base
         self.scored = config.scored_in("rollout", "agent")
         self.scorers = {objective.name: _load(objective) for objective in config.scored_in("rollout")}
         self.failures = dict.fromkeys(config.names, 0)
@@ -66,14 +69,15 @@ class ObjectiveExecutor(AgentExecutorBase):
                 # OpenRLHF makes a column of every key in extra_logs: all responses must have it, as a number.
                 columns |= {key: math.nan} if key not in ("reward", "scores") else {}
         output["extra_logs"] = logs | columns
-        if self.scalar_reward:
-            total = sum(
-                objective.weight.at(self.steps_done) * outcome.reward
-                for objective, (outcome, _) in zip(self.scored, outcomes)
-                if objective.role == "train"
-            )
-            output |= {"reward": total, "scores": total}
+        if self.config.filter_by is not None:  # by ``scores`` OpenRLHF filters prompts
+            rewards = {objective.name: outcome.reward for objective, (outcome, _) in zip(self.scored, outcomes)}
+            output["scores"] = self._rating(rewards)
         return output
+
+    def _rating(self, rewards: dict[str, float]) -> float:
+        if self.config.filter_by in rewards:
+            return rewards[self.config.filter_by]
+        return sum(each.weight.at(self.steps_done) * rewards[each.name] for each in self.config.trained)
 
     async def score_texts(self, responses: list[Response], names: list[str]) -> dict[str, list[float]]:
         """Score texts with objectives that the rollout scores; a missing reward is NaN, and one reason is logged."""
@@ -147,7 +151,30 @@ async def _read(returned: dict[str, Any], key: str) -> float:
         raise PamaError(f"the agent's {key!r}: {error}") from error
 
 
-def rollout_actor(config: PamaConfig, scalar_reward: bool, seed: int | None) -> Any:
+def end_with_this_process(processes: list[psutil.Process]) -> "subprocess.Popen[bytes]":
+    """Kill vLLM's processes when this one ends, however it ends. Keep the result for as long.
+
+    They end by themselves unless their parent is killed, by Ray or for want of memory: then they would keep their
+    memory, on a GPU too. A shell waits for the end of this process, which closes the pipe between them.
+    """
+    # The 22nd field of stat, the 20th after the name, is the start time, as a process id may be used again.
+    started = [
+        f"{each.pid}:{Path(f'/proc/{each.pid}/stat').read_text().rpartition(')')[2].split()[19]}" for each in processes
+    ]
+    script = (
+        f"cat; for each in {' '.join(started)}; do pid=${{each%:*}}; stat=$(cat /proc/$pid/stat) && "
+        'set -- ${stat##*) } && [ "${20}" = "${each#*:}" ] && kill -KILL $pid; done'
+    )
+    return subprocess.Popen(
+        ["sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # else a signal to the group of this process would end the shell, too
+    )
+
+
+def rollout_actor(config: PamaConfig, seed: int | None) -> Any:
     """OpenRLHF's vLLM actor with our executor around its own.
 
     OpenRLHF passes neither its arguments nor a hook to this actor, so the class carries the configuration: as a local
@@ -155,17 +182,18 @@ def rollout_actor(config: PamaConfig, scalar_reward: bool, seed: int | None) -> 
 
     Args:
         config: the run's configuration.
-        scalar_reward: also return the weighted sum as OpenRLHF's single reward.
         seed: if set, sampling depends only on the seed, the step, the prompt and the sample's number.
     """
 
     class RolloutRayActor(vllm_engine.RolloutRayActor.__ray_metadata__.modified_class):
         executor: Any
+        watcher: Any
 
         # Ray awaits the constructor of an asynchronous actor.
         async def __init__(self, *args: Any, remote_rm_url: Any = None, **kwargs: Any) -> None:  # type: ignore[misc]
             await super().__init__(*args, **kwargs)
-            self.executor = ObjectiveExecutor(config, self.executor, scalar_reward)
+            self.watcher = end_with_this_process(psutil.Process().children(recursive=True))
+            self.executor = ObjectiveExecutor(config, self.executor)
 
         async def score_texts(self, responses: list[Response], names: list[str]) -> dict[str, list[float]]:
             return await self.executor.score_texts(responses, names)

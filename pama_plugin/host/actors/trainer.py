@@ -61,6 +61,7 @@ class MultiObjectiveTrainer(Host):
         self.state = self.experience_maker.state
         self.best_eval_metric_key = self.best_eval_metric_key or BEST
         self.steps_done = 0
+        self.steps_at_start = self.responses_trained = 0
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Shake hands with every actor, probe every reward, train; a ``RewardError`` names its step."""
@@ -71,6 +72,19 @@ class MultiObjectiveTrainer(Host):
             super().fit(*args, **kwargs)
         except RewardError as error:
             raise error.at_step(self.steps_done + 1) from error
+        self._refuse_to_save_the_start()
+
+    def _refuse_to_save_the_start(self) -> None:
+        """Raise ``PamaError`` if no optimizer step was made: OpenRLHF would save the unchanged policy as a success."""
+        train, responses = self.args.train, self.responses_trained
+        needed = 1 if train.dynamic_batch_enable else train.batch_size
+        if self.steps_at_start or responses * train.max_epochs >= needed:
+            return
+        filtered = f", and dynamic filtering by {self.config.filter_by} left these" if self.config.filter_by else ""
+        raise PamaError(
+            f"nothing was trained: an optimizer step takes {needed} responses (--train.batch_size), the run had "
+            f"{responses}{filtered}"
+        )
 
     def shake_hands(self) -> str:
         def reports(group: Any) -> list[Any]:
@@ -106,11 +120,13 @@ class MultiObjectiveTrainer(Host):
             self.state.resume(saved)
         if not comparable:  # OpenRLHF would restore the old key, whose value no new rating might reach
             states = {name: value for name, value in states.items() if not name.startswith("best_eval_metric")}
-        self._begin_step(states["global_step"])
+        self.steps_at_start = states["global_step"]
+        self._begin_step(self.steps_at_start)
         return states
 
-    def train_step(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], int]:
-        status, steps_done = super().train_step(*args, **kwargs)
+    def train_step(self, rollout_samples: list[Any], *args: Any) -> tuple[dict[str, Any], int]:
+        status, steps_done = super().train_step(rollout_samples, *args)
+        self.responses_trained += len(rollout_samples)
         for name, objective in self.state.objectives.items():
             if objective.rewards.count:
                 rewards = objective.rewards
@@ -197,10 +213,33 @@ class MultiObjectiveTrainer(Host):
             logger.log_eval(global_step, metrics)
 
 
+def reachable_position(position: dict[str, Any], prompts: int) -> dict[str, Any]:
+    """The saved position in the prompts; the start, and a line that says so, if there are no longer as many.
+
+    torchdata would fast-forward to the position, and raise ``StopIteration``.
+
+    Args:
+        position: a state of torchdata's ``StatefulDataLoader``, with or without workers.
+        prompts: the present number of prompts.
+    """
+    used = position.get("_num_yielded", 0)
+    if "_snapshot" in position:
+        used = position["_snapshot"]["_snapshot_step"] + position["_steps_since_snapshot"]
+    if used <= prompts:
+        return position
+    print(
+        f"[Warning] PAMA: the checkpoint is at prompt {used} of the data set, which now has {prompts}: the run goes on "
+        "with its first prompt",
+        flush=True,
+    )
+    return {}
+
+
 @ray.remote
 class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.modified_class):
     """The synchronous trainer."""
 
+    prompts_dataloader: Any
     samples_generator: Any
 
     def __init__(self, pretrain: str, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
@@ -208,6 +247,11 @@ class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.
             set_seed(strategy.args.train.seed)  # OpenRLHF shuffles the prompts here without setting a seed
         super().__init__(pretrain, strategy, *args, **kwargs)
         self.samples_generator = ScoredSamplesGenerator(self.samples_generator, self.experience_maker.collector)
+
+    def init_checkpoint_states(self) -> dict[str, Any]:
+        states = super().init_checkpoint_states()
+        position = states["data_loader_state_dict"]
+        return states | {"data_loader_state_dict": reachable_position(position, len(self.prompts_dataloader))}
 
     def end_run(self) -> None:
         """End after this step's logs, checkpoint and evaluation; OpenRLHF then saves the model, as at any end."""

@@ -8,7 +8,7 @@ from openrlhf.trainer import ppo_trainer_async
 from pama_plugin.errors import RewardError
 from pama_plugin.host.actors.evaluation import ScoredSamplesGenerator
 from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
-from pama_plugin.host.actors.trainer import MultiObjectiveTrainer
+from pama_plugin.host.actors.trainer import MultiObjectiveTrainer, reachable_position
 from pama_plugin.host.protocols import Strategy
 
 # Put in a slot, instead of the trainer's step, once the run is to end.
@@ -75,6 +75,7 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
     """The half that generates and evaluates, which needs the reward models that OpenRLHF does not pass to it."""
 
     rollout_slots: Any
+    prompts_dataloader: Any
     samples_generator: Any
 
     def begin(self, strategy: Strategy, reward_model_group: Any, steps_done: int) -> None:
@@ -92,6 +93,10 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
             super().fit(*args, **kwargs)
         except RewardError as error:
             raise error.at_step(self.steps_done + self.samples_generator.batches + 1) from error
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if position := reachable_position(state_dict, len(self.prompts_dataloader)):
+            super().load_state_dict(position)
 
     def _run_eval(self) -> dict[str, float]:
         logs: dict[str, float] = super()._run_eval()

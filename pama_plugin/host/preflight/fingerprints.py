@@ -19,7 +19,8 @@ import hashlib
 import json
 import sys
 import zipfile
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,8 @@ SEAMS = {
         BasePPOTrainer._compute_rollout_stats
         PPOTrainer PPOTrainer.__init__ PPOTrainer.fit PPOTrainer.evaluate""",
     "trainer/ppo_trainer_async.py": """
-        GenerateSamplesActor GenerateSamplesActor.__init__ GenerateSamplesActor._run_eval GenerateSamplesActor.fit
+        GenerateSamplesActor GenerateSamplesActor.__init__ GenerateSamplesActor.load_state_dict
+        GenerateSamplesActor._run_eval GenerateSamplesActor.fit
         TrainingActor TrainingActor.__init__ TrainingActor.fit
         PPOTrainerAsync PPOTrainerAsync.__init__ PPOTrainerAsync.fit""",
     "trainer/ppo_utils/experience.py": """
@@ -134,7 +136,7 @@ def check_host(allow_unsupported: bool) -> list[str]:
     """
     releases = known_releases()
     supported = [release for release in releases if "+" not in release]
-    installed = version("openrlhf")
+    installed, package = host_release(), host_package()
     problems = []
     # A local version (0.11.2+mine) that is not in the table is a custom build of that release.
     release = installed if installed in releases else installed.partition("+")[0]
@@ -143,7 +145,7 @@ def check_host(allow_unsupported: bool) -> list[str]:
         older = [known for known in supported if Version(known) < Version(release)]
         release = (older or supported[:1])[-1]
 
-    fingerprints = fingerprint(host_package())
+    fingerprints = fingerprint(package)
     changed = []
     for seam, recorded in releases[release].items():
         signature = fingerprints[seam].signature if seam in fingerprints else "nothing"
@@ -162,10 +164,24 @@ def check_host(allow_unsupported: bool) -> list[str]:
 
 
 def host_package() -> Path:
-    """Return the folder of the installed OpenRLHF, without importing it."""
+    """The folder of the OpenRLHF that would be imported. Raises ``ConfigError`` if there is none."""
     spec = find_spec("openrlhf")
-    assert spec is not None and spec.submodule_search_locations
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("OpenRLHF must be installed, or its checkout on PYTHONPATH, found neither")
     return Path(spec.submodule_search_locations[0])
+
+
+def host_release() -> str:
+    """The release of that OpenRLHF: a checkout has a version.txt; other copies are told by their fingerprints."""
+    package = host_package()
+    beside = package.parent / "version.txt"
+    if beside.is_file():  # before what is installed: a checkout in the working directory is imported first
+        return beside.read_text().strip()
+    with suppress(PackageNotFoundError):
+        return version("openrlhf")
+    found = fingerprint(package)
+    releases = known_releases()
+    return max(releases, key=lambda release: sum(found.get(seam) == known for seam, known in releases[release].items()))
 
 
 def _find(tree: ast.Module, name: str) -> Any:

@@ -50,9 +50,10 @@ def score_file(options: argparse.Namespace) -> int:
     out = options.out or options.file.with_suffix(".scored.jsonl")
     if not out.parent.is_dir() or out.is_dir() or out.resolve() == options.file.resolve():
         raise ConfigError(f"--out must be a file other than {options.file}, in an existing folder, found {out}")
-    rows = _read(options.file)
+    numbered = _read(options.file)
+    rows = list(numbered.values())
     tokenizer = _load_tokenizer(options.tokenizer, objectives)
-    responses = [_as_response(row, tokenizer) for row in rows]
+    responses = [_as_response(row, tokenizer, f"{options.file}, line {line}") for line, row in numbered.items()]
     partial = out.with_name(f"{out.name}.partial")
     _reserve(partial, rows, [objective.name for objective in objectives])
     results: dict[str, list[Outcome]] = {}
@@ -69,26 +70,31 @@ def score_file(options: argparse.Namespace) -> int:
     return int(any(all(outcome.problem for outcome in outcomes) for outcomes in results.values()))
 
 
-def _read(path: Path) -> list[Row]:
+def _read(path: Path) -> dict[int, Row]:
+    """Line number → row, for lines that are not empty."""
     try:
         with path.open(encoding="utf-8") as file:  # splitlines would also split at U+2028 in a text
             lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
-    rows = []
+    rows = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}, line {number} must be JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("response"), str) or not _is_prompt(row.get("prompt")):
             raise ConfigError(
                 f"{path}, line {number} must have a prompt (text or messages) and a response (text), found "
                 f"{line[:80]!r}"
             )
-        rows.append(row)
+        if not isinstance(row.get("rewards", {}), dict):  # those of an earlier call are kept
+            raise ConfigError(
+                f"{path}, line {number}: rewards must map names to rewards, which are added, found {row['rewards']!r}"
+            )
+        rows[number] = row
     if not rows:
         raise ConfigError(f"{path} must have at least one line, found none")
     return rows
@@ -112,7 +118,7 @@ def _write(partial: Path, rows: list[Row], results: dict[str, list[Outcome]]) ->
         for index, row in enumerate(rows):
             outcomes = {name: outcomes[index] for name, outcomes in results.items()}
             rewards = {name: None if outcome.problem else outcome.reward for name, outcome in outcomes.items()}
-            file.write(json.dumps(row | {"rewards": rewards}) + "\n")
+            file.write(json.dumps(row | {"rewards": row.get("rewards", {}) | rewards}) + "\n")
         file.truncate()
 
 
@@ -142,20 +148,33 @@ def _load_tokenizer(location: str | None, objectives: tuple[Objective, ...]) -> 
         raise ConfigError(f"--tokenizer: cannot load the tokenizer of {location}: {_first_line(error)}") from error
 
 
-def _as_response(row: Row, tokenizer: Any) -> Response:
+def _as_response(row: Row, tokenizer: Any, where: str) -> Response:
     """Build a ``Response`` as in a rollout: messages are formatted with the chat template of the tokenizer."""
     prompt, text = row["prompt"], row["response"]
     if not isinstance(prompt, str):
-        if tokenizer is None or not tokenizer.chat_template:
-            prompt = "\n".join(str(message["content"]) for message in prompt)
-        else:
-            prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        prompt = _format(prompt, tokenizer, where)
     end = tokenizer.eos_token or "" if tokenizer else ""
-    label = "" if row.get("label") is None else row["label"]  # of any type, as in a run
-    fields = {"query": prompt + text + end, "prompt": prompt, "label": label, "response": text}
+    fields = {"query": prompt + text + end, "prompt": prompt, "label": row.get("label", ""), "response": text}
     if tokenizer is None:
         return _Uncounted(**fields, num_tokens=0)
-    return Response(**fields, num_tokens=len(tokenizer(text + end, add_special_tokens=False)["input_ids"]))
+    try:
+        return Response(**fields, num_tokens=len(tokenizer(text + end, add_special_tokens=False)["input_ids"]))
+    except (TypeError, UnicodeError) as error:  # half of a surrogate pair, which JSON can write
+        raise ConfigError(f"{where}: the tokenizer cannot read {text[:80]!r}: {_first_line(error)}") from error
+
+
+def _format(messages: list[Row], tokenizer: Any, where: str) -> str:
+    if tokenizer is not None and tokenizer.chat_template:
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # of the template, such as one without a system role
+            raise ConfigError(f"{where}: the tokenizer's chat template refuses it: {_first_line(error)}") from error
+    contents = [message["content"] for message in messages]
+    if not all(isinstance(content, str) for content in contents):
+        raise ConfigError(
+            f"{where}: without a chat template (--tokenizer) every content must be text, found {contents!r}"
+        )
+    return "\n".join(contents)
 
 
 def _score(

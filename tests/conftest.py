@@ -16,19 +16,21 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("default")
 
 
+# Contract tests that start processes of their own, and have no Ray or model in common with the others.
+COMMANDS = ("test_doctor.py", "test_fingerprints.py", "test_recipes.py", "test_seam.py")
+
+
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which tests/light.sh does without
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n 2`` one process takes tests/contract, the other tests/e2e; the first to finish takes the rest.
-
-    Each of the two folders has a Ray and models that its tests share, and the end-to-end runs take turns. The two come
-    first because xdist begins with the largest scopes; any other test is a scope of its own.
-    """
+    """With ``-n 2`` one process takes most of tests/contract, which share a Ray and models; the other the rest."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFolder(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            folder = "/".join(nodeid.split("/")[:2])
-            return folder if folder in ("tests/contract", "tests/e2e") else nodeid
+            file = nodeid.partition("::")[0]
+            if not file.startswith("tests/contract/"):
+                return nodeid
+            return file if file.endswith(COMMANDS) else "tests/contract"
 
     return ByFolder(config, log)
 

@@ -25,13 +25,16 @@ class _Parsed(Exception):
 def parse_host_flags(
     *flags: str, extend: Callable[[argparse.ArgumentParser], None] | None = None
 ) -> argparse.Namespace:
-    """What the host's own parser, ``extend``-ed, makes of ``flags``: flat, without running the host any further."""
+    """What the host's own parser, ``extend``-ed, makes of ``flags``: flat, without running the host any further.
+
+    There is one vLLM engine unless the flags say otherwise.
+    """
     stock = argparse.ArgumentParser.parse_args
 
     def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
         if extend is not None:
             extend(parser)
-        raise _Parsed(stock(parser, list(flags)))
+        raise _Parsed(stock(parser, ["--vllm.num_engines", "1", *flags]))
 
     with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), mock.patch.object(sys, "argv", [HOST_COMMAND]):
         try:

@@ -33,6 +33,7 @@ class Experience(Protocol):
 class Tokenizer(Protocol):
     """The policy's tokenizer, from transformers."""
 
+    all_special_tokens: list[str]
     pad_token_id: int
     eos_token_id: int | None
 

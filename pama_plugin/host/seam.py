@@ -25,6 +25,7 @@ from typing import Any, cast
 from pama_plugin.aggregation import get_rule
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.preflight.fingerprints import check_host
+from pama_plugin.host.preflight.nodes import ask_nodes
 from pama_plugin.host.preflight.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
 from pama_plugin.host.preflight.resume import Resume, prepare_resume
 from pama_plugin.host.preflight.tokenizers import check_vocabularies
@@ -112,6 +113,10 @@ def _check_host_flags(args: argparse.Namespace, config: PamaConfig) -> None:
     for flag, why in BROKEN_IN_THE_HOST.items():
         if getattr(args, flag):
             raise ConfigError(f"--{flag} must be left out: {why}; found {getattr(args, flag)}")
+    if not getattr(args, "vllm.num_engines"):
+        raise ConfigError(
+            "--vllm.num_engines must be at least 1, because OpenRLHF's PPO generates with vLLM, found none"
+        )
     _check_agent(getattr(args, "train.agent_func_path"), config)
     with_heads = getattr(args, "algo.advantage.estimator") == "gae" and len(config.trained) > 1
     if with_heads and getattr(args, "ds.tensor_parallel_size") > 1:
@@ -262,16 +267,16 @@ def _ready(
 ) -> Callable[[Any], Strategy]:
     """Wrap ``get_strategy``, the first call in ``train``: Ray is up, the arguments are validated, no GPU is reserved.
 
-    It prints the plan and compares it with the nodes that Ray has.
+    It prints the plan, compares it with the nodes that Ray has, and asks them for the plugin.
     """
 
     def get_strategy(args: Any) -> Strategy:
         import ray
 
+        nodes = [node for node in ray.nodes() if node["Alive"]]
         cluster = [
             Node(node["NodeManagerAddress"], int(node["Resources"].get("GPU", 0)), node["Resources"].get("CPU", 0))
-            for node in ray.nodes()
-            if node["Alive"]
+            for node in nodes
         ]
         print(format_plan(plan, cluster), flush=True)
         try:
@@ -281,6 +286,12 @@ def _ready(
                 print(f"error: {error}", file=sys.stderr)
                 sys.exit(2)
             print(f"[Warning] {error}", flush=True)
+        try:
+            for warning in ask_nodes(config, nodes):
+                print(f"[Warning] PAMA: {warning}", flush=True)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
         if resume is not None:
             resume.point()
         if config.scored_in("ranks", "replicas"):

@@ -65,9 +65,38 @@ def _check_signature(node: ast.FunctionDef | ast.AsyncFunctionDef, path: Path) -
     parameters = node.args
     positional = len(parameters.posonlyargs) + len(parameters.args)
     fits = positional - len(parameters.defaults) <= 3 <= (math.inf if parameters.vararg else positional)
+    names = [parameter.arg for parameter in (*parameters.posonlyargs, *parameters.args)]
+    signature = f"def {node.name}({ast.unparse(parameters)})"
+    if wrapper := _adapt(node.name, names):
+        raise ValueError(
+            f"{path}: must be def {node.name}(queries, prompts, labels), where a query is prompt and response as one "
+            f"text, found {signature}; wrap it:\n{wrapper}"
+        )
     if isinstance(node, ast.AsyncFunctionDef) or not fits or None in parameters.kw_defaults:
-        signature = ast.unparse(node).partition(":\n")[0]
-        raise ValueError(f"{path}: must be def {node.name}(queries, prompts, labels), found {signature}")
+        found = "async " * isinstance(node, ast.AsyncFunctionDef) + signature
+        raise ValueError(f"{path}: must be def {node.name}(queries, prompts, labels), found {found}")
+
+
+def _adapt(name: str, parameters: list[str]) -> str | None:
+    """A wrapper for a function whose parameters, by their names, are not OpenRLHF's; None if they may be."""
+    head = f"def {name}_of_query(queries, prompts, labels):"
+    responses = "[query.removeprefix(prompt) for query, prompt in zip(queries, prompts)]"
+    if "solution_str" in parameters:  # verl's compute_score
+        pairs = f"zip({responses}, labels)"
+        arguments = {"data_source": "None", "solution_str": "response", "ground_truth": "label", "extra_info": "None"}
+        given = ", ".join(f"{each}={arguments[each]}" for each in parameters if each in arguments)
+        return f"{head}\n    return [{name}({given}) for response, label in {pairs}]"
+    of_labels = dict.fromkeys(("answer", "answers", "ground_truth", "solution"), "labels")
+    texts = {"completions": responses, "responses": responses, "prompts": "prompts", **of_labels}
+    if {"completions", "responses"} & set(parameters):  # as TRL calls it
+        given = ", ".join(f"{each}={texts[each]}" for each in parameters if each in texts)
+        return f"{head}\n    return {name}({given})"
+    places = {"query": 0, "queries": 0, "prompt": 1, "prompts": 1, "label": 2, "labels": 2}
+    if any(places.get(each, place) != place for place, each in enumerate(parameters[:3])):
+        order = {0: "queries", 1: "prompts", 2: "labels"}
+        given = ", ".join(f"{each}={order[places[each]]}" for each in parameters if each in places)
+        return f"{head}\n    return {name}({given})"
+    return None
 
 
 def _top_level_names(module: ast.Module) -> tuple[set[str], set[str]]:

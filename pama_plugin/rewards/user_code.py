@@ -13,6 +13,11 @@ from typing import Any
 from pama_plugin.errors import PamaError
 from pama_plugin.rewards.numbers import only_number
 
+# Errors of threads (isolate=false) whose cause is not in their text.
+_HINTS = {
+    "Already borrowed": "; a tokenizer takes one call at a time: set concurrency=1, or isolate=true",
+    "signal only works in main thread of the main interpreter": "; set isolate=true, for a main thread of its own",
+}
 _HERE = str(Path(__file__).parent)
 
 
@@ -28,8 +33,18 @@ def load(path: str, name: str, *, alone: bool) -> Callable[[str, str, Any], floa
     """
     function = getattr(_import(Path(path), alone), name)
 
+    unused: set[str] = set()
+
     def call(query: str, prompt: str, label: Any) -> float:
         result = function([query], [prompt], [label])
+        if isinstance(result, dict) and (extra := {str(key) for key, value in result.items() if value is not None}):
+            if new := sorted(extra - unused - {"rewards"}):
+                print(
+                    f"PAMA: {name} in {path} also returns {', '.join(new)}: not used; a number is logged by an "
+                    "objective of its own, with role=monitor",
+                    file=sys.stderr,
+                )
+            unused.update(extra)
         if isinstance(result, dict) and "rewards" not in result:
             raise PamaError(f"must return a dict with 'rewards', found the keys {', '.join(map(repr, result))}")
         return only_number(result["rewards"] if isinstance(result, dict) else result)
@@ -62,7 +77,7 @@ def describe(error: BaseException) -> PamaError:
     if type(error) is PamaError:
         return error
     try:
-        problem = PamaError(f"{type(error).__name__}: {error}{_where(error)}")
+        problem = PamaError(f"{type(error).__name__}: {error}{_where(error)}{_HINTS.get(str(error), '')}")
     except Exception:  # the __str__ of a user's exception may raise anything; its type still says something
         problem = PamaError(type(error).__name__)
     problem.__cause__ = error

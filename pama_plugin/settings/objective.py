@@ -153,6 +153,11 @@ class Objective(BaseModel):
         absolute = self.reward_kind.resolve("absolute")
         return self.model_copy(update={"location": absolute(self.location)}) if absolute else self
 
+    def files(self) -> list[Path]:
+        """The files that determine the reward."""
+        files = self.reward_kind.resolve("files")
+        return [Path(file) for file in files(self.location)] if files else []
+
     def identity(self, agent: str | None = None) -> str:
         """Kind, location, options and a hash of local files. Objectives with equal identities give equal rewards.
 
@@ -168,8 +173,7 @@ class Objective(BaseModel):
         kind = self.reward_kind
         options = [f" {key}={value}" for key, value in self.options.items() if key not in kind.runtime_options]
         text = f"{self.kind}:{self.location}{''.join(sorted(options))}"
-        files = kind.resolve("files")
-        paths = [Path(file) for file in files(self.location)] if files else []
+        paths = self.files()
         if kind.scored_in == "agent" and agent is not None:
             paths = [Path(agent)]
         return f"{text} sha256:{_digest(*map(_sample, paths))}" if paths else text

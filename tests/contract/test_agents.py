@@ -8,7 +8,7 @@ import pytest
 import torch
 from faultserver import FaultServer, reward_of
 
-from pama_plugin.errors import RewardError
+from pama_plugin.errors import PamaError, RewardError
 from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
@@ -127,6 +127,26 @@ def test_what_the_agent_does_not_return_is_a_failure_of_that_objective(tmp_path,
         play(tmp_path, f"a=agent:{key}", style=style)
     _, ours = play(tmp_path, f"a=agent:{key},on_failure=mask", "b=builtin:length", style=style)
     assert ours["extra_logs"]["reward/a"] != ours["extra_logs"]["reward/a"]
+
+
+@pytest.mark.parametrize(
+    ("style", "problem"),
+    [("'good'", "returned 'good'"), ("None", "returned None"), ("[1, 2]", "returned 2 rewards")],
+)
+def test_what_openrlhf_cannot_log_is_named(tmp_path, style, problem) -> None:
+    """It would make a column of it, and end the run with an error of torch's."""
+    with pytest.raises(PamaError, match=f"extra_logs: 'style' must be one number, {problem}"):
+        play(tmp_path, "n=builtin:length", style=style)
+
+
+def test_keys_that_only_some_responses_have_are_named(tmp_path) -> None:
+    from pama_plugin.host.actors.rollout import ObjectiveExecutor
+
+    config = load_config("pama", ["n=builtin:length"], None, None, None, default_level="sequence")
+    executor = ObjectiveExecutor(config, None)
+    executor._check_logs({"a": 1, "flag": True})
+    with pytest.raises(PamaError, match="same keys for every response, .'b', 'flag'. are not in all"):
+        executor._check_logs({"a": 1, "b": 2.0})
 
 
 def test_the_hosts_single_turn_executor_is_used_without_an_agent() -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from pama_plugin import __version__
-from pama_plugin.errors import HandshakeError
+from pama_plugin.errors import ConfigError, HandshakeError
 from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
@@ -81,3 +81,27 @@ def test_a_rank_that_died_is_named(ask) -> None:
 
     with pytest.raises(HandshakeError, match="policy 0: no answer .*No module named 'pama_plugin'"):
         shake_hands(CONFIG, {"policy": [[broken.remote()]]})
+
+
+def test_every_node_is_asked_for_the_plugin_and_for_files(local_ray, tmp_path) -> None:
+    import ray
+
+    from pama_plugin.host.preflight.nodes import ask_nodes
+
+    file = tmp_path / "rewards.py"
+    file.write_text("def f(queries, prompts, labels): ...\n")
+    config = load_config("linear", [f"a=py:{file}:f", "b=builtin:json"], None, None, None, default_level="token")
+    assert ask_nodes(config, ray.nodes()) == []
+    file.unlink()
+    (warning,) = ask_nodes(config, ray.nodes())
+    assert warning.startswith(ray.nodes()[0]["NodeManagerAddress"]) and f"has no {file}" in warning
+    unknown = ray.nodes()[0] | {"NodeID": 56 * "0", "NodeManagerAddress": "10.0.0.9"}
+    assert "node 10.0.0.9 did not answer" in ask_nodes(config, [unknown])[0]
+
+
+def test_nodes_without_this_plugin_are_refused_by_name() -> None:
+    from pama_plugin.host.preflight.nodes import Answer, judge
+
+    answers = {"10.0.0.1": Answer(__version__, ()), "10.0.0.2": Answer("0.0.9", ()), "10.0.0.3": Answer(None, ())}
+    with pytest.raises(ConfigError, match=f"{__version__}, as this one, found 10.0.0.2 has 0.0.9, 10.0.0.3 has none$"):
+        judge(answers)

@@ -17,6 +17,7 @@ class Letters:
     """The policy's tokenizer: a token is a letter, 1 ends a text."""
 
     pad_token_id = 0
+    all_special_tokens = ["<user>", "<assistant>"]
 
     def decode(self, tokens, skip_special_tokens=False):
         return "".join(chr(96 + int(token)) for token in tokens if not (skip_special_tokens and int(token) == 1))
@@ -50,6 +51,12 @@ def test_a_prompt_without_a_template_is_one_message_and_padding_is_no_response(t
         [{"role": "user", "content": text}] for text in ("Hello", "Good day", "Hi")
     ]
     assert [own.response for own in found] == texts
+
+
+def test_prompts_that_hold_the_policys_template_give_a_warning(tmp_path, caplog) -> None:
+    conversations(tmp_path, prompts=["<user>Hello<assistant>", "<user>Hi<assistant>", "Hi"])
+    (warning,) = [record.getMessage() for record in caplog.records if "template" in record.getMessage()]
+    assert "<user>, <assistant>" in warning and "--data.apply_chat_template" in warning and "text=full" in warning
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,8 @@ def test_waiting_can_be_allowed(allow_waiting, monkeypatch, capsys) -> None:
     nodes += [{"NodeManagerAddress": "10.0.0.3", "Resources": {}, "Alive": False}]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     config = load(OBJECTIVES[0])
-    plan, _ = planned(sizes(), config)
+    plan, _ = planned([*sizes(), "--vllm.num_engines", "0"], config)
+    monkeypatch.setattr(seam, "ask_nodes", lambda *_: [])
     get_strategy = seam._ready(lambda _: "strategy", config, plan, None, allow_waiting=allow_waiting)
     args = SimpleNamespace(reward=SimpleNamespace(remote_url="pama"))
     if allow_waiting:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from tiny import WORDS, make_config, make_prompts, make_tokenizer
@@ -164,7 +164,12 @@ def serve_rm(environment: dict[str, str], models: Path, tmp_path: Path) -> Itera
 def run_host(environment: dict[str, str], ray_address: str, models: Path, tmp_path: Path) -> Callable[..., Run]:
     """``run_host(flags, steps=…, command=…)``: the host's command on the small models, four prompts a step."""
 
-    def run(*flags: str, steps: int, command: list[str] = LITERAL, limit: float = 600, kill_after: int = 0) -> Run:
+    def run(*flags: str, **options: Any) -> Run:
+        finished = run_once(*flags, **options)
+        # OpenRLHF looks for a free port some time before it listens on it: another process may have taken it.
+        return run_once(*flags, **options) if "EADDRINUSE" in finished.output else finished
+
+    def run_once(*flags: str, steps: int, command: list[str] = LITERAL, limit: float = 600, kill_after: int = 0) -> Run:
         common = f"""
             --actor.model_name_or_path {models}/policy --data.prompt_dataset {models}/prompts.jsonl
             --data.input_key prompt --data.max_len 64 --data.max_samples {4 * steps} --rollout.max_new_tokens 12

@@ -76,6 +76,44 @@ def test_a_signature_other_than_that_of_a_reward_func_is_refused(tmp_path, defin
         check_function(f"{file}:f", PyOptions())
 
 
+VERL = """
+def score(data_source, solution_str, ground_truth, extra_info=None):
+    return float(solution_str == ground_truth)
+"""
+TRL = """
+def score(prompts, completions, answer, **kwargs):
+    return [float(a == b) for a, b in zip(completions, answer)]
+"""
+SHORT = "def score(completions, **kwargs):\n    return [float(text == '4') for text in completions]"
+ORDER = (
+    "def score(prompts, queries, labels):\n    return [float(a + c == b) for a, b, c in zip(prompts, queries, labels)]"
+)
+
+
+@pytest.mark.parametrize("source", [VERL, TRL, SHORT, ORDER])
+def test_a_function_for_another_trainer_is_refused_with_the_lines_that_adapt_it(tmp_path, source) -> None:
+    """OpenRLHF would call it with the wrong texts: verl's gave a right answer 0, and a wrong one 1."""
+    file = tmp_path / "rewards.py"
+    file.write_text(source)
+    with pytest.raises(ValueError, match=r"rewards.py: must be .*found def score\(.*wrap it:") as error:
+        check_function(f"{file}:score", PyOptions())
+    file.write_text(f"{source}\n\n\n{str(error.value).partition('wrap it:')[2]}\n")
+    location = f"{file}:score_of_query"
+    check_function(location, PyOptions())
+    score = load_function(location, PyOptions())
+    for text, reward in {"4": 1.0, "5": 0.0}.items():
+        assert asyncio.run(score(Response(f"2 + 2 = {text}", "2 + 2 = ", "4", text, 1))) == reward
+
+
+@pytest.mark.parametrize(
+    "names", ["queries, prompts, labels", "q, p, l", "query, prompt, answer", "texts, _, ground_truth"]
+)
+def test_names_that_may_be_openrlhfs_are_taken(tmp_path, names) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text(f"def f({names}):\n    return 0.0\n")
+    check_function(f"{file}:f", PyOptions())
+
+
 def test_an_error_has_the_line_in_the_file_of_the_user(tmp_path) -> None:
     file = tmp_path / "rewards.py"
     lines = ("import json", "def read(text):", "    return json.loads(text)", "def f(q, p, l):", "    return read('{')")
@@ -334,6 +372,36 @@ def test_an_error_whose_text_raises_is_reported_by_its_type(tmp_path) -> None:
     )
     with pytest.raises(PamaError, match="Silent"):
         call(f"{file}:f", timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        ("raise RuntimeError('Already borrowed')", "concurrency=1"),
+        ("import signal; signal.signal(signal.SIGALRM, print)", "isolate=true"),
+    ],
+)
+def test_errors_of_threads_say_what_to_set(tmp_path, body, hint) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text(f"def f(queries, prompts, labels):\n    {body}\n")
+    with pytest.raises(PamaError, match=hint):
+        call(f"{file}:f", isolate=False)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_what_a_function_returns_beside_its_rewards_is_said_once(tmp_path, isolate, capfd) -> None:
+    file = tmp_path / f"extra{isolate}.py"
+    file.write_text(
+        "def f(q, p, l):\n    return {'rewards': 1.0, 'scores': 2.0, 'extra_logs': {'a': 1}, 'none': None}\n"
+    )
+
+    async def ask() -> None:
+        score = load_function(f"{file}:f", PyOptions(isolate=isolate))
+        for _ in range(3):
+            await score(response())
+
+    asyncio.run(ask())
+    assert capfd.readouterr().err.count("also returns extra_logs, scores: not used") == 1
 
 
 @pytest.mark.parametrize("reward", ["1.2345678", "[1.2345678]", "{'rewards': [1.2345678]}"])

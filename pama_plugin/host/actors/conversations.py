@@ -22,7 +22,9 @@ class Conversations:
     def __init__(self, strategy: Any, tokenizer: Any) -> None:
         self.strategy, self.args, self.tokenizer = strategy, strategy.args, tokenizer
         self.origins: dict[str, Any] = {}  # formatted prompt → prompt in the data set
-        self.complete = not (self.args.data.apply_chat_template or self.args.data.input_template)
+        self.templated = bool(self.args.data.apply_chat_template or self.args.data.input_template)
+        self.complete = not self.templated
+        self.warned = False
 
     def of(self, samples_list: list[Experience]) -> list[Conversation]:
         """Return one per response, in order. All turns after the first prompt belong to the response."""
@@ -35,9 +37,17 @@ class Conversations:
     def _messages(self, prompt: str) -> list[dict[str, Any]]:
         if prompt not in self.origins and not self.complete:
             self._read()
-        if prompt not in self.origins and (self.args.data.apply_chat_template or self.args.data.input_template):
+        if prompt not in self.origins and self.templated:
             logger.warning(
                 "no data set has the prompt %r: hf objectives read it as the policy's template formatted it", prompt
+            )
+        special = [token for token in self.tokenizer.all_special_tokens if token in prompt]
+        if special and not self.templated and not self.warned:
+            self.warned = True
+            logger.warning(
+                "the prompts of the data set contain %s of the policy: hf objectives would put that template inside a "
+                "message of their own. Use messages with --data.apply_chat_template, or set text=full",
+                ", ".join(special),
             )
         origin = self.origins.setdefault(prompt, prompt)
         return [{"role": "user", "content": origin}] if isinstance(origin, str) else origin

@@ -43,6 +43,8 @@ class ObjectiveExecutor(AgentExecutorBase):
         self.failures = dict.fromkeys(config.names, 0)
         self.problems: dict[int, str] = {}
         self.steps_done = 0
+        self.locations = {objective.location for objective in config.scored_in("agent")}  # a failure if not a number
+        self.log_keys: set[str] | None = None
 
     async def execute(self, *, hf_tokenizer: Any, **request: Any) -> dict[str, Any]:
         output: dict[str, Any] = await self.base.execute(hf_tokenizer=hf_tokenizer, **request)
@@ -58,6 +60,7 @@ class ObjectiveExecutor(AgentExecutorBase):
             num_tokens=len(actions),
         )
         logs = output.get("extra_logs") or {}
+        self._check_logs(logs)
         returned = {"reward": output.get("reward"), "scores": output.get("scores")} | logs
         outcomes = await asyncio.gather(*(self._score(objective, response, returned) for objective in self.scored))
         columns: dict[str, float] = {}
@@ -73,6 +76,20 @@ class ObjectiveExecutor(AgentExecutorBase):
             rewards = {objective.name: outcome.reward for objective, (outcome, _) in zip(self.scored, outcomes)}
             output["scores"] = self._rating(rewards)
         return output
+
+    def _check_logs(self, logs: dict[str, Any]) -> None:
+        """OpenRLHF makes a column of every key: raise ``PamaError`` for one that is not one number in each response."""
+        others = {key: value for key, value in logs.items() if key not in self.locations}
+        for key, value in others.items():
+            try:
+                only_number(int(value) if isinstance(value, bool) else value)
+            except PamaError as error:
+                raise PamaError(f"the agent's extra_logs: {key!r} must be one number, {error}") from error
+        self.log_keys = self.log_keys if self.log_keys is not None else set(others)
+        if differ := sorted(self.log_keys ^ set(others)):
+            raise PamaError(
+                f"the agent's extra_logs must have the same keys for every response, {differ} are not in all"
+            )
 
     def _rating(self, rewards: dict[str, float]) -> float:
         if self.config.filter_by in rewards:

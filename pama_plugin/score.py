@@ -64,6 +64,8 @@ def score_file(options: argparse.Namespace) -> int:
             results[objective.name] = _score(objective, rows, responses, tokenizer, bar.update)
         seconds[objective.name] = time.perf_counter() - start
         _write(partial, rows, results)
+    with partial.open("r+b") as file:
+        file.truncate(len(file.read().rstrip()) + 1)
     partial.replace(out)
     _print_table(results, seconds)
     print(f"rewards  {out}")
@@ -113,13 +115,15 @@ def _reserve(partial: Path, rows: list[Row], names: list[str]) -> None:
 
 
 def _write(partial: Path, rows: list[Row], results: dict[str, list[Outcome]]) -> None:
-    """Write the rewards so far in place, within the space that ``_reserve`` took."""
-    with partial.open("r+", encoding="utf-8") as file:
+    """Write the rewards so far in place, within the space that ``_reserve`` took; blanks keep the rest of it."""
+    with partial.open("r+", encoding="ascii") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
         for index, row in enumerate(rows):
             outcomes = {name: outcomes[index] for name, outcomes in results.items()}
             rewards = {name: None if outcome.problem else outcome.reward for name, outcome in outcomes.items()}
             file.write(json.dumps(row | {"rewards": row.get("rewards", {}) | rewards}) + "\n")
-        file.truncate()
+        file.write(" " * (size - file.tell()))
 
 
 def _is_prompt(prompt: Any) -> bool:

@@ -17,6 +17,7 @@ import asyncio
 import functools
 import ipaddress
 import json
+import logging
 import math
 import os
 import re
@@ -150,8 +151,13 @@ class _HttpScorer:
 
     def __init__(self, location: str, options: HttpOptions, patient: bool) -> None:
         self.options, self.patient = options, patient
-        self.token = _token(options)
         self.replicas = [_Replica(url) for url in split_replicas(location)]  # least recently used first
+        self.token = _token(options)
+        variables = re.findall(r"\$\{(\w+)\}", location)
+        values = [os.environ[variable] for variable in variables] + ([self.token] if self.token else [])
+        self.secrets = sorted({*values, *map(quote, values), *(quote(value, safe="") for value in values)}, key=len)
+        if variables:  # it logs the URL of every request
+            logging.getLogger("httpx").setLevel(logging.WARNING)
         self.slots = asyncio.Semaphore(options.concurrency)
         self.down_since: float | None = None  # all replicas have been suspended since, apart from trials
 
@@ -202,7 +208,9 @@ class _HttpScorer:
         while not (ready := [replica for replica in self.replicas if replica.may_be_asked]):
             # The outage is timed, not the wait: else responses that wait for a slot would wait one after another.
             self.down_since = self.down_since or time.monotonic()
-            if time.monotonic() - self.down_since >= patience:
+            # A trial may show that the server is back, as after a training step during which nobody asked.
+            on_trial = any(replica.on_trial for replica in self.replicas)
+            if time.monotonic() - self.down_since >= patience and not on_trial:
                 raise _Failure(
                     f"all replicas have been suspended for {patience:g} s, each failed {FAILURES_TO_OPEN} times in a "
                     f"row; last error: {self.replicas[-1].breaker.last_failure}"
@@ -278,9 +286,11 @@ class _HttpScorer:
         return _Failure(problem)
 
     def _quoted(self, body: bytes) -> str:
-        """The beginning of the body, without the token, which a server may repeat."""
+        """The beginning of the body, without the token and the keys, which a server may repeat."""
         text = body.decode("utf-8", "replace")
-        return repr((text.replace(self.token, "***") if self.token else text)[:200])
+        for secret in reversed(self.secrets):  # the longest first
+            text = text.replace(secret, "***")
+        return repr(text[:200])
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

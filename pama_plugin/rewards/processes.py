@@ -25,8 +25,9 @@ MUCH_MEMORY = 1024  # MB per process, above which a warning says how to need les
 class Processes:
     """Run the function of a file in processes of its own, one call at a time in each.
 
-    The first process starts at once. A call starts another if it finds none idle for as long as a start takes. A
-    process whose call takes too long is killed, and with it what the call has started; no other call is affected.
+    The first process starts at once. Another starts once the calls that find none idle have waited, together, as long
+    as a start takes. A process whose call takes too long is killed, and with it what the call has started; no other
+    call is affected.
 
     Args:
         path: the file.
@@ -39,9 +40,12 @@ class Processes:
     """
 
     def __init__(self, path: str, name: str, limit: int, timeout: float) -> None:
-        self.path, self.name, self.timeout = path, name, timeout
+        self.path, self.name, self.limit, self.timeout = path, name, limit, timeout
         self.slots = asyncio.Semaphore(limit)
-        self.idle: asyncio.LifoQueue[_Process] = asyncio.LifoQueue()
+        self.idle: asyncio.LifoQueue[_Process | PamaError] = asyncio.LifoQueue()
+        self.count, self.waiting = 1, 0  # processes, with those that are starting; calls that find none idle
+        self.waited = 0.0  # seconds of all who waited since a call found an idle process, or one started
+        self.starts: set[asyncio.Task[None]] = set()
         start = time.perf_counter()
         first = _Process(path, name)
         self.patience = time.perf_counter() - start
@@ -65,7 +69,7 @@ class Processes:
                 raise PamaError(f"its process {process.ending()}") from None
             finally:
                 if process.busy:
-                    process.kill()
+                    self._drop(process)
                 else:
                     self.idle.put_nowait(process)
         if answer == "problem":
@@ -73,10 +77,58 @@ class Processes:
         return float(value)
 
     async def _take(self) -> "_Process":
+        while True:
+            if self.count == 0:
+                self._start_another()
+            self.waiting += 1
+            try:
+                found = await self._wait()
+            finally:
+                self.waiting -= 1
+            if isinstance(found, PamaError):
+                raise found
+            if found.process.poll() is None:
+                return found
+            self._drop(found)  # it died while it was idle, which is no failure of this call
+
+    async def _wait(self) -> "_Process | PamaError":
+        if not self.idle.empty():
+            self.waited = 0.0
+            return self.idle.get_nowait()
+        start = time.perf_counter()
         try:
-            return await asyncio.wait_for(self.idle.get(), self.patience)
-        except asyncio.TimeoutError:  # those who hold the other slots have a process each, so there is room for one
-            return await asyncio.to_thread(_Process, self.path, self.name)
+            found = await asyncio.wait_for(self.idle.get(), max(self.patience - self.waited, 0.0) / self.waiting)
+        except asyncio.TimeoutError:
+            self.waited = 0.0
+            if self.count < self.limit and len(self.starts) < self.waiting:
+                self._start_another()
+            return await self.idle.get()
+        self.waited += time.perf_counter() - start
+        return found
+
+    def _drop(self, process: "_Process") -> None:
+        process.kill()
+        self.count -= 1
+        if self.waiting:
+            self._start_another()
+
+    def _start_another(self) -> None:
+        self.count += 1
+        task = asyncio.create_task(self._start())
+        self.starts.add(task)  # the event loop keeps no strong reference
+        task.add_done_callback(self.starts.discard)
+
+    async def _start(self) -> None:
+        try:
+            self.idle.put_nowait(await asyncio.to_thread(_Process, self.path, self.name))
+        except (PamaError, OSError) as error:
+            self.count -= 1
+            if self.count:  # those that run go on, and no more are tried
+                self.limit = self.count
+                logger.warning("another process for %s cannot start, %d are running: %s", self.path, self.count, error)
+                return
+            for _ in range(self.waiting):
+                self.idle.put_nowait(PamaError(f"its process cannot start: {error}"))
 
 
 class _Process:

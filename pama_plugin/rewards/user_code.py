@@ -55,7 +55,7 @@ def load(path: str, name: str, *, alone: bool) -> Callable[[str, str, Any], floa
 @functools.cache  # functions of one file share the module and the models that it loads
 def _import(path: Path, alone: bool) -> ModuleType:
     folder, name = str(path.parent), path.stem
-    if alone and name.isidentifier() and name not in sys.modules and importlib.util.find_spec(name) is None:
+    if alone and name.isidentifier() and name not in sys.modules and _is_free(name, path):
         sys.path.insert(0, folder)
     else:  # a file that is called like a module that it may import
         sys.path.append(folder)
@@ -70,6 +70,12 @@ def _import(path: Path, alone: bool) -> ModuleType:
     except SystemExit as error:  # of a script: an engine that it ended would keep OpenRLHF waiting for ever
         raise PamaError(f"{path} exits when it is imported: {error}") from error
     return module
+
+
+def _is_free(name: str, path: Path) -> bool:
+    """Whether no other module has the name; the file itself has it if its folder is on the path already."""
+    spec = importlib.util.find_spec(name)
+    return spec is None or spec.origin is not None and Path(spec.origin).resolve() == path.resolve()
 
 
 def describe(error: BaseException) -> PamaError:

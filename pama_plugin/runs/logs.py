@@ -98,9 +98,10 @@ def read_run(folder: Path) -> Run:
     run = Run(folder, spec["arm"], spec["rule"], spec["seed"], scalars, ())
     if (folder / SPEC).exists() and not (folder / RESULT).exists():
         problems.append(f"not finished, {run.steps} steps so far")
-    steps = {step for name in run.trained for step, _ in scalars[f"{COEFFICIENT}{name}"]}
-    if missing := max(steps, default=0) - len(steps):
-        problems.append(f"{missing} of the steps 1 to {max(steps)} are missing")
+    steps = sorted({step for name in run.trained for step, _ in scalars[f"{COEFFICIENT}{name}"]})
+    interval = min((later - step for step, later in zip(steps, steps[1:])), default=1)
+    if steps and (missing := steps[-1] // interval - len(steps)) > 0:
+        problems.append(f"{missing} of the steps {interval} to {steps[-1]} are missing")
     for name in run.trained:
         series = scalars.get(f"{REWARD}{name}", [])
         if not series:
@@ -140,8 +141,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 def read_scalars(folder: Path) -> dict[str, Series]:
     """All scalars of the newest run in a ``--logger.tensorboard_dir``, without OpenRLHF's prefix ``train/``.
 
-    OpenRLHF names a log by the minute, so a resumed run has several. A log that starts after step 1 continues the one
-    before it, of which the steps until there are used. If several have a step, the latest value is used.
+    OpenRLHF names a log by the minute, so a resumed run has several. A log that starts later continues the one before
+    it if that has the step before and the same objectives; of its steps those until there are used. If several have a
+    step, the latest value is used.
 
     Raises:
         ConfigError: the folder has no event file, or the newest run has no objectives.
@@ -150,20 +152,29 @@ def read_scalars(folder: Path) -> dict[str, Series]:
     if not files:
         raise ConfigError(f"no TensorBoard events in {folder}: give the folder of --logger.tensorboard_dir")
     scalars: dict[str, dict[int, float]] = {}
-    start = sys.maxsize  # the first step that was read
+    start, interval = sys.maxsize, 1  # the first step that was read, and --logger.logging_steps
+    objectives: set[str] | None = None  # of the run
     for log in dict.fromkeys(file.parent for file in files):
         events = EventAccumulator(str(log), size_guidance={"scalars": 0})  # 0: keep every step
         events.Reload()
         tags = events.Tags()["scalars"]
-        coefficients = [tag for tag in tags if tag.startswith(f"train/{COEFFICIENT}")]
+        coefficients = {tag for tag in tags if tag.startswith(f"train/{COEFFICIENT}")}
         if not coefficients and any(tag.startswith("train/") for tag in tags):
             break  # a stock run
+        steps = sorted({event.step for tag in coefficients for event in events.Scalars(tag)})
+        if steps and objectives is not None:
+            before = [step for step in steps if step < start]
+            if coefficients != objectives or not before or before[-1] < start - interval:
+                break  # another run
         for tag in tags:
             values = {event.step: event.value for event in events.Scalars(tag) if event.step < start}
             scalars[tag] = values | scalars.get(tag, {})
-        start = min([start, *(event.step for tag in coefficients for event in events.Scalars(tag))])
-        if start <= 1:
-            break
+        if steps:
+            objectives = coefficients
+            interval = min((later - step for step, later in zip(steps, steps[1:])), default=1)
+            start = min(start, steps[0])
+            if start <= interval:
+                break
     if start == sys.maxsize:
         raise ConfigError(f"{files[0]} is not the log of a run with --loss: it has no {COEFFICIENT}<name>")
     return {tag.removeprefix("train/"): sorted(values.items()) for tag, values in scalars.items() if values}

@@ -94,14 +94,16 @@ def test_every_node_is_asked_for_the_plugin_and_for_files(local_ray, tmp_path) -
     assert ask_nodes(config, ray.nodes()) == []
     file.unlink()
     (warning,) = ask_nodes(config, ray.nodes())
-    assert warning.startswith(ray.nodes()[0]["NodeManagerAddress"]) and f"has no {file}" in warning
+    assert f"node {ray.nodes()[0]['NodeManagerAddress']} has no {file}" in warning
     unknown = ray.nodes()[0] | {"NodeID": 56 * "0", "NodeManagerAddress": "10.0.0.9"}
-    assert "node 10.0.0.9 did not answer" in ask_nodes(config, [unknown])[0]
+    assert "node 10.0.0.9 could not be asked" in ask_nodes(config, [unknown])[0]
 
 
 def test_nodes_without_this_plugin_are_refused_by_name() -> None:
     from pama_plugin.host.preflight.nodes import Answer, judge
 
     answers = {"10.0.0.1": Answer(__version__, ()), "10.0.0.2": Answer("0.0.9", ()), "10.0.0.3": Answer(None, ())}
-    with pytest.raises(ConfigError, match=f"{__version__}, as this one, found 10.0.0.2 has 0.0.9, 10.0.0.3 has none$"):
-        judge(answers)
+    message = f"GPUs .*{__version__}, as this one, found node 10.0.0.2 has 0.0.9, node 10.0.0.3 has none$"
+    with pytest.raises(ConfigError, match=message):
+        judge(answers, set(answers))
+    assert len(judge(answers, {"10.0.0.1"})) == 2, "no model runs on the others"

@@ -110,17 +110,56 @@ def test_a_function_may_use_signals_and_print(tmp_path, capfd) -> None:
     asyncio.run(ask())
 
 
-@pytest.mark.parametrize(("patience", "processes"), [(60, 1), (0.01, 3)])
-def test_a_call_waits_as_long_as_a_start_takes_before_it_starts_another_process(tmp_path, patience, processes) -> None:
+@pytest.mark.parametrize(("patience", "processes"), [(600, 1), (2, 3)])
+def test_another_process_starts_once_all_who_wait_have_waited_as_long_as_a_start_takes(
+    tmp_path, patience, processes
+) -> None:
+    """With an import of 2 s and calls of half a second, no single one of them waits for 2 s."""
     path, _, name = write(tmp_path, "time.sleep(0.5); return os.getpid()", top="import os, time").rpartition(":")
 
     async def ask() -> set[float]:
         pool = Processes(path, name, limit=3, timeout=60)
         assert 0 < pool.patience < 60
         pool.patience = patience
-        return set(await asyncio.gather(*(pool.call("bad", "", "") for _ in range(6))))
+        found = await asyncio.gather(*(pool.call("bad", "", "") for _ in range(12)))
+        assert pool.count == processes and not pool.waiting
+        return set(found)
 
     assert len(asyncio.run(ask())) == processes
+
+
+def test_a_process_that_died_while_idle_costs_no_reward(tmp_path) -> None:
+    path, _, name = write(tmp_path, "return os.getpid()", top="import os").rpartition(":")
+
+    async def ask() -> None:
+        pool = Processes(path, name, limit=3, timeout=60)
+        first = await pool.call("bad", "", "")
+        os.kill(int(first), signal.SIGKILL)
+        assert ended(int(first))
+        assert await pool.call("bad", "", "") != first and pool.count == 1
+
+    asyncio.run(ask())
+
+
+def test_a_process_that_cannot_start_costs_no_reward_while_another_runs(tmp_path, caplog) -> None:
+    """As for want of memory; without any process the calls fail."""
+    once = f"import os, time\nif os.path.exists({str(tmp_path / 'started')!r}): raise MemoryError\n"
+    once += f"open({str(tmp_path / 'started')!r}, 'w')"
+    path, _, name = write(tmp_path, "time.sleep(0.2); return 1.0", top=once).rpartition(":")
+
+    async def ask() -> None:
+        pool = Processes(path, name, limit=3, timeout=60)
+        pool.patience = 0.01
+        assert await asyncio.gather(*(pool.call("bad", "", "") for _ in range(6))) == [1.0] * 6
+        assert pool.count == pool.limit == 1 and "cannot start, 1 are running: MemoryError" in caplog.text
+        pool.timeout = 0.05
+        problems = await asyncio.gather(*(pool.call("bad", "", "") for _ in range(3)), return_exceptions=True)
+        assert [str(problem)[:24] for problem in problems] == [
+            "no answer within 0.05 s",
+            *["its process cannot start"] * 2,
+        ]
+
+    asyncio.run(ask())
 
 
 def test_what_a_call_has_started_ends_with_it(tmp_path) -> None:

@@ -210,7 +210,9 @@ def test_a_resumed_run_is_reported_from_its_first_step(tmp_path, capsys) -> None
         ([range(1, 5), range(5, 7), range(7, 9)], range(1, 9)),
         ([range(1, 9), range(1, 4)], range(1, 4)),  # another run
         ([range(1, 9), range(1, 5), range(5, 7)], range(1, 7)),
-        ([range(1, 5), range(3, 4), range(6, 9)], [1, 2, 3, 6, 7, 8]),
+        ([range(1, 5), range(3, 4), range(6, 9)], [6, 7, 8]),  # of other runs
+        ([range(1, 30), range(10, 60, 10)], range(10, 60, 10)),  # another run, with --logger.logging_steps 10
+        ([range(10, 50, 10), range(50, 80, 10)], range(10, 80, 10)),
     ],
 )
 def test_which_logs_belong_to_the_newest_run(logs, steps, tmp_path) -> None:

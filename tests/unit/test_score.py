@@ -104,7 +104,8 @@ def test_what_was_scored_before_an_interrupt_is_kept(file, monkeypatch) -> None:
     with pytest.raises(ZeroDivisionError):
         main(["score", str(file), "--pama.objective", "a=builtin:json", "--pama.objective", "b=builtin:json"])
     (partial,) = file.parent.glob("*.partial")
-    assert [json.loads(line)["rewards"] for line in partial.read_text().splitlines()] == [{"a": 0}, {"a": 1}, {"a": 0}]
+    rewards = [json.loads(line)["rewards"] for line in partial.read_text().splitlines() if line.strip()]
+    assert rewards == [{"a": 0}, {"a": 1}, {"a": 0}]
     assert not file.with_suffix(".scored.jsonl").exists()
 
 
@@ -212,3 +213,34 @@ def test_pama_score_does_not_wait_for_a_server_that_is_down(file, capsys, monkey
         rows.writelines(json.dumps(ROWS[0]) + "\n" for _ in range(20))
     code, _ = run(file, "--pama.objective", "dead=http:http://127.0.0.1:9/get_reward,timeout=60")
     assert code == 1 and "all replicas have been suspended for 1 s" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.needs_extras
+def test_what_a_tokenizer_cannot_read_is_named_by_its_line(tmp_path, capsys) -> None:
+    from tiny import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "policy")
+    fine = {"prompt": [{"role": "user", "content": "a"}], "response": "b"}
+    broken = {
+        "System role not supported": {"prompt": [{"role": "system", "content": "a"}], "response": "b"},
+        "cannot read": {"prompt": "a", "response": "\ud800"},
+    }
+    for message, row in broken.items():
+        file = tmp_path / "rows.jsonl"
+        file.write_text(json.dumps(fine) + "\n" + json.dumps(row) + "\n")
+        code, _ = run(file, "--pama.objective", "n=builtin:length", "--tokenizer", str(tmp_path / "policy"))
+        assert code == 2 and re.search(f"rows.jsonl, line 2: .*{message}", capsys.readouterr().err)
+
+
+def test_rewards_of_an_earlier_call_and_a_null_label_are_kept(tmp_path) -> None:
+    (tmp_path / "rewards.py").write_text("def f(queries, prompts, labels):\n    return float(labels[0] is None)\n")
+    file = tmp_path / "rows.jsonl"
+    row = {"prompt": "a", "response": "b", "label": None, "rewards": {"old": 3, "f": 9}}
+    file.write_text(json.dumps(row) + "\n")
+    _, rows = run(file, "--pama.objective", f"f=py:{tmp_path}/rewards.py:f")
+    assert rows == [row | {"rewards": {"old": 3, "f": 1.0}}]

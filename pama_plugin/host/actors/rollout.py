@@ -4,9 +4,12 @@ import asyncio
 import copy
 import logging
 import math
+import numbers
+import reprlib
 import subprocess
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,6 @@ class ObjectiveExecutor(AgentExecutorBase):
         self.problems: dict[int, str] = {}
         self.steps_done = 0
         self.locations = {objective.location for objective in config.scored_in("agent")}  # a failure if not a number
-        self.log_keys: set[str] | None = None
 
     async def execute(self, *, hf_tokenizer: Any, **request: Any) -> dict[str, Any]:
         output: dict[str, Any] = await self.base.execute(hf_tokenizer=hf_tokenizer, **request)
@@ -78,18 +80,16 @@ class ObjectiveExecutor(AgentExecutorBase):
         return output
 
     def _check_logs(self, logs: dict[str, Any]) -> None:
-        """OpenRLHF makes a column of every key: raise ``PamaError`` for one that is not one number in each response."""
-        others = {key: value for key, value in logs.items() if key not in self.locations}
-        for key, value in others.items():
-            try:
-                only_number(int(value) if isinstance(value, bool) else value)
-            except PamaError as error:
-                raise PamaError(f"the agent's extra_logs: {key!r} must be one number, {error}") from error
-        self.log_keys = self.log_keys if self.log_keys is not None else set(others)
-        if differ := sorted(self.log_keys ^ set(others)):
-            raise PamaError(
-                f"the agent's extra_logs must have the same keys for every response, {differ} are not in all"
-            )
+        """OpenRLHF makes a column of every key: raise ``PamaError`` for one that has no number."""
+        for key in logs.keys() - self.locations:
+            value = logs[key]
+            first = value.flatten()[0].item() if hasattr(value, "flatten") else value  # as OpenRLHF takes it
+            first = first.item() if hasattr(first, "item") else first
+            if not isinstance(first, numbers.Number):
+                raise PamaError(
+                    f"the agent's extra_logs: {key!r} must be one number, found {reprlib.repr(value)}, which OpenRLHF "
+                    "cannot log"
+                )
 
     def _rating(self, rewards: dict[str, float]) -> float:
         if self.config.filter_by in rewards:
@@ -174,10 +174,11 @@ def end_with_this_process(processes: list[psutil.Process]) -> "subprocess.Popen[
     They end by themselves unless their parent is killed, by Ray or for want of memory: then they would keep their
     memory, on a GPU too. A shell waits for the end of this process, which closes the pipe between them.
     """
-    # The 22nd field of stat, the 20th after the name, is the start time, as a process id may be used again.
-    started = [
-        f"{each.pid}:{Path(f'/proc/{each.pid}/stat').read_text().rpartition(')')[2].split()[19]}" for each in processes
-    ]
+    started = []
+    for each in processes:
+        with suppress(OSError):  # it has ended, as helpers of a compiler do
+            stat = Path(f"/proc/{each.pid}/stat").read_text().rpartition(")")[2].split()
+            started.append(f"{each.pid}:{stat[19]}")  # with its start time, because a process id may be used again
     script = (
         f"cat; for each in {' '.join(started)}; do pid=${{each%:*}}; stat=$(cat /proc/$pid/stat) && "
         'set -- ${stat##*) } && [ "${20}" = "${each#*:}" ] && kill -KILL $pid; done'

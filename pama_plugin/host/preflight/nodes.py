@@ -18,7 +18,7 @@ class Answer(NamedTuple):
 
 
 def ask_nodes(config: PamaConfig, nodes: Sequence[dict[str, Any]]) -> list[str]:
-    """Refuse nodes without this version of the plugin; return warnings of files that a node lacks.
+    """Refuse nodes with GPUs and without this version of the plugin; return warnings of all else.
 
     Ray would fail to start an actor on such a node, with pages of traceback; a file is missed at the first response.
 
@@ -46,38 +46,41 @@ def ask_nodes(config: PamaConfig, nodes: Sequence[dict[str, Any]]) -> list[str]:
         task = ray.remote(answer).options(num_cpus=0, scheduling_strategy=place, max_retries=0)
         answers[node["NodeManagerAddress"]] = task.remote(files)
     ray.wait(list(answers.values()), num_returns=len(answers), timeout=SECONDS)
-    return judge({node: _read(reference) for node, reference in answers.items()})
+    with_gpus = {node["NodeManagerAddress"] for node in nodes if node["Resources"].get("GPU", 0)}
+    return judge({node: _read(reference) for node, reference in answers.items()}, with_gpus)
 
 
-def _read(reference: Any) -> Answer | None:
+def _read(reference: Any) -> Answer | str:
     import ray
 
     try:
         version, missing = ray.get(reference, timeout=0)
-    except ray.exceptions.RayError:  # no answer in time, or the node is gone
-        return None
+    except ray.exceptions.GetTimeoutError:
+        return f"no answer within {SECONDS:g} s"
+    except ray.exceptions.RayError as error:
+        return str(error).strip().splitlines()[-1]
     return Answer(version, tuple(missing))
 
 
-def judge(answers: dict[str, Answer | None]) -> list[str]:
-    """The warnings; raise ``ConfigError`` for nodes without the plugin or with another version.
+def judge(answers: dict[str, Answer | str], with_gpus: set[str]) -> list[str]:
+    """The warnings, from the answers or errors of the nodes; raise ``ConfigError`` for a node that may run a model.
 
-    >>> judge({"10.0.0.1": Answer(__version__, ()), "10.0.0.2": Answer(__version__, ("/rewards.py",))})
-    ['10.0.0.2 has no /rewards.py: an objective that is scored there would fail']
+    >>> judge({"10.0.0.1": Answer(__version__, ()), "10.0.0.2": Answer(__version__, ("/rewards.py",))}, {"10.0.0.1"})
+    ['node 10.0.0.2 has no /rewards.py: an objective that is scored there would fail']
     """
-    others = [
-        f"{node} has {answer.version or 'none'}"
-        for node, answer in answers.items()
-        if answer is not None and answer.version != __version__
-    ]
-    if others:
-        raise ConfigError(f"every node must have pama_plugin {__version__}, as this one, found {', '.join(others)}")
-    warnings = [
-        f"node {node} did not answer within {SECONDS:g} s" for node, answer in answers.items() if answer is None
-    ]
-    return warnings + [
-        f"{node} has no {file}: an objective that is scored there would fail"
-        for node, answer in answers.items()
-        if answer is not None
-        for file in answer.missing
-    ]
+    warnings: list[str] = []
+    refused: list[str] = []
+    for node, answer in answers.items():
+        if isinstance(answer, str):
+            warnings.append(f"node {node} could not be asked for the plugin: {answer}")
+        elif answer.version != __version__:
+            (refused if node in with_gpus else warnings).append(f"node {node} has {answer.version or 'none'}")
+        else:
+            warnings += [
+                f"node {node} has no {file}: an objective that is scored there would fail" for file in answer.missing
+            ]
+    if refused:
+        raise ConfigError(
+            f"every node with GPUs must have pama_plugin {__version__}, as this one, found {', '.join(refused)}"
+        )
+    return warnings

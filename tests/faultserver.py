@@ -261,6 +261,10 @@ def _echo(handler: _Handler) -> None:
     handler.reply(f"what is {handler.headers.get('Authorization')}?", 422)
 
 
+def _echo_path(handler: _Handler) -> None:
+    handler.reply(f"no access to {handler.path}", 403)
+
+
 def _body(text: str) -> Callable[[_Handler], None]:
     return functools.partial(_Handler.reply, text=text)
 
@@ -280,6 +284,7 @@ MODES: dict[str, Callable[[_Handler], None]] = {
     "dying": _dying,
     **{str(status): _status(status) for status in (307, 400, 401, 403, 404, 422, 429, 500, 502, 503)},
     "echo": _echo,
+    "echo_path": _echo_path,
     "empty": _body(""),
     "html": _body("<html><body>Welcome to the proxy</body></html>"),
     "truncated": _body('{"rewards": [0.5'),

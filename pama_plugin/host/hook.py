@@ -66,10 +66,11 @@ def arm(start: Callable[[Any], None] | None = None) -> None:
             return stock(parser, args, namespace)
         argparse.ArgumentParser.parse_args = stock  # type: ignore[method-assign]
         if caller is not vars(sys.modules["__main__"]):  # run by a profiler or debugger, which is __main__ itself
+            found = getattr(sys.modules["__main__"], "__file__", "another")
             parser.exit(
                 2,
                 f"{parser.prog}: error: --loss and --pama.* need OpenRLHF's command to be the main program, found "
-                f"{sys.modules['__main__'].__file__}; put `-m pama_plugin train` in the place of `-m {HOST_COMMAND}`\n",
+                f"{found}; put `-m pama_plugin train` in the place of `-m {HOST_COMMAND}`\n",
             )
         from pama_plugin.errors import ConfigError
         from pama_plugin.host.seam import install
@@ -106,7 +107,7 @@ def check_flags(program: str, arguments: Sequence[str]) -> None:
 
 def _is_host_parser(parser: argparse.ArgumentParser, caller: dict[str, Any]) -> bool:
     """Whether OpenRLHF's command, run as a module or as a script, asks its parser."""
-    is_command = caller["__name__"] == "__main__" and str(caller.get("__file__")).endswith(HOST_FILE)
+    is_command = caller.get("__name__") == "__main__" and str(caller.get("__file__")).endswith(HOST_FILE)
     return is_command and parser.get_default("algo.advantage.estimator") is not None
 
 

@@ -15,7 +15,6 @@ It needs the extra ``rewards``, so it is imported only for objectives of this ki
 
 import asyncio
 import functools
-import ipaddress
 import json
 import logging
 import math
@@ -29,7 +28,6 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 from circuitbreaker import STATE_HALF_OPEN, STATE_OPEN, CircuitBreaker  # type: ignore[import-untyped]
@@ -38,6 +36,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 from pama_plugin.errors import PamaError
 from pama_plugin.rewards.options import HttpOptions
 from pama_plugin.rewards.response import Response
+from pama_plugin.rewards.urls import is_loopback, keys_of, redact, split_replicas
 
 BACKOFF = wait_exponential_jitter(multiplier=0.5, max=30, jitter=1)  # 0.5, 1, 2, 4 … s, plus up to 1 s
 LONGEST_RETRY_AFTER = 60.0  # seconds that the header may add to the waits for one response
@@ -52,25 +51,6 @@ class ServerFailure(PamaError, RuntimeError):
     """No reward for a response. The message names the last replica, the problem and the number of attempts."""
 
 
-def split_replicas(location: str) -> tuple[str, ...]:
-    """Split ``URL|URL…`` into URLs, with the values of the environment variables in their queries.
-
-    Raises:
-        ValueError: a URL is not http or https, has no host, contains a user name or password, or has a query that is
-            not ``KEY=${VARIABLE}``: OpenRLHF prints its arguments, trackers and other users of the machine see them.
-
-    >>> split_replicas("http://a:5000/get_reward|https://b/get_reward")
-    ('http://a:5000/get_reward', 'https://b/get_reward')
-    """
-    replicas = tuple(map(_fill_in, location.split("|")))
-    for url in replicas:
-        if not _is_usable(url):
-            # The part before an @ may be a password.
-            shown = "one with '@', not shown because it may contain a password" if "@" in url else repr(_redact(url))
-            raise ValueError(f"a replica must be http(s)://HOST[:PORT]/PATH without user or password, found {shown}")
-    return replicas
-
-
 def check_http(location: str, options: HttpOptions) -> list[str]:
     """Check URLs and token without a request, and return a warning for each replica with an unencrypted connection.
 
@@ -80,9 +60,9 @@ def check_http(location: str, options: HttpOptions) -> list[str]:
     _token(options)
     sent = f"prompts, responses and the token in {options.token_env}" if options.token_env else "prompts and responses"
     return [
-        f"{_redact(url)} is plain http to another machine, so others can read {sent}; use https"
+        f"{redact(url)} is plain http to another machine, so others can read {sent}; use https"
         for url in split_replicas(location)
-        if httpx.URL(url).scheme == "http" and not _is_loopback(httpx.URL(url).host)
+        if httpx.URL(url).scheme == "http" and not is_loopback(httpx.URL(url).host)
     ]
 
 
@@ -153,10 +133,9 @@ class _HttpScorer:
         self.options, self.patient = options, patient
         self.replicas = [_Replica(url) for url in split_replicas(location)]  # least recently used first
         self.token = _token(options)
-        variables = re.findall(r"\$\{(\w+)\}", location)
-        values = [os.environ[variable] for variable in variables] + ([self.token] if self.token else [])
-        self.secrets = sorted({*values, *map(quote, values), *(quote(value, safe="") for value in values)}, key=len)
-        if variables:  # it logs the URL of every request
+        keys = keys_of(location)
+        self.secrets = [*keys, *([self.token] if self.token else [])]
+        if keys:  # it logs the URL of every request
             logging.getLogger("httpx").setLevel(logging.WARNING)
         self.slots = asyncio.Semaphore(options.concurrency)
         self.down_since: float | None = None  # all replicas have been suspended since, apart from trials
@@ -200,7 +179,7 @@ class _HttpScorer:
             replica = await self._next(attempted)
             attempted.append(replica)
             with replica.request():
-                return self._reward(_redact(replica.url), *await self._post(replica.url, body))
+                return self._reward(redact(replica.url), *await self._post(replica.url, body))
 
     async def _next(self, attempted: list[_Replica]) -> _Replica:
         """The least recently used of the replicas with the fewest attempts for this response."""
@@ -240,7 +219,7 @@ class _HttpScorer:
             problem = f"no complete reply within {self.options.timeout:g} s"
         except httpx.HTTPError as error:
             problem = f"{type(error).__name__} {error}".rstrip()
-        raise _ServerTrouble(f"{_redact(url)}: {problem}")
+        raise _ServerTrouble(f"{redact(url)}: {problem}")
 
     async def _receive(self, url: str, body: str) -> tuple[httpx.Response, bytes]:
         received = bytearray()
@@ -248,7 +227,7 @@ class _HttpScorer:
             async for chunk in reply.aiter_raw(LARGEST_REPLY):  # a kilobyte of nested gzip would unpack to gigabytes
                 received += chunk
                 if len(received) > LARGEST_REPLY:  # limits the memory of the rollout
-                    raise _Failure(f"{_redact(url)}: the body is longer than {LARGEST_REPLY} bytes")
+                    raise _Failure(f"{redact(url)}: the body is longer than {LARGEST_REPLY} bytes")
         return reply, bytes(received)
 
     def _reward(self, where: str, reply: httpx.Response, body: bytes) -> float:
@@ -288,7 +267,7 @@ class _HttpScorer:
     def _quoted(self, body: bytes) -> str:
         """The beginning of the body, without the token and the keys, which a server may repeat."""
         text = body.decode("utf-8", "replace")
-        for secret in reversed(self.secrets):  # the longest first
+        for secret in sorted(self.secrets, key=len, reverse=True):  # one may contain another
             text = text.replace(secret, "***")
         return repr(text[:200])
 
@@ -332,43 +311,3 @@ def _token(options: HttpOptions) -> str | None:
             f"spaces, found {problem}"
         )
     return token
-
-
-def _fill_in(url: str) -> str:
-    """Replace ``${VARIABLE}`` in the query by its value."""
-    address, mark, query = url.partition("?")
-    if not mark:
-        return url
-    filled = []
-    for part in query.split("&"):
-        match = re.fullmatch(r"([\w.-]+)=\$\{(\w+)\}", part)
-        if not match or not os.environ.get(match[2]):
-            problem = f"the variable {match[2]} unset or empty" if match else "other text, not shown"
-            raise ValueError(
-                "the query of a replica may contain a key, which would be printed: it must be KEY=${VARIABLE}, in "
-                f"single quotes for the shell, with an environment variable that is set; found {problem}"
-            )
-        filled.append(f"{match[1]}={quote(os.environ[match[2]], safe='')}")
-    return f"{address}?{'&'.join(filled)}"
-
-
-def _is_usable(text: str) -> bool:
-    try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL:
-        return False
-    has_port = url.port is None or 0 < url.port < 2**16
-    plain = " " not in text and "#" not in text  # a fragment is not sent
-    return url.scheme in ("http", "https") and url.host != "" and has_port and not url.userinfo and plain
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _redact(url: str) -> str:
-    """The URL without its query, which may contain a key."""
-    return re.split("[?#]", url)[0]

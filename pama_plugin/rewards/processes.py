@@ -25,9 +25,9 @@ MUCH_MEMORY = 1024  # MB per process, above which a warning says how to need les
 class Processes:
     """Run the function of a file in processes of its own, one call at a time in each.
 
-    The first process starts at once. Another starts once the calls that find none idle have waited, together, as long
-    as a start takes. A process whose call takes too long is killed, and with it what the call has started; no other
-    call is affected.
+    The first process starts at once. Others start, one for each call that waits, once no call has found an idle process
+    for as long as a start takes. A process whose call takes too long is killed, and with it what the call has started;
+    no other call is affected.
 
     Args:
         path: the file.
@@ -44,7 +44,7 @@ class Processes:
         self.slots = asyncio.Semaphore(limit)
         self.idle: asyncio.LifoQueue[_Process | PamaError] = asyncio.LifoQueue()
         self.count, self.waiting = 1, 0  # processes, with those that are starting; calls that find none idle
-        self.waited = 0.0  # seconds of all who waited since a call found an idle process, or one started
+        self.queue_since: float | None = None  # no call has found an idle process since
         self.starts: set[asyncio.Task[None]] = set()
         start = time.perf_counter()
         first = _Process(path, name)
@@ -93,18 +93,17 @@ class Processes:
 
     async def _wait(self) -> "_Process | PamaError":
         if not self.idle.empty():
-            self.waited = 0.0
+            self.queue_since = None
             return self.idle.get_nowait()
-        start = time.perf_counter()
+        self.queue_since = self.queue_since or time.monotonic()
+        left = self.patience - (time.monotonic() - self.queue_since)
         try:
-            found = await asyncio.wait_for(self.idle.get(), max(self.patience - self.waited, 0.0) / self.waiting)
+            return await asyncio.wait_for(self.idle.get(), max(left, 0.0))
         except asyncio.TimeoutError:
-            self.waited = 0.0
-            if self.count < self.limit and len(self.starts) < self.waiting:
+            self.queue_since = time.monotonic()
+            while self.idle.empty() and self.count < self.limit and len(self.starts) < self.waiting:
                 self._start_another()
             return await self.idle.get()
-        self.waited += time.perf_counter() - start
-        return found
 
     def _drop(self, process: "_Process") -> None:
         process.kill()

@@ -32,22 +32,23 @@ def load(path: str, name: str, *, alone: bool) -> Callable[[str, str, Any], floa
             module from the rest of the process.
     """
     function = getattr(_import(Path(path), alone), name)
-
-    unused: set[str] = set()
+    known = {"rewards"}
 
     def call(query: str, prompt: str, label: Any) -> float:
         result = function([query], [prompt], [label])
-        if isinstance(result, dict) and (extra := {str(key) for key, value in result.items() if value is not None}):
-            if new := sorted(extra - unused - {"rewards"}):
+        if isinstance(result, dict):
+            if "rewards" not in result:
+                raise PamaError(f"must return a dict with 'rewards', found the keys {', '.join(map(repr, result))}")
+            unused = {str(key) for key, value in result.items() if value is not None} - known
+            if unused:
+                known.update(unused)
                 print(
-                    f"PAMA: {name} in {path} also returns {', '.join(new)}: not used; a number is logged by an "
-                    "objective of its own, with role=monitor",
+                    f"PAMA: {name} in {path} also returns {', '.join(sorted(unused))}: not used; a number is logged by "
+                    "an objective of its own, with role=monitor",
                     file=sys.stderr,
                 )
-            unused.update(extra)
-        if isinstance(result, dict) and "rewards" not in result:
-            raise PamaError(f"must return a dict with 'rewards', found the keys {', '.join(map(repr, result))}")
-        return only_number(result["rewards"] if isinstance(result, dict) else result)
+            result = result["rewards"]
+        return only_number(result)
 
     return call
 

@@ -99,7 +99,7 @@ def read_run(folder: Path) -> Run:
     if (folder / SPEC).exists() and not (folder / RESULT).exists():
         problems.append(f"not finished, {run.steps} steps so far")
     steps = sorted({step for name in run.trained for step, _ in scalars[f"{COEFFICIENT}{name}"]})
-    interval = min((later - step for step, later in zip(steps, steps[1:])), default=1)
+    interval = _interval(steps)
     if steps and (missing := steps[-1] // interval - len(steps)) > 0:
         problems.append(f"{missing} of the steps {interval} to {steps[-1]} are missing")
     for name in run.trained:
@@ -138,6 +138,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _interval(steps: list[int]) -> int:
+    """--logger.logging_steps, from the logged steps in order."""
+    return min((later - step for step, later in zip(steps, steps[1:])), default=1)
+
+
 def read_scalars(folder: Path) -> dict[str, Series]:
     """All scalars of the newest run in a ``--logger.tensorboard_dir``, without OpenRLHF's prefix ``train/``.
 
@@ -152,7 +157,7 @@ def read_scalars(folder: Path) -> dict[str, Series]:
     if not files:
         raise ConfigError(f"no TensorBoard events in {folder}: give the folder of --logger.tensorboard_dir")
     scalars: dict[str, dict[int, float]] = {}
-    start, interval = sys.maxsize, 1  # the first step that was read, and --logger.logging_steps
+    start, interval = sys.maxsize, 1  # the first step that was read, and that between two steps
     objectives: set[str] | None = None  # of the run
     for log in dict.fromkeys(file.parent for file in files):
         events = EventAccumulator(str(log), size_guidance={"scalars": 0})  # 0: keep every step
@@ -171,7 +176,7 @@ def read_scalars(folder: Path) -> dict[str, Series]:
             scalars[tag] = values | scalars.get(tag, {})
         if steps:
             objectives = coefficients
-            interval = min((later - step for step, later in zip(steps, steps[1:])), default=1)
+            interval = _interval(steps)
             start = min(start, steps[0])
             if start <= interval:
                 break

@@ -154,6 +154,8 @@ def run_sweep(options: argparse.Namespace) -> int:
     jobs, out = load_sweep(options.file), options.out
     waiting = [job for job in jobs if not _is_done(out / job.folder)]
     _check(waiting, options.file)
+    for result in [out / job.folder / RESULT for job in waiting if (out / job.folder / RESULT).exists()]:
+        print(f"{result} is not whole: the run is repeated", flush=True)
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done; logs and results: {out}", flush=True)
     outcomes: dict[str, list[str]] = {"done": [], "failed": [], "running elsewhere": []}
     steps: dict[str, int] = {}
@@ -192,10 +194,7 @@ def _is_done(folder: Path) -> bool:
     """Whether the run has a whole result. One that is not, as a disk may leave it, is run again."""
     try:
         read_result(folder / RESULT)
-    except FileNotFoundError:
-        return False
-    except ConfigError as error:
-        print(f"{error}: the run is repeated", flush=True)
+    except (FileNotFoundError, ConfigError):
         return False
     return True
 

@@ -25,10 +25,10 @@ from pama_plugin.settings.values import (
 )
 
 Role = Literal["train", "monitor", "constraint"]
-# A name is part of metric keys such as reward/NAME, which trackers split at "/".
 # What may be secret in an http objective: user info, all after the first question mark or hash, and a token in place of
 # the name of its variable.
 SECRET = re.compile(r"(?<=://).*@|(?<=[?#]).*|(?<=token_env=)[^,]*", re.DOTALL)
+# A name is part of metric keys such as reward/NAME, which trackers split at "/".
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _MIB = 2**20
 
@@ -205,7 +205,8 @@ def _digest(*parts: bytes) -> str:
 def parse_objective(text: str) -> Objective:
     """Parse ``NAME=KIND:LOCATION[,key=value…]``; raise ``ConfigError`` for anything else."""
     name, equals, rest = text.partition("=")
-    source = f"--pama.objective {SECRET.sub('…', text)!r}"
+    shown = SECRET.sub("…", text) if _may_have_secrets(rest) else text
+    source = f"--pama.objective {shown!r}"
     if not equals:
         raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found no '='")
     return make_objective(name, rest, source)
@@ -222,13 +223,17 @@ def make_objective(name: str, spec: Any, source: str) -> Objective:
         raise ConfigError(_without_secrets(str(error), spec)) from None
 
 
+def _may_have_secrets(spec: str) -> bool:
+    """Whether the reward is a server; a regular expression may contain the same characters."""
+    return spec.startswith("http:") or "://" in spec
+
+
 def _without_secrets(message: str, spec: Any) -> str:
     """The message without parts of a user info or query, which a comma turns into options."""
-    secrets = SECRET.findall(spec) if isinstance(spec, str) else []
-    parts = {part for secret in secrets for part in re.split("[,=&|:@]", secret)} - {
-        *COMMON_OPTIONS,
-        *KINDS["http"].options,
-    }
+    if not isinstance(spec, str) or not _may_have_secrets(spec):
+        return message
+    options = {*COMMON_OPTIONS, *KINDS["http"].options}
+    parts = {part for secret in SECRET.findall(spec) for part in re.split("[,=&|:@]", secret)} - options
     for part in sorted(parts, key=len, reverse=True):
         message = message.replace(part, "…") if len(part) > 3 else message
     return message

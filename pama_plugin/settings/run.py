@@ -14,7 +14,7 @@ which merges flags and file; the checks that call the rule before a run (``_rehe
 functions that read and write objectives and YAML (``load_objectives``, ``dump_config`` and their helpers).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,10 +186,16 @@ class PamaConfig(BaseModel):
 
     @property
     def filtered_by(self) -> tuple[Objective, ...]:
-        """The objectives by which dynamic filtering rates prompts."""
-        if self.filter_by == WEIGHTED_SUM:
-            return self.trained
-        return tuple(objective for objective in self.objectives if objective.name == self.filter_by)
+        """The objectives by which dynamic filtering rates a response; an objective may have the name ``sum``."""
+        if self.filter_by in self.names:
+            return tuple(objective for objective in self.objectives if objective.name == self.filter_by)
+        return tuple(objective for objective in self.objectives if objective.role == "train")
+
+    def rate(self, rewards: Mapping[str, float], steps_done: int) -> float:
+        """The rating of a response for dynamic filtering: a reward as it is, or the sum of rewards times weights."""
+        if self.filter_by in self.names:
+            return rewards[self.filter_by]
+        return sum(objective.weight.at(steps_done) * rewards[objective.name] for objective in self.filtered_by)
 
     def weights_at(self, steps_done: int) -> tuple[float, ...]:
         """The weights of the trained objectives for the next step, after ``steps_done`` steps."""

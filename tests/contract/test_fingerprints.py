@@ -69,7 +69,14 @@ def test_a_checkout_that_is_not_installed(told, installed, monkeypatch) -> None:
     monkeypatch.setattr(fingerprints, "version", fail)
     if told == "version.txt":
         (fingerprints.host_package().parent / "version.txt").write_text("0.11.1\n")
+        (fingerprints.host_package().parent / "setup.py").touch()
     assert fingerprints.host_release() == "0.11.1" and check_host(False) == []
+
+
+def test_a_version_txt_of_another_package_is_not_openrlhfs(installed) -> None:
+    installed("0.11.1")
+    (fingerprints.host_package().parent / "version.txt").write_text("7.7.7\n")
+    assert fingerprints.host_release() == "0.11.1"
 
 
 def test_no_openrlhf_at_all(monkeypatch) -> None:

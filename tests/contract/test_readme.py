@@ -11,6 +11,7 @@ from hosttools import parse_host_flags
 from pama_plugin.host.hook import HOST_COMMAND
 
 HEAD = '{"weight_map": {"score.weight": "model.safetensors"}}'
+VOCABULARIES = "pama_plugin.host.preflight.flags.check_vocabularies"
 pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def test_host_commands_parse_and_install(command, tmp_path, monkeypatch) -> None
     if "--algo.advantage.estimator" not in flags:
         flags += ["--algo.advantage.estimator", "reinforce"]
     # The models of the README are not there to be looked at.
-    with mock.patch.object(seam, "_swap"), mock.patch.object(seam, "check_vocabularies", return_value=[]):
+    with mock.patch.object(seam, "_swap"), mock.patch(VOCABULARIES, return_value=[]):
         args = seam.install(parse_host_flags(*flags, extend=add_flags))
     assert args.pama.loss == "pama"
 

@@ -91,3 +91,32 @@ def test_a_file_that_cannot_be_imported_ends_the_run_and_not_the_engine(tmp_path
     executor = ObjectiveExecutor(load_config("pama", [text], None, None, None, default_level="token"), None)
     with pytest.raises(RewardError, match="'x': cannot be loaded: ModuleNotFoundError: No module named 'nothing"):
         asyncio.run(executor.score_texts([Response("q", "p", "", "r", 1)], ["x"]))
+
+
+def test_what_an_actor_has_started_ends_with_it_however_it_ends() -> None:
+    """But not a process that has been given the id of one that ended before."""
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    actor = (
+        "import subprocess, sys, time; from pama_plugin.host.actors import orphans\n"
+        "engine, other = (subprocess.Popen(['sleep', '3600'], start_new_session=True) for _ in range(2))\n"
+        "watcher = orphans.end_with_this_process([engine.pid, 2 ** 22 + 1])\n"
+        "print(engine.pid, other.pid, flush=True); time.sleep(3600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", actor], stdout=subprocess.PIPE, text=True) as process:
+        engine, other = map(int, process.stdout.readline().split())
+        process.send_signal(signal.SIGKILL)
+
+    def runs(pid: int) -> bool:
+        return subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True).stdout[:1] not in (b"", b"Z")
+
+    try:
+        deadline = time.monotonic() + 10
+        while runs(engine) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not runs(engine) and runs(other)
+    finally:
+        subprocess.run(["kill", "-9", str(engine), str(other)], capture_output=True)

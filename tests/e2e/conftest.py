@@ -167,7 +167,8 @@ def run_host(environment: dict[str, str], ray_address: str, models: Path, tmp_pa
     def run(*flags: str, **options: Any) -> Run:
         finished = run_once(*flags, **options)
         # OpenRLHF looks for a free port some time before it listens on it: another process may have taken it.
-        return run_once(*flags, **options) if "EADDRINUSE" in finished.output else finished
+        taken = finished.status and "EADDRINUSE" in finished.output
+        return run_once(*flags, **options) if taken else finished
 
     def run_once(*flags: str, steps: int, command: list[str] = LITERAL, limit: float = 600, kill_after: int = 0) -> Run:
         common = f"""

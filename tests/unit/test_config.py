@@ -348,6 +348,24 @@ def test_an_error_does_not_repeat_what_may_be_a_secret(location, suffix, tmp_pat
     assert "pa55" not in str(error.value) and "'x'" in str(error.value)
 
 
+def test_a_regular_expression_is_no_secret() -> None:
+    with pytest.raises(ConfigError, match=re.escape("'x=builtin:regex,pattern=a?(b,weight=-1'")) as error:
+        load("x=builtin:regex,pattern=a?(b,weight=-1")
+    assert "…" not in str(error.value)
+
+
+def test_what_dynamic_filtering_rates_by() -> None:
+    objectives = ("a=builtin:length,weight=3", "sum=builtin:json", "m=builtin:json,role=monitor")
+    rewards = {"a": 2.0, "sum": 0.5, "m": 7.0}
+    config = load(*objectives)
+    for filter_by, rating in {"a": 2.0, "m": 7.0, "sum": 0.5}.items():  # "sum" is the name of an objective here
+        assert config.model_copy(update={"filter_by": filter_by}).rate(rewards, 0) == rating
+    others = load("a=builtin:length,weight=3", "b=builtin:json", "m=builtin:json,role=monitor")
+    total = others.model_copy(update={"filter_by": "sum"})
+    assert total.rate({"a": 2.0, "b": 0.5, "m": 7.0}, 0) == 6.5
+    assert [objective.name for objective in total.filtered_by] == ["a", "b"]
+
+
 def test_a_plan_has_no_secret(monkeypatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "pa55")
     config = load("x=http:https://judge/?key=${JUDGE_KEY}")

@@ -36,6 +36,7 @@ FINAL = {
     "404": "HTTP 404, 'status 404'",
     "422": "HTTP 422, 'status 422'",
     "echo": r"HTTP 422, 'what is None\?'",
+    "echo_path": "HTTP 403, 'no access to /get_reward'",
     "long": ".*longer than 1048576 bytes",
     "not_an_object": NOT_ONE_NUMBER + re.escape("'[0.5]'"),
     "no_rewards": NOT_ONE_NUMBER + re.escape("""'{"scores": [0.5]}'"""),
@@ -558,6 +559,19 @@ def test_the_query_of_a_url_is_sent_and_not_shown(monkeypatch) -> None:
     with FaultServer("500") as server, pytest.raises(http.ServerFailure) as caught:
         score_once(SimpleNamespace(url=f"{server.url}?model=${{JUDGE_KEY}}&key=${{JUDGE_KEY}}"), retries=0)
     assert server.paths == ["/get_reward?model=s3cret%2Ftoken&key=s3cret%2Ftoken"] and TOKEN not in str(caught.value)
+
+
+def test_a_key_that_the_server_repeats_is_not_shown(monkeypatch, caplog) -> None:
+    """Nor one that httpx would log with every request."""
+    monkeypatch.setenv("JUDGE_KEY", TOKEN)
+    with (
+        caplog.at_level("INFO"),
+        FaultServer("echo_path") as server,
+        pytest.raises(http.ServerFailure, match=r"no access to /get_reward\?key=\*\*\*") as caught,
+    ):
+        score_once(SimpleNamespace(url=f"{server.url}?key=${{JUDGE_KEY}}"), retries=0)
+    for secret in (TOKEN, "s3cret"):
+        assert secret not in str(caught.value) + caplog.text
 
 
 @pytest.mark.parametrize(

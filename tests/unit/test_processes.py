@@ -111,9 +111,7 @@ def test_a_function_may_use_signals_and_print(tmp_path, capfd) -> None:
 
 
 @pytest.mark.parametrize(("patience", "processes"), [(600, 1), (2, 3)])
-def test_another_process_starts_once_all_who_wait_have_waited_as_long_as_a_start_takes(
-    tmp_path, patience, processes
-) -> None:
+def test_others_start_once_calls_have_queued_for_as_long_as_a_start_takes(tmp_path, patience, processes) -> None:
     """With an import of 2 s and calls of half a second, no single one of them waits for 2 s."""
     path, _, name = write(tmp_path, "time.sleep(0.5); return os.getpid()", top="import os, time").rpartition(":")
 
@@ -175,22 +173,25 @@ def test_what_a_call_has_started_ends_with_it(tmp_path) -> None:
 
 def test_processes_end_with_the_engine_however_it_ends(tmp_path) -> None:
     """Also one that holds the interpreter, which could not notice it by itself."""
-    body = f"open('{tmp_path}/pid', 'w').write(str(os.getpid()))\nwhile True: pass"
+    body = f"""
+child = subprocess.Popen(['sleep', '3600'])
+open('{tmp_path}/pid', 'w').write(f'{{os.getpid()}} {{child.pid}} ')
+while True: pass"""
     engine = (
         "import asyncio; from pama_plugin.rewards import Response; from pama_plugin.rewards.options import PyOptions\n"
         "from pama_plugin.rewards.py import load_function\n"
-        f"score = load_function({write(tmp_path, body, top='import os')!r}, PyOptions())\n"
+        f"score = load_function({write(tmp_path, body, top='import os, subprocess')!r}, PyOptions())\n"
         "asyncio.run(score(Response('bad', '', '', '', 1)))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", engine], env=environment) as process:
         pid = tmp_path / "pid"
         deadline = time.monotonic() + 60
-        while not (pid.exists() and pid.read_text()):
+        while not (pid.exists() and pid.read_text().endswith(" ")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    assert ended(int(pid.read_text()))
+    assert all(ended(int(each)) for each in pid.read_text().split()), "of the function, and what it has started"
 
 
 def ended(pid: int) -> bool:

@@ -41,16 +41,20 @@ class Conversations:
             logger.warning(
                 "no data set has the prompt %r: hf objectives read it as the policy's template formatted it", prompt
             )
+        if not self.templated and not self.warned:
+            self._warn_of_a_template(prompt)
+        origin = self.origins.setdefault(prompt, prompt)
+        return [{"role": "user", "content": origin}] if isinstance(origin, str) else origin
+
+    def _warn_of_a_template(self, prompt: str) -> None:
         special = [token for token in self.tokenizer.all_special_tokens if token in prompt]
-        if special and not self.templated and not self.warned:
+        if special:
             self.warned = True
             logger.warning(
                 "the prompts of the data set contain %s of the policy: hf objectives would put that template inside a "
                 "message of their own. Use messages with --data.apply_chat_template, or set text=full",
                 ", ".join(special),
             )
-        origin = self.origins.setdefault(prompt, prompt)
-        return [{"role": "user", "content": origin}] if isinstance(origin, str) else origin
 
     def _response(self, samples: Experience, row: int) -> str:
         actions = samples.action_mask[row].nonzero()

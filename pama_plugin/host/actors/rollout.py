@@ -6,11 +6,8 @@ import logging
 import math
 import numbers
 import reprlib
-import subprocess
 import time
 import zlib
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,6 +18,7 @@ from openrlhf.utils.agent import AgentExecutorBase
 from pama_plugin.batch.metrics import PROBLEM, REWARD, SECONDS
 from pama_plugin.batch.outcome import LONGEST_PROBLEM, Outcome, attempt, code_of, problem_of
 from pama_plugin.errors import PamaError, RewardError
+from pama_plugin.host.actors.orphans import end_with_this_process
 from pama_plugin.rewards import Response, Scorer
 from pama_plugin.rewards.numbers import only_number
 from pama_plugin.settings.objective import Objective
@@ -76,7 +74,7 @@ class ObjectiveExecutor(AgentExecutorBase):
         output["extra_logs"] = logs | columns
         if self.config.filter_by is not None:  # by ``scores`` OpenRLHF filters prompts
             rewards = {objective.name: outcome.reward for objective, (outcome, _) in zip(self.scored, outcomes)}
-            output["scores"] = self._rating(rewards)
+            output["scores"] = self.config.rate(rewards, self.steps_done)
         return output
 
     def _check_logs(self, logs: dict[str, Any]) -> None:
@@ -90,11 +88,6 @@ class ObjectiveExecutor(AgentExecutorBase):
                     f"the agent's extra_logs: {key!r} must be one number, found {reprlib.repr(value)}, which OpenRLHF "
                     "cannot log"
                 )
-
-    def _rating(self, rewards: dict[str, float]) -> float:
-        if self.config.filter_by in rewards:
-            return rewards[self.config.filter_by]
-        return sum(each.weight.at(self.steps_done) * rewards[each.name] for each in self.config.trained)
 
     async def score_texts(self, responses: list[Response], names: list[str]) -> dict[str, list[float]]:
         """Score texts with objectives that the rollout scores; a missing reward is NaN, and one reason is logged."""
@@ -168,30 +161,6 @@ async def _read(returned: dict[str, Any], key: str) -> float:
         raise PamaError(f"the agent's {key!r}: {error}") from error
 
 
-def end_with_this_process(processes: list[psutil.Process]) -> "subprocess.Popen[bytes]":
-    """Kill vLLM's processes when this one ends, however it ends. Keep the result for as long.
-
-    They end by themselves unless their parent is killed, by Ray or for want of memory: then they would keep their
-    memory, on a GPU too. A shell waits for the end of this process, which closes the pipe between them.
-    """
-    started = []
-    for each in processes:
-        with suppress(OSError):  # it has ended, as helpers of a compiler do
-            stat = Path(f"/proc/{each.pid}/stat").read_text().rpartition(")")[2].split()
-            started.append(f"{each.pid}:{stat[19]}")  # with its start time, because a process id may be used again
-    script = (
-        f"cat; for each in {' '.join(started)}; do pid=${{each%:*}}; stat=$(cat /proc/$pid/stat) && "
-        'set -- ${stat##*) } && [ "${20}" = "${each#*:}" ] && kill -KILL $pid; done'
-    )
-    return subprocess.Popen(
-        ["sh", "-c", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # else a signal to the group of this process would end the shell, too
-    )
-
-
 def rollout_actor(config: PamaConfig, seed: int | None) -> Any:
     """OpenRLHF's vLLM actor with our executor around its own.
 
@@ -210,7 +179,7 @@ def rollout_actor(config: PamaConfig, seed: int | None) -> Any:
         # Ray awaits the constructor of an asynchronous actor.
         async def __init__(self, *args: Any, remote_rm_url: Any = None, **kwargs: Any) -> None:  # type: ignore[misc]
             await super().__init__(*args, **kwargs)
-            self.watcher = end_with_this_process(psutil.Process().children(recursive=True))
+            self.watcher = end_with_this_process([each.pid for each in psutil.Process().children(recursive=True)])
             self.executor = ObjectiveExecutor(config, self.executor)
 
         async def score_texts(self, responses: list[Response], names: list[str]) -> dict[str, list[float]]:

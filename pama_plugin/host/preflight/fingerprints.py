@@ -175,7 +175,7 @@ def host_release() -> str:
     """The release of that OpenRLHF: a checkout has a version.txt; other copies are told by their fingerprints."""
     package = host_package()
     beside = package.parent / "version.txt"
-    if beside.is_file():  # before what is installed: a checkout in the working directory is imported first
+    if beside.is_file() and (package.parent / "setup.py").is_file():  # a checkout, which is not what is installed
         return beside.read_text().strip()
     with suppress(PackageNotFoundError):
         return version("openrlhf")

@@ -6,6 +6,8 @@ from typing import Any
 
 # Before anything imports the hub's client: made-up names of models must not be looked up, let alone with retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before anything imports torch: on tensors as small as these, more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest

@@ -96,12 +96,14 @@ def fixed_group(name: str, ranks: int = 1) -> Any:
     give different numbers; ``shaky`` is BROKEN for half of the texts.
     """
     import ray
-    from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup
+    from openrlhf.trainer.ray import launcher, utils
+    from ray import cloudpickle
 
     seed = 0.5 + zlib.crc32(name.encode()) % 97
 
-    class Fixed(BaseModelActor):
+    class Fixed(launcher.BaseDistributedActor):
         strategy = SimpleNamespace(is_rank_0=lambda: False)
+        execute_batch = launcher.BaseModelActor.execute_batch
 
         def forward(self, sequences, action_mask=None, attention_mask=None, **_):
             values = torch.sin(sequences * attention_mask * seed)
@@ -110,7 +112,13 @@ def fixed_group(name: str, ranks: int = 1) -> Any:
                 return torch.tensor([BROKEN.get(length % 8, 0.5 * length) for length in lengths])
             return values.sum(-1) if action_mask is None else values[:, 1:] * action_mask
 
-    return RayActorGroup(1, ranks, ray.remote(Fixed), num_gpus_per_actor=0.2)
+    # By value: an actor need not import OpenRLHF, vLLM and DeepSpeed for it, which takes 7 s of a core.
+    for module in (launcher, utils):
+        cloudpickle.register_pickle_by_value(module)
+    group = launcher.RayActorGroup(1, ranks, ray.remote(Fixed), num_gpus_per_actor=0.2)
+    for module in (launcher, utils):
+        cloudpickle.unregister_pickle_by_value(module)
+    return group
 
 
 def as_reward_groups(config: Any, actors: dict[str, Any]) -> SimpleNamespace:

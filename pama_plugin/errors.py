@@ -1,5 +1,17 @@
 """Errors that the plugin raises. Each message states what is wrong, the rule, and the value found."""
 
+LONGEST_PROBLEM = 500  # characters
+
+
+def printable(text: str) -> str:
+    """At most 500 characters, in which none can end a line, move a terminal's cursor or forge a line of a log.
+
+    >>> printable("no\\nERROR: \\x1b[2J" + 600 * "x") == "no\\\\nERROR: \\\\x1b[2J" + 486 * "x" + "…"
+    True
+    """
+    cut = text[:LONGEST_PROBLEM] + ("…" if len(text) > LONGEST_PROBLEM else "")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cut)
+
 
 class PamaError(Exception):
     """Base class of the errors of this package."""

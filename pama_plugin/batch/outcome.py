@@ -7,12 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pama_plugin.errors import PamaError, RewardError
+from pama_plugin.errors import PamaError, RewardError, printable
 from pama_plugin.rewards.options import LARGEST
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.values import Bounds
-
-LONGEST_PROBLEM = 500  # characters
 
 
 class Outcome(NamedTuple):
@@ -35,16 +33,6 @@ async def attempt(objective: Objective, reward: Awaitable[float]) -> Outcome:
 def problem_of(error: Exception) -> str:
     """The text of an error, with its type unless it is ours."""
     return printable(str(error) if isinstance(error, PamaError) else f"{type(error).__name__}: {error}")
-
-
-def printable(text: str) -> str:
-    """At most 500 characters, in which none can end a line, move a terminal's cursor or forge a line of a log.
-
-    >>> printable("no\\nERROR: \\x1b[2J" + 600 * "x") == "no\\\\nERROR: \\\\x1b[2J" + 486 * "x" + "…"
-    True
-    """
-    cut = text[:LONGEST_PROBLEM] + ("…" if len(text) > LONGEST_PROBLEM else "")
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cut)
 
 
 def check_reward(objective: Objective, reward: float, bounds: Bounds | None = None) -> Outcome:

@@ -1,20 +1,38 @@
 """Read runs from TensorBoard logs or from the results of a sweep."""
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
 
+from google.protobuf.message import DecodeError
+from pydantic import BaseModel, Field, ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pama_plugin.errors import ConfigError
+from pama_plugin.errors import ConfigError, printable
 
 Series = list[tuple[int, float]]
 COEFFICIENT, REWARD = "pama/coefficient/", "reward/"
 SPEC, RESULT = "run.json", "result.json"  # files of a run in a sweep: its settings, and its metrics once finished
+
+
+class Spec(BaseModel):
+    """What a run of a sweep is, as far as a report needs it."""
+
+    arm: str
+    rule: str
+    seed: int | None = None
+
+
+class Result(Spec):
+    """A spec with the metrics of the finished run: tag → (step, value), sorted by step."""
+
+    scalars: dict[str, Annotated[Series, Field(min_length=1)]]
+
+
+File = TypeVar("File", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -85,25 +103,21 @@ def read_run(folder: Path) -> Run:
     Raises:
         ConfigError: the folder has no data of a run with objectives.
     """
-    spec: dict[str, Any] = {"arm": folder.name, "rule": folder.name, "seed": None}
-    if (folder / SPEC).exists():
-        spec |= _read_json(folder / SPEC)
+    problems = []
     if (folder / RESULT).exists():
         result = read_result(folder / RESULT)
-        spec |= result
-        scalars = result["scalars"]
+        run = Run(folder, printable(result.arm), printable(result.rule), result.seed, result.scalars, ())
     else:
-        scalars = read_scalars(folder)
-    problems = []
-    run = Run(folder, spec["arm"], spec["rule"], spec["seed"], scalars, ())
+        spec = _read(Spec, folder / SPEC) if (folder / SPEC).exists() else Spec(arm=folder.name, rule=folder.name)
+        run = Run(folder, printable(spec.arm), printable(spec.rule), spec.seed, read_scalars(folder), ())
     if (folder / SPEC).exists() and not (folder / RESULT).exists():
         problems.append(f"not finished, {run.steps} steps so far")
-    steps = sorted({step for name in run.trained for step, _ in scalars[f"{COEFFICIENT}{name}"]})
+    steps = sorted({step for name in run.trained for step, _ in run.scalars[f"{COEFFICIENT}{name}"]})
     interval = _interval(steps)
     if steps and (missing := steps[-1] // interval - len(steps)) > 0:
         problems.append(f"{missing} of the steps {interval} to {steps[-1]} are missing")
     for name in run.trained:
-        series = scalars.get(f"{REWARD}{name}", [])
+        series = run.scalars.get(f"{REWARD}{name}", [])
         if not series:
             problems.append(f"reward/{name} is not logged")
         elif broken := sum(not math.isfinite(value) for _, value in series):
@@ -111,31 +125,23 @@ def read_run(folder: Path) -> Run:
     return replace(run, problems=tuple(problems))
 
 
-def read_result(file: Path) -> dict[str, Any]:
+def read_result(file: Path) -> Result:
     """The result of a run of a sweep.
 
     Raises:
         ConfigError: the file is broken.
         FileNotFoundError: there is none.
     """
-    result = _read_json(file)
-    try:
-        result["scalars"] = {
-            tag: [(int(step), float(value)) for step, value in rows] for tag, rows in result["scalars"].items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"{file} must have scalars, tag → [step, value] …, found {error!r}") from error
-    return result
+    return _read(Result, file)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read(model: type[File], file: Path) -> File:
     try:
-        content = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} must be a mapping, found {type(content).__name__}")
-    return content
+        return model.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{file}: {where or 'the file'}: {first['msg']}, found {first['input']!r:.100}") from error
 
 
 def _interval(steps: list[int]) -> int:
@@ -161,7 +167,10 @@ def read_scalars(folder: Path) -> dict[str, Series]:
     objectives: set[str] | None = None  # of the run
     for log in dict.fromkeys(file.parent for file in files):
         events = EventAccumulator(str(log), size_guidance={"scalars": 0})  # 0: keep every step
-        events.Reload()
+        try:
+            events.Reload()
+        except (DecodeError, OSError) as error:
+            raise ConfigError(f"cannot read the TensorBoard events in {log}: {error}") from error
         tags = events.Tags()["scalars"]
         coefficients = {tag for tag in tags if tag.startswith(f"train/{COEFFICIENT}")}
         if not coefficients and any(tag.startswith("train/") for tag in tags):

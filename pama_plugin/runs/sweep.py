@@ -24,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -31,16 +32,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pama_plugin import __version__
 from pama_plugin.errors import ConfigError
 from pama_plugin.runs.logs import RESULT, SPEC, read_result, read_scalars
 from pama_plugin.settings.flags import load_flags
-from pama_plugin.settings.run import UniqueKeyLoader
+from pama_plugin.settings.yaml_text import load_yaml
 
 GLOBAL_STEP = re.compile(r"Global step (\d+): ")  # OpenRLHF prints this line in every step
+MAX_NAME = 200  # bytes of an arm in the name of its folder: file systems allow 255 in all
+
+
+def _check_quotes(flags: str) -> str:
+    shlex.split(flags)
+    return flags
+
+
+Flags = Annotated[str, AfterValidator(_check_quotes)]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seeds = Annotated[list[int], Field(min_length=1)]
 
@@ -50,7 +59,7 @@ class Grid(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rules: Annotated[dict[str, str], Field(min_length=1)]
+    rules: Annotated[dict[str, Flags], Field(min_length=1)]
     weights: Annotated[list[dict[str, Weight]], Field(min_length=1)] = [{}]
     seeds: Seeds | None = None
 
@@ -60,7 +69,7 @@ class Sweep(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    flags: str = ""
+    flags: Flags = ""
     objectives: Annotated[dict[str, str], Field(min_length=1)]
     seeds: Seeds = [42]  # the default of OpenRLHF
     grids: Annotated[list[Grid], Field(min_length=1)]
@@ -84,7 +93,7 @@ class Job(NamedTuple):
 
     @property
     def folder(self) -> str:
-        name = re.sub(r"[^\w.=+-]+", "-", self.arm)
+        name = re.sub(r"[^\w.=+-]+", "-", self.arm).encode()[:MAX_NAME].decode(errors="ignore")
         return f"{name}-seed{self.seed}-{self.identity}"
 
 
@@ -97,15 +106,16 @@ def load_sweep(file: Path) -> list[Job]:
         ConfigError: the file cannot be read or is invalid.
     """
     try:
-        sweep = Sweep.model_validate(yaml.load(file.read_text(), UniqueKeyLoader))
+        sweep = Sweep.model_validate(load_yaml(file.read_bytes()))
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ConfigError(f"{file}: {where}: {first['msg']}, found {first['input']!r}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{file}: {where}: {message}, found {first['input']!r:.200}") from error
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from error
     jobs: dict[str, tuple[int, Job]] = {}
     for grid in sweep.grids:
         for rule, rule_flags in grid.rules.items():
@@ -159,6 +169,7 @@ def run_sweep(options: argparse.Namespace) -> int:
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done; logs and results: {out}", flush=True)
     outcomes: dict[str, list[str]] = {"done": [], "failed": [], "running elsewhere": []}
     steps: dict[str, int] = {}
+    _stopping.clear()
     # A thread only waits for its process.
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), initial=len(jobs) - len(waiting)) as bar:
 
@@ -200,9 +211,11 @@ def _is_done(folder: Path) -> bool:
 
 
 _running: set[int] = set()  # process groups
+_stopping = threading.Event()  # a run whose process was just starting when the others were stopped stops itself
 
 
 def _stop_all() -> None:
+    _stopping.set()
     for group in list(_running):
         with suppress(ProcessLookupError):
             os.killpg(group, signal.SIGTERM)
@@ -248,6 +261,8 @@ def run_job(job: Job, folder: Path, show: Any) -> str:
                 start_new_session=True,
             )
             _running.add(process.pid)
+            if _stopping.is_set():
+                _stop_all()
             try:
                 assert process.stdout is not None
                 for line in process.stdout:

@@ -34,6 +34,7 @@ from pama_plugin.aggregation import LEVELS, Aggregation, aggregate, available_ru
 from pama_plugin.errors import ConfigError
 from pama_plugin.settings.names import BEST_RULES, PROBE_MODES, STOCK
 from pama_plugin.settings.objective import Objective, describe_error, make_objective, parse_objective
+from pama_plugin.settings.yaml_text import load_yaml
 
 CHOICES: dict[str, tuple[str, ...]] = {"level": LEVELS, "best": BEST_RULES, "probe": PROBE_MODES}
 
@@ -385,32 +386,19 @@ def _read_options(listed: Any, flagged: Iterable[str]) -> dict[str, Any]:
         if key in options:
             raise ConfigError(f"--pama.option {text!r}: options must differ, found {key!r} twice")
         try:
-            options[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"--pama.option {text!r}: the value is not valid YAML: {error}") from error
+            options[key] = load_yaml(value)
+        except ValueError as error:
+            raise ConfigError(f"--pama.option {text!r}: {error}") from error
     return listed | options
-
-
-class UniqueKeyLoader(yaml.SafeLoader):
-    """``SafeLoader`` that refuses repeated keys, instead of using the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if repeated:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"keys must differ, found {', '.join(repeated)} twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
 
 
 def _read(file: str) -> dict[str, Any]:
     try:
-        content = yaml.load(Path(file).read_text(), UniqueKeyLoader)
+        content = load_yaml(Path(file).read_bytes())
     except OSError as error:
         raise ConfigError(f"--pama.config: cannot read {file}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also an invalid date, or too deep nesting
-        raise ConfigError(f"--pama.config: {file} is not valid YAML: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"--pama.config: {file}: {error}") from error
     known = sorted(PamaConfig.model_fields)
     if not isinstance(content, dict) or set(content) - set(known):
         unknown = [str(key) for key in content if key not in known] if isinstance(content, dict) else []

@@ -36,7 +36,8 @@ def test_sleep_weight_sync_and_everything_else_is_the_hosts() -> None:
 
 
 def test_an_engine_keeps_the_latest_reasons(monkeypatch) -> None:
-    from pama_plugin.batch.outcome import LONGEST_PROBLEM, code_of
+    from pama_plugin.batch.outcome import code_of
+    from pama_plugin.errors import LONGEST_PROBLEM
     from pama_plugin.host.actors import rollout
 
     monkeypatch.setattr(rollout, "PROBLEMS_KEPT", 2)

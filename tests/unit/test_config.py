@@ -261,6 +261,12 @@ def test_a_bad_run(arguments, message) -> None:
         load(*arguments.pop("objectives", []), **arguments)
 
 
+# Eight lists of ten: 10^8 values with every alias written out.
+BOMB = "a: &a [x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(10 * [f'*{before}'])}]\n" for before, name in zip("abcdefgh", "bcdefghi")
+)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -282,6 +288,19 @@ def test_a_bad_run(arguments, message) -> None:
         ("objectives: {a: 'builtin:length'}\nprobe_gradients: true", "--pama.probe_gradients .*at least 1.*found True"),
         ("objectives: {", "--pama.config: .*not valid YAML"),
         ("objectives: !!python/object/apply:os.getcwd []", "--pama.config: .*not valid YAML"),
+        ("noon: !!bool maybe", "run.yaml: not valid YAML: 'maybe' is not of the type bool"),
+        ("level: !!int ''", "not valid YAML: '' is not of the type int"),
+        ("level: !!float low", "not valid YAML: 'low' is not of the type float"),
+        ("level: !!timestamp soon", "not valid YAML: 'soon' is not of the type timestamp"),
+        ("level: 2026-13-45", "not valid YAML: '2026-13-45' is not of the type timestamp"),
+        ("level: !!binary é", "not valid YAML"),
+        (f"level: 0x{'f' * 100_000}", "not valid YAML: integers must be below 2.63, found one of 100002 characters"),
+        (f"level: {'9' * 5000}", "not valid YAML: '999"),
+        ("level: " + "[" * 10_000, "not valid YAML"),
+        ("level: &a [*a]", "not valid YAML: with its aliases written out .*at most 100,000 values"),
+        (BOMB + "level: *i", "not valid YAML: with its aliases written out .*at most 100,000 values"),
+        (BOMB + "objectives: *i", "not valid YAML: with its aliases written out .*at most 100,000 values"),
+        ("base: &b {a: 1}\nobjectives: {<<: *b, <<: *b}", "keys must differ, found << twice"),
     ],
 )
 def test_a_bad_file(content, message, tmp_path) -> None:
@@ -289,6 +308,19 @@ def test_a_bad_file(content, message, tmp_path) -> None:
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         load(file=file)
+
+
+def test_merge_keys(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "objectives:\n"
+        "  short: &server {kind: http, location: 'http://judge', timeout: 5, range: '0:1'}\n"
+        "  kind: {<<: *server, timeout: 60}\n"
+        "  both: {<<: [{timeout: 7}, *server], location: 'http://other'}\n"
+    )
+    objectives = {each.name: each for each in load(file=file).objectives}
+    assert [each.options["timeout"] for each in objectives.values()] == [5, 60, 7]
+    assert objectives["both"].location == "http://other"
 
 
 def test_nothing_in_a_file_is_the_default(tmp_path) -> None:

@@ -1,8 +1,11 @@
 """``pama report``: statistics, tables, figures, the HTML page, and reports of missing data."""
 
+import html
 import json
 import math
 import os
+import re
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from pama_plugin.cli import main
 from pama_plugin.errors import ConfigError
 from pama_plugin.runs.logs import find_runs, read_run, read_scalars
+from pama_plugin.runs.report import report_runs
+from pama_plugin.runs.report.figures import draw_curves, draw_front
 from pama_plugin.runs.report.pareto import fifth, indicators, interval, nondominated, paired, whole_mean
 from pama_plugin.runs.report.tables import differences_table, front_table, objectives_table
 
@@ -235,8 +240,62 @@ def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="not the log of a run with --loss.* pama/coefficient/"):
         read_scalars(tmp_path)
     (tmp_path / "result.json").write_text("{")
-    with pytest.raises(ConfigError, match="result.json is not JSON"):
+    with pytest.raises(ConfigError, match="result.json: the file: Invalid JSON"):
         find_runs([tmp_path])
+
+
+BAD_RESULTS = {
+    "nothing": b"",
+    "half": b'{"arm": "x", "rule": "x", "sca',
+    "a list": b"[]",
+    "no arm": b'{"rule": "x", "seed": 1, "scalars": {}}',
+    "an arm that is no text": b'{"arm": {}, "rule": "x", "seed": 1, "scalars": {}}',
+    "a seed that is none": b'{"arm": "x", "rule": "x", "seed": "many", "scalars": {}}',
+    "a series without steps": b'{"arm": "x", "rule": "x", "seed": 1, "scalars": {"reward/length": []}}',
+    "steps without values": b'{"arm": "x", "rule": "x", "seed": 1, "scalars": {"reward/length": [[1]]}}',
+    "values that are text": b'{"arm": "x", "rule": "x", "seed": 1, "scalars": {"reward/length": [[1, "high"]]}}',
+    "not text": bytes(range(128, 256)),
+    "too deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", BAD_RESULTS.values(), ids=BAD_RESULTS)
+def test_a_bad_result_does_not_hide_the_others(content, sweep) -> None:
+    (sweep / "a-1" / "result.json").write_bytes(content)
+    runs, missing = find_runs([sweep])
+    assert len(runs) == 5 and len(missing) == 1 and re.search("a-1/result.json: .*found", missing[0])
+
+
+def test_a_bad_event_file_does_not_hide_the_other_runs(sweep) -> None:
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    def record(data: bytes) -> bytes:
+        head = struct.pack("<Q", len(data))
+        return head + struct.pack("<I", masked_crc32c(head)) + data + struct.pack("<I", masked_crc32c(data))
+
+    unfinished = sweep / "c"
+    unfinished.mkdir()
+    (unfinished / "run.json").write_text('{"arm": "c", "rule": "c", "seed": 1}')
+    (unfinished / "events.out.tfevents.1").write_bytes(record(b"\xff\xff\xff\xff\x07 no event"))
+    runs, missing = find_runs([sweep])
+    assert len(runs) == 6 and len(missing) == 1 and "cannot read the TensorBoard events" in missing[0]
+
+
+def test_names_are_text_not_markup(tmp_path, capsys) -> None:
+    names = ["pama[soft=4]", "pama[soft=8]", "[/soft]", r"$\frac$", "_hidden", ":fire:", "<b>bold", "red\x1b[31m"]
+    for name in names:
+        folder = write_result(tmp_path, f"{names.index(name)}", "", 1, (2.0, 2.0))
+        spec = json.loads((folder / "result.json").read_text()) | {"arm": name, "rule": name}
+        (folder / "result.json").write_text(json.dumps(spec))
+    report_runs([tmp_path], tmp_path / "out")
+    printed = capsys.readouterr().out
+    shown = [*names[:-1], r"red\x1b[31m"]
+    assert all(name in printed for name in shown) and "\x1b" not in printed
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(html.escape(name) in page for name in shown)
+    for figure in (draw_curves(find_runs([tmp_path])[0]), draw_front(find_runs([tmp_path])[0], NAMES, (0, 0))):
+        labels = [text.get_text().lstrip() for text in figure.legends[0].get_texts()]
+        assert [label for label in labels if label not in ("start", "reference")] == shown
 
 
 @pytest.mark.parametrize("reference", [["length=0"], ["length=0", "sentiment=x"], ["length=0", "sentiment=1", "c=1"]])

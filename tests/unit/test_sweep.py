@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import re
 import signal
 import subprocess
@@ -171,7 +172,10 @@ def test_a_killed_sweep_resumes(sweep, sent) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("objectives: {", "is not valid YAML"),
+        ("objectives: {", "sweep.yaml: not valid YAML"),
+        ('flags: "--x \'y"\nobjectives: {a: x}\ngrids: [{rules: {p: --loss p}}]', "flags: No closing quotation"),
+        ("objectives: {a: x}\ngrids: [{rules: {p: --loss 'p}}]", "grids.0.rules.p: No closing quotation.*found"),
+        ("objectives: !!bool maybe", "sweep.yaml: not valid YAML: 'maybe' is not of the type bool"),
         ("objectives: {a: 'builtin:length'}", "sweep.yaml: grids: Field required"),
         ("objectives: {a: 'builtin:length'}\ngrids: [{rules: {}}]", "grids.0.rules: .*at least 1"),
         ("objectives: {a: x}\ngrids: [{rules: {p: --loss p}, weights: [{b: 1}]}]", "weights .*a, found b"),
@@ -222,6 +226,36 @@ def test_invalid_runs_are_refused_before_the_first_run(content, message, sweep, 
     assert run(sweep) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (sweep / "calls").exists()
+
+
+def test_a_sweep_that_is_stopped_while_a_run_starts_stops_that_run_too(sweep, monkeypatch) -> None:
+    (sweep / "wait").touch()
+    start = subprocess.Popen
+
+    def slow_start(*command, **options):
+        process = start(*command, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        return process
+
+    monkeypatch.setattr("pama_plugin.runs.sweep.subprocess.Popen", slow_start)
+    stock = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run(sweep) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, stock)
+        (sweep / "wait").unlink()
+
+
+def test_rules_with_long_names_have_folders(tmp_path) -> None:
+    names = ("r" * 300, "r" * 299, "規則" * 100, "a/../b")
+    rules = {name: f"--loss pama --x {index}" for index, name in enumerate(names)}
+    content = {"objectives": {"a": "builtin:length"}, "grids": [{"rules": rules}]}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(content, ensure_ascii=False))
+    folders = [job.folder for job in load_sweep(tmp_path / "sweep.yaml")]
+    for folder in folders:
+        (tmp_path / "out" / folder).mkdir(parents=True)
+    assert len(list((tmp_path / "out").iterdir())) == 4 and folders[3].startswith("a-..-b-seed42-")
 
 
 def test_a_missing_file(tmp_path) -> None:

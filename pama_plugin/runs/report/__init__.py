@@ -41,7 +41,7 @@ def report_runs(
     runs, missing = find_runs(folders)
     out = out or folders[0]
     out.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names of rules and folders are text: pama[soft=4]
     grids, names = [objectives_table(runs), arms_table(runs)], shared_objectives(runs)
     if len(names) > 1:
         point = _parse_reference(reference, names) if reference else starts(runs, names).tolist()

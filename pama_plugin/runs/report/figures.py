@@ -16,6 +16,8 @@ from pama_plugin.runs.logs import Run
 from pama_plugin.runs.report.pareto import by_arm, ends, interval, nondominated, starts
 from pama_plugin.runs.report.tables import OF_THE_HOST
 
+matplotlib.rcParams["text.parse_math"] = False  # names of rules and folders may have dollar signs
+
 SMOOTH = 5  # steps in the moving average of a curve, because a rollout batch is a noisy sample
 
 
@@ -34,7 +36,7 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
     for tag, panel in zip(tags, panels.flat):
         for index, (arm, arm_runs) in enumerate(by_arm(runs).items()):
             style: dict[str, Any] = {"color": f"C{index % 10}", "ls": ["-", "--", ":", "-."][index // 10 % 4]}
-            _band(panel, [run.scalars[tag] for run in arm_runs if run.scalars.get(tag)], arm, style)
+            _band(panel, [run.scalars[tag] for run in arm_runs if run.scalars.get(tag)], _label(arm), style)
         # Limit the axis to the curves: the band of two seeds is often much wider.
         drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in panel.lines])
         drawn = drawn[np.isfinite(drawn)]
@@ -69,6 +71,10 @@ def _band(panel: Axes, series: list[list[tuple[int, float]]], label: str, style:
         panel.plot(steps, values[0], alpha=0.25, **style)
 
 
+def _label(arm: str) -> str:
+    return f" {arm}" if arm.startswith("_") else arm  # legends leave out what starts with an underscore
+
+
 def draw_front(runs: Sequence[Run], names: Sequence[str], reference: Sequence[float]) -> Figure:
     """A panel per pair of objectives: final rewards of each arm, 95 % intervals, filled if no arm dominates it."""
     pairs = [(a, b) for a in range(len(names)) for b in range(a + 1, len(names))]
@@ -82,7 +88,7 @@ def draw_front(runs: Sequence[Run], names: Sequence[str], reference: Sequence[fl
             bars = {"xerr": x.half, "yerr": y.half} if x.n > 1 else {}
             face = f"C{index % 10}" if kept[index] else "white"
             style = {"fmt": "os^Dv"[index // 10 % 5], "color": f"C{index % 10}", "mfc": face, "elinewidth": 0.8}
-            panel.errorbar(x.mean, y.mean, **bars, **style, label=arm)
+            panel.errorbar(x.mean, y.mean, **bars, **style, label=_label(arm))
         start = starts(runs, names)
         panel.plot(start[a], start[b], "k*", label="start")
         panel.plot(reference[a], reference[b], "k+", label="reference")

@@ -17,6 +17,11 @@ class PamaError(Exception):
     """Base class of the errors of this package."""
 
 
+def problem_of(error: Exception) -> str:
+    """The text of an error, with its type unless it is ours."""
+    return printable(str(error) if isinstance(error, PamaError) else f"{type(error).__name__}: {error}")
+
+
 class ConfigError(PamaError, ValueError):
     """An invalid setting. Raised before Ray starts."""
 

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import re
 import sys
 import time
@@ -13,8 +14,8 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from pama_plugin.batch.outcome import Outcome, attempt, check_reward, problem_of
-from pama_plugin.errors import ConfigError, PamaError
+from pama_plugin.batch.outcome import Outcome, attempt, check_reward
+from pama_plugin.errors import ConfigError, PamaError, printable, problem_of
 from pama_plugin.rewards import Conversation, Response
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import load_objectives
@@ -190,8 +191,7 @@ def _score(
     if scored_in == "ranks":
         from pama_plugin.host.reward_model import score_responses
 
-        rewards = score_responses(objective, responses, tokenizer, advance)
-        return [check_reward(objective, reward) for reward in rewards]
+        return _judge(objective, score_responses(objective, responses, tokenizer, advance))
     return asyncio.run(_score_in_turn(objective, responses, advance))
 
 
@@ -210,10 +210,17 @@ def _score_texts(objective: Objective, rows: list[Row], advance: Callable[[int],
         prompts = [row["prompt"] for row in part]
         messages = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
         conversations = [Conversation(prompt, row["response"]) for prompt, row in zip(messages, part)]
-        rewards = model.score_each(conversations)
-        outcomes += [check_reward(objective, reward) for reward in rewards]
+        outcomes += _judge(objective, model.score_each(conversations))
         advance(len(part))
     return outcomes
+
+
+def _judge(objective: Objective, rewards: list[float | str]) -> list[Outcome]:
+    """Check the rewards of a model, some of which may be reasons why there is none."""
+    return [
+        Outcome(math.nan, printable(reward)) if isinstance(reward, str) else check_reward(objective, reward)
+        for reward in rewards
+    ]
 
 
 async def _score_in_turn(
@@ -235,7 +242,7 @@ async def _score_in_turn(
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return printable(str(error).strip().partition("\n")[0]) or type(error).__name__
 
 
 def _print_table(results: dict[str, list[Outcome]], seconds: dict[str, float]) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pama_plugin.errors import PamaError, RewardError, printable
+from pama_plugin.errors import RewardError, printable, problem_of
 from pama_plugin.rewards.options import LARGEST
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.values import Bounds
@@ -28,11 +28,6 @@ async def attempt(objective: Objective, reward: Awaitable[float]) -> Outcome:
         raise
     except Exception as error:  # user code may raise any exception
         return Outcome(math.nan, problem_of(error))
-
-
-def problem_of(error: Exception) -> str:
-    """The text of an error, with its type unless it is ours."""
-    return printable(str(error) if isinstance(error, PamaError) else f"{type(error).__name__}: {error}")
 
 
 def check_reward(objective: Objective, reward: float, bounds: Bounds | None = None) -> Outcome:

@@ -9,14 +9,18 @@ import importlib
 import io
 import json
 import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from pama_plugin import __version__
 from pama_plugin.errors import ConfigError
@@ -64,7 +68,9 @@ def doctor(flags: Sequence[str]) -> int:
 
 def _examine(flags: Sequence[str]) -> Iterator[Check]:
     yield Check("pama_plugin", "ok", f"{__version__}, Python {sys.version.split()[0]}")
-    yield from map(_package, STACK)
+    pins = _pins()
+    for names in STACK:
+        yield _package(names, pins.get(names[0], SpecifierSet()))
     from pama_plugin.host.preflight.fingerprints import host_package, host_release
 
     try:
@@ -89,10 +95,24 @@ def _examine(flags: Sequence[str]) -> Iterator[Check]:
         yield from _run(flags, gpus)
 
 
-def _package(names: tuple[str, ...]) -> Check:
+def _pins() -> dict[str, SpecifierSet]:
+    """The versions that the installed OpenRLHF asks for; of several extras the first."""
+    pins: dict[str, SpecifierSet] = {}
+    with contextlib.suppress(PackageNotFoundError):  # a checkout
+        for text in requires("openrlhf") or ():
+            requirement = Requirement(text)
+            pins.setdefault(requirement.name, requirement.specifier)
+    return pins
+
+
+def _package(names: tuple[str, ...], pin: SpecifierSet) -> Check:
     for name in names:
         with contextlib.suppress(PackageNotFoundError):
-            return Check(names[0], "ok", version(name) if name == names[0] else f"{version(name)} ({name})")
+            found = version(name)
+            detail = found if name == names[0] else f"{found} ({name})"
+            if pin.contains(found, prereleases=True):
+                return Check(names[0], "ok", detail)
+            return Check(names[0], "warning", f"{detail}; the installed OpenRLHF asks for {pin}")
     return Check(names[0], "FAIL", "not installed")
 
 
@@ -145,10 +165,13 @@ def _ray() -> tuple[Check, Gpus | None]:
         detail = f"no cluster: the run will start one on this machine, with {gpus.total} GPUs"
     else:
         gpus = Gpus(cluster["gpus"], cluster["free"])
-        detail = f"a cluster of {cluster['nodes']} nodes with {gpus.total:g} GPUs, {gpus.free:g} of them free"
+        found = "of RAY_ADDRESS" if address else "found on this machine"
+        who = f"a cluster {found}, {cluster['address']}, started by {cluster['owner']}"
+        detail = f"{who}: {cluster['nodes']} nodes, {gpus.total:g} GPUs, {gpus.free:g} of them free"
     if not gpus.total:
         return Check("Ray", "FAIL", f"{detail}; on CPUs, ray start --head --num-gpus N declares logical GPUs"), gpus
-    return Check("Ray", "ok", detail), gpus
+    strange = cluster is not None and not cluster["own"] and not address
+    return Check("Ray", "warning" if strange else "ok", detail), gpus
 
 
 def print_cluster() -> None:
@@ -161,7 +184,14 @@ def print_cluster() -> None:
         print("null")
         return
     total, free = ray.cluster_resources(), ray.available_resources()
-    print(json.dumps({"nodes": len(ray.nodes()), "gpus": total.get("GPU", 0), "free": free.get("GPU", 0)}))
+    cluster = {"nodes": len(ray.nodes()), "gpus": total.get("GPU", 0), "free": free.get("GPU", 0)}
+    user = Path(ray._private.worker.global_worker.node.get_session_dir_path()).stat().st_uid
+    try:
+        owner = pwd.getpwuid(user).pw_name
+    except KeyError:  # a container without accounts
+        owner = f"user {user}"
+    who = {"address": ray.get_runtime_context().gcs_address, "owner": owner, "own": user == os.getuid()}
+    print(json.dumps(cluster | who))
 
 
 def _device(gpus: Gpus | None, *, runs_without_cuda: bool) -> Check:

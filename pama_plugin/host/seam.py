@@ -27,6 +27,7 @@ from pama_plugin.host.preflight.flags import check_flags, check_models
 from pama_plugin.host.preflight.nodes import ask_nodes
 from pama_plugin.host.preflight.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
 from pama_plugin.host.preflight.resume import Resume, prepare_resume
+from pama_plugin.host.preflight.sigterm import end_on_sigterm
 from pama_plugin.host.protocols import Command, Strategy
 from pama_plugin.settings.names import STOCK
 from pama_plugin.settings.run import PamaConfig, dump_config, load_config, warn_of_many_objectives
@@ -54,16 +55,18 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     estimator = getattr(args, "algo.advantage.estimator")
     level = "token" if estimator == "gae" else "sequence"
     config = load_config(loss, objectives, file, **flags, default_level=level)
-    warnings = check_host(allowed["unsupported_host"])
+    warnings = check_host(allowed["unsupported_host"]) + warn_of_many_objectives(config)
     config = check_flags(args, config)
     plan = make_plan(args, config)
+    if plan_for is None:  # of another cluster, whose models need not be here
+        warnings += check_models(args, config)
+    for warning in warnings:
+        logger.warning("PAMA: %s", warning)
     if plan_for is not None:
         cluster = parse_cluster(plan_for)
         print(f"{format_plan(plan, cluster)}\n\n{dump_config(config)}", end="")
         check_cluster(plan, cluster)
         sys.exit()
-    for warning in warnings + warn_of_many_objectives(config) + check_models(args, config):
-        logger.warning("PAMA: %s", warning)
     config, resume = prepare_resume(args, config, allow_other_objectives=allowed["other_objectives"])
 
     args.pama = config
@@ -137,6 +140,7 @@ def _ready(
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        end_on_sigterm(args)
         if resume is not None:
             resume.point()
         if config.scored_in("ranks", "replicas"):

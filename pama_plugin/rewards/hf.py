@@ -4,7 +4,6 @@ The only module outside ``host/`` that imports transformers at the top. It is im
 """
 
 import inspect
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from pama_plugin.errors import problem_of
 from pama_plugin.rewards.options import HfOptions
 from pama_plugin.rewards.response import Conversation, Inspection
-
-logger = logging.getLogger(__name__)
 
 # Tokenizers without a limit report a number such as 1e30. No model reads as many tokens as this.
 _NO_LIMIT = 10**8
@@ -81,18 +79,15 @@ class HfScorer:
                 rewards[index] = reward
         return rewards
 
-    def score_each(self, conversations: Sequence[Conversation]) -> list[float]:
-        """As ``score``, but NaN for a conversation on which the model or its template fails."""
+    def score_each(self, conversations: Sequence[Conversation]) -> list[float | str]:
+        """As ``score``, but an error of the model or its template concerns only the conversations that cause it."""
         try:
-            return self.score(conversations)
+            return [*self.score(conversations)]
         except Exception as error:  # a template or the code of a model may raise any exception
             if len(conversations) == 1:
-                logger.warning("no reward for %r: %r", conversations[0], error)
-                return [math.nan]
-            logger.warning(
-                "scoring %d conversations in a batch failed: %r; scoring them one by one", len(conversations), error
-            )
-            return [reward for conversation in conversations for reward in self.score_each([conversation])]
+                return [problem_of(error)]
+        half = len(conversations) // 2
+        return self.score_each(conversations[:half]) + self.score_each(conversations[half:])
 
     def inspect(self, conversation: Conversation, tokens: int = 16) -> Inspection:
         """The input of the model for a conversation, with the last ``tokens`` tokens as text.

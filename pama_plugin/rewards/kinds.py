@@ -89,9 +89,9 @@ KINDS.add(
         summary="any sequence classifier with its own tokenizer, folder or hub name",
         scored_in="replicas",
         options=("label", "output", "text", "max_length", "dtype", "trust_remote_code")
-        + ("batch_size", "replicas", "gpus"),
+        + ("batch_size", "replicas", "gpus", "timeout"),
         model="pama_plugin.rewards.options:HfOptions",
-        runtime_options=("batch_size", "replicas", "gpus"),
+        runtime_options=("batch_size", "replicas", "gpus", "timeout"),
         packages=("transformers",),
         learned=True,
         check="pama_plugin.rewards.options:check_model",

@@ -57,8 +57,8 @@ class Inspection(NamedTuple):
 class TextModel(Protocol):
     """The loaded model of a kind with ``scored_in="replicas"``."""
 
-    def score_each(self, conversations: Sequence[Conversation]) -> list[float]:
-        """One reward per conversation; NaN if the model cannot read it."""
+    def score_each(self, conversations: Sequence[Conversation]) -> list[float | str]:
+        """One reward per conversation, or the reason why it has none."""
 
     def inspect(self, conversation: Conversation) -> Inspection:
         """The input of the model for one conversation."""

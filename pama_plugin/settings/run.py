@@ -351,13 +351,18 @@ def load_objectives(objectives: Iterable[str], file: str | None) -> tuple[Object
     return _merge(objectives, _read(file) if file else {}, file)
 
 
-def dump_config(config: PamaConfig) -> str:
-    """The configuration as YAML; ``--pama.config`` loads it as an equal configuration."""
+def as_settings(config: PamaConfig) -> dict[str, Any]:
+    """The configuration as plain values, for trackers."""
     # The loader refuses a level or noon that the rule does not have.
     without_effect = {"level", "noon"} - set(get_rule(config.loss).parameters)
     settings = config.model_dump(exclude={"objectives", *without_effect}, exclude_none=True)
     settings["objectives"] = {objective.name: objective.dump() for objective in config.objectives}
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return settings
+
+
+def dump_config(config: PamaConfig) -> str:
+    """The configuration as YAML; ``--pama.config`` loads it as an equal configuration."""
+    return yaml.safe_dump(as_settings(config), sort_keys=False, allow_unicode=True)
 
 
 def _merge(objectives: Iterable[str], content: dict[str, Any], file: str | None) -> tuple[Objective, ...]:

@@ -4,6 +4,9 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 import zipfile
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 from pama_plugin.batch.state import RunState
 from pama_plugin.errors import ConfigError
-from pama_plugin.host.preflight.resume import STATE, prepare_resume
+from pama_plugin.host.preflight.resume import STATE, describe_saved, prepare_resume
 from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
@@ -288,3 +291,51 @@ def test_a_damaged_file_never_gets_past(configure, save, tmp_path) -> None:
                 archive.writestr(name, data[: len(data) - cut - 1] if name.endswith("data.pkl") else data)
         with pytest.raises(ConfigError, match="--ckpt.load_enable: .*mp_rank_00_model_states.pt .*, found"):
             resume(tmp_path, config)
+
+
+def test_what_a_run_that_is_ended_can_be_resumed_from(configure, save, tmp_path) -> None:
+    state = state_of(configure(*TWO))
+    assert describe_saved(tmp_path, with_critic=True) == f"no checkpoint was saved in {tmp_path} (--ckpt.save_steps)"
+    save(3, state)
+    save(4, state, roles=("_actor",))  # the save that was cut off
+    assert describe_saved(tmp_path, with_critic=True).endswith(f"resumes from {tmp_path}/_actor/global_step3")
+    assert describe_saved(tmp_path, with_critic=False).endswith(f"resumes from {tmp_path}/_actor/global_step4")
+    (tmp_path / "_actor" / "latest").write_text("step 4")
+    assert "latest in" in describe_saved(tmp_path, with_critic=False)
+
+
+DRIVER = """
+import sys, time
+from types import SimpleNamespace
+import ray
+from pama_plugin.host.preflight.sigterm import end_on_sigterm
+
+@ray.remote
+class Actor:
+    def wait(self):
+        time.sleep(1000)
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=sys.argv[1])
+ckpt = SimpleNamespace(path=sys.argv[2])
+end_on_sigterm(SimpleNamespace(ckpt=ckpt, algo=SimpleNamespace(advantage=SimpleNamespace(estimator="gae"))))
+actor = Actor.remote()
+print("waiting", flush=True)
+ray.get(actor.wait.remote())
+"""
+
+
+def test_sigterm_ends_the_run_and_says_what_was_saved(configure, save, tmp_path) -> None:
+    """With Ray's own handler the process aborts, status 134, and prints addresses of C++ functions."""
+    save(3, state_of(configure(*TWO)))
+    with tempfile.TemporaryDirectory(prefix="pama-") as folder:  # short: Ray keeps sockets in it
+        command = [sys.executable, "-c", DRIVER, folder, str(tmp_path)]
+        driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            assert any(line == "waiting\n" for line in driver.stdout)
+            driver.terminate()
+            printed, _ = driver.communicate(timeout=60)
+        finally:
+            driver.kill()
+    assert driver.returncode == 143, printed
+    expected = f"PAMA: ended by SIGTERM; --ckpt.load_enable resumes from {tmp_path}/_actor/global_step3"
+    assert expected in printed.splitlines() and "SIGTERM received at" not in printed

@@ -1,5 +1,6 @@
 """pama doctor: every check can pass and fail, and the exit code is 0 only if a run could start."""
 
+import getpass
 import os
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_a_run_that_could_start(models, cluster) -> None:
     for line in (
         "openrlhf       ok       0.11.2+cpu",
         "seams          ok       as released",
-        "Ray            ok       a cluster of 1 nodes with 16 GPUs",
+        f"Ray            ok       a cluster of RAY_ADDRESS, {cluster}, started by {getpass.getuser()}: 1 nodes",
         "device         ok       CPU",
         "flash-attn     warning  cannot be imported",
         "flags          ok       OpenRLHF and the plugin take them",
@@ -123,6 +124,14 @@ def test_a_package_that_is_missing(monkeypatch) -> None:
     assert code == 1 and Check("deepspeed", "FAIL", "not installed") in checks
 
 
+def test_a_version_that_openrlhf_does_not_ask_for(monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "version", lambda name: {"ray": "2.40.0", "vllm": "0.8.1"}.get(name) or version(name))
+    code, checks = examine(monkeypatch)
+    assert code == 0
+    assert Check("ray", "warning", "2.40.0; the installed OpenRLHF asks for ==2.55.0") in checks
+    assert Check("vllm", "warning", "0.8.1; the installed OpenRLHF asks for ==0.29.0") in checks
+
+
 def test_no_openrlhf(monkeypatch) -> None:
     from pama_plugin.host.preflight import fingerprints
 
@@ -170,13 +179,25 @@ def test_a_cluster_that_does_not_answer(monkeypatch) -> None:
     assert check == Check("Ray", "FAIL", "no answer within 1 s from the cluster at 127.0.0.1:1") and gpus is None
 
 
+CLUSTER = '{"nodes": 2, "gpus": 16, "free": 3, "address": "h:1", "owner": "me", "own": %s}'
+
+
 @pytest.mark.parametrize(
     ("printed", "address", "gpus", "status", "found"),
     [
         ("null", "", 4, "ok", "the run will start one on this machine, with 4 GPUs"),
         ("null", "", 0, "FAIL", "with 0 GPUs; on CPUs, ray start --head --num-gpus N"),
         ("null", "host:6379", 4, "FAIL", "found none at host:6379"),
-        ('{"nodes": 2, "gpus": 16, "free": 3}', "host:6379", 0, "ok", "2 nodes with 16 GPUs, 3 of them free"),
+        (
+            CLUSTER % "true",
+            "host:6379",
+            0,
+            "ok",
+            "a cluster of RAY_ADDRESS, h:1, started by me: 2 nodes, 16 GPUs, 3 of",
+        ),
+        (CLUSTER % "true", "", 0, "ok", "a cluster found on this machine, h:1, started by me: 2 nodes"),
+        (CLUSTER % "false", "host:6379", 0, "ok", "started by me"),
+        (CLUSTER % "false", "", 0, "warning", "a cluster found on this machine, h:1, started by me"),
         ("", "host:6379", 0, "FAIL", "cannot connect to the cluster at host:6379: no output"),
     ],
 )
@@ -218,7 +239,7 @@ def test_the_room_for_it(asked, status) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "found"),
-    [(["--loss", "pama", "--pama.config", "{bad}"], "is not valid YAML: "), (["--help"], "they start no run")],
+    [(["--loss", "pama", "--pama.config", "{bad}"], "not valid YAML: "), (["--help"], "they start no run")],
 )
 def test_flags_that_end_the_command_in_many_lines_or_none(flags, found, tmp_path) -> None:
     (tmp_path / "bad.yaml").write_text("objectives: [\n  a: b\n c")

@@ -1,6 +1,7 @@
 """Reward models with a tokenizer of their own: what they are given of a rollout, and where they run."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -139,6 +140,8 @@ def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
         def score(self, conversations):
             if any(own.response == "bad" for own in conversations):
                 raise ValueError("Conversation roles must alternate")
+            if any(own.response == "endless" for own in conversations):
+                time.sleep(1000)
             return [float(len(own.response)) for own in conversations]
 
     class Stub(Replica):
@@ -164,10 +167,24 @@ def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
     pending = group.request([Conversation([], text) for text in texts], one_by_one=False)
     (rewards,) = group.collect(pending, [len(texts)])
     assert torch.equal(rewards.isnan(), torch.tensor([text == "bad" for text in texts]))
+    assert pending.reasons == {2: "ValueError: Conversation roles must alternate"}
+
+    # One that does not answer costs the rewards of its share, once.
+    monkeypatch.setattr(group, "timeout", 3)
+    pending = group.request([Conversation([], text) for text in ["endless", *texts[3:]]], one_by_one=gpus == "0.5")
+    (rewards,) = group.collect(pending, [5])
+    share = -(-5 // replicas)
+    assert rewards.isnan().tolist() == [True] * share + [False] * (5 - share) and pending.seconds() < 30
+    assert pending.reasons == dict.fromkeys(range(share), "no answer within timeout=3 s")
+    monkeypatch.setattr(group, "timeout", 60)
+    (rewards,) = group.collect(group.request([Conversation([], text) for text in texts[3:]], one_by_one=False), [4])
+    assert rewards.tolist() == [1, 5, 9, 2]
+
     for replica in group.replicas:
         ray.kill(replica)
         with pytest.raises(ray.exceptions.RayActorError):
             while True:
                 ray.get(replica.ready.remote())
-    (rewards,) = group.collect(group.request([Conversation([], "x")], one_by_one=False), [1])
-    assert rewards.isnan().all()
+    pending = group.request([Conversation([], "x")], one_by_one=False)
+    (rewards,) = group.collect(pending, [1])
+    assert rewards.isnan().all() and "its replica returned no rewards: " in pending.reasons[0]

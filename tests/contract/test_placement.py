@@ -271,6 +271,7 @@ def test_waiting_can_be_allowed(allow_waiting, monkeypatch, capsys) -> None:
     config = load(OBJECTIVES[0])
     plan, _ = planned([*sizes(), "--vllm.num_engines", "0"], config)
     monkeypatch.setattr(seam, "ask_nodes", lambda *_: [])
+    monkeypatch.setattr(seam, "end_on_sigterm", lambda _: None)
     get_strategy = seam._ready(lambda _: "strategy", config, plan, None, allow_waiting=allow_waiting)
     args = SimpleNamespace(reward=SimpleNamespace(remote_url="pama"))
     if allow_waiting:

@@ -106,6 +106,14 @@ def test_a_smaller_machine_is_refused(tmp_path, capsys) -> None:
     assert "PAMA plan: 8 of 4 GPUs" in capsys.readouterr().out
 
 
+def test_the_plan_has_the_warnings_of_a_start(tmp_path, caplog) -> None:
+    flags = command_of("h100x8_separate.sh", tmp_path, "--pama.plan", "1x8")[2:]
+    many = [word for index in range(6) for word in ("--pama.objective", f"length{index}=builtin:length")]
+    with pytest.raises(SystemExit):
+        seam.install(parse_host_flags(*flags, *many, extend=add_flags))
+    assert "independent objectives agree on" in caplog.text
+
+
 @pytest.mark.e2e  # whole commands, each of which imports the host: seconds apiece
 def test_the_real_command_prints_the_plan_and_starts_nothing() -> None:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -164,7 +164,11 @@ def ready(args) -> Any:
     nested = hierarchize(args)
     node = {"Alive": True, "NodeManagerAddress": "here", "Resources": {"GPU": 64.0, "CPU": 64.0}}
     get_strategy = _ready(lambda _: "strategy", args.pama, make_plan(args, args.pama), None, allow_waiting=False)
-    with mock.patch("ray.nodes", return_value=[node]), mock.patch("pama_plugin.host.seam.ask_nodes", return_value=[]):
+    with (
+        mock.patch("ray.nodes", return_value=[node]),
+        mock.patch("pama_plugin.host.seam.ask_nodes", return_value=[]),
+        mock.patch("pama_plugin.host.seam.end_on_sigterm"),
+    ):
         assert get_strategy(nested) == "strategy"
     return nested
 
@@ -309,6 +313,10 @@ def test_stock_flags_come_through_untouched(flags) -> None:
             "--actor.gradient_checkpointing_reentrant must be False.*--pama.probe_gradients.*found True",
         ),
         ((*TWO, *GROUPS, "--ds.lora.rank", "8"), "--ds.lora.rank.*left out.*LoRA.*found 8"),
+        (
+            (*TWO, *GROUPS, "--data.max_images_per_prompt", "2"),
+            "--data.max_images_per_prompt.*left out.*text alone.*found 2",
+        ),
         ((*TWO, *GROUPS, "--ds.load_in_4bit"), "--ds.load_in_4bit.*left out.*LoRA.*found True"),
         (
             (*TWO, "--algo.advantage.estimator", "gae", "--ds.tensor_parallel_size", "2"),

@@ -1,11 +1,13 @@
 """What the trainer adds to the host's: logs of the whole rollout batch, and what it takes back from a checkpoint."""
 
 import contextlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hosttools import host_args
 
 from pama_plugin.batch.state import RunState
 from pama_plugin.errors import PamaError
@@ -43,6 +45,37 @@ def trainer(
     )
     made.responses_trained = made.steps_at_start = 0
     return made
+
+
+def test_wandb_has_our_settings_as_values_to_group_runs_by(monkeypatch) -> None:
+    """wandb is no part of the CPU stack: the stand-in refuses to change a key unless told to, as wandb does."""
+    from openrlhf.utils.logging_utils import WandbLogger
+
+    from pama_plugin.host.actors.trainer import MultiObjectiveTrainer
+
+    class Config(dict):
+        def update(self, values, allow_val_change=False):
+            assert allow_val_change or not values.keys() & self
+            super().update(values)
+
+    wandb = SimpleNamespace(api=SimpleNamespace(api_key="k"), define_metric=lambda *_, **__: None, config=Config())
+    wandb.init = lambda config, **_: wandb.config.update({key: str(value) for key, value in config.items()})
+    wandb.Table = lambda **_: None
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    args = host_args("--logger.wandb.key", "k")
+    args.pama = load_config("pama", TWO, None, None, None, option=["soft=4"], default_level="token")
+
+    class Host:
+        def __init__(self):
+            self.args, self.strategy = args, SimpleNamespace(args=args)
+            self.actor_model_group = self.critic_model_group = self.reward_model_group = None
+            self.reference_model_group = self.kl_ctl = self.tokenizer = self.vllm_engines = None
+            self.best_eval_metric_key, self.wandb_logger = "", WandbLogger(args)
+
+    type("Trainer", (MultiObjectiveTrainer, Host), {})()
+    logged = wandb.config["pama"]
+    assert (logged["loss"], logged["level"], logged["options"]) == ("pama", "token", {"soft": 4})
+    assert logged["objectives"]["b"]["location"] == "length"
 
 
 def test_our_columns_become_means_of_the_rollout_batch_and_do_not_ride_to_the_actor() -> None:

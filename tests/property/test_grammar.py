@@ -129,6 +129,6 @@ def test_files_that_are_not_yaml(tmp_path, monkeypatch) -> None:
 def test_a_file_runs_nothing(tmp_path, monkeypatch, spec) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(f"objectives: {{a: {spec}}}")
-    with pytest.raises(ConfigError, match="is not valid YAML"):
+    with pytest.raises(ConfigError, match="not valid YAML"):
         load_config("pama", [], "run.yaml", None, None, default_level="token")
     assert os.listdir(tmp_path) == ["run.yaml"]

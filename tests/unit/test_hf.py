@@ -267,6 +267,23 @@ def test_positions_that_start_after_the_padding_id(tmp_path) -> None:
         scorer(str(tmp_path), max_length=21)
 
 
+def test_a_conversation_that_the_template_refuses_concerns_no_other(gpt2, tmp_path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gpt2)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m['content'] }} {% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(gpt2).save_pretrained(tmp_path)
+    model = scorer(str(tmp_path), label=1)
+    good = [user("w1", f"w{index}") for index in range(2, 7)]
+    bad = Conversation([{"role": "system", "content": "w1"}], "w2")
+    none = Conversation([{"role": "user", "content": 3}], "w2")
+    first, *rest = model.score_each([good[0], bad, *good[1:], none])
+    assert [first, *rest[1:-1]] == near(model.score(good))
+    assert "System role not supported" in rest[0] and "not iterable" in rest[-1]
+
+
 def test_no_conversations(bert) -> None:
     assert scorer(bert, label=1).score([]) == []
 

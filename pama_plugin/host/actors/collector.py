@@ -4,6 +4,7 @@ import functools
 import itertools
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ class RewardCollector:
                 if f"{REWARD}{name}" not in experience.info:  # not a failed reward: the rollout does not score
                     raise RewardError(name, "returned nothing", self._text(experiences, first))
             rewards_B = torch.cat([experience.info[f"{REWARD}{name}"] for experience in experiences])
-            reasons = self._explain(objective, rewards_B, experiences)
+            reasons = self._explain(objective, rewards_B, experiences, pending.get(name))
             failed_B = torch.zeros(len(rewards_B), dtype=torch.bool)
             failed_B[list(reasons)] = True
             rewards_B = rewards_B.masked_fill(failed_B, math.nan)
@@ -135,10 +136,21 @@ class RewardCollector:
                 experience.info[f"{REWARD}{name}"] = rewards_b.float()
                 experience.info[f"{SECONDS}{name}"] = torch.full((len(rewards_b),), seconds)
 
-    def _explain(self, objective: Objective, rewards_B: Tensor, experiences: list[Experience]) -> dict[int, str]:
+    def _explain(
+        self, objective: Objective, rewards_B: Tensor, experiences: list[Experience], requested: PendingRewards | None
+    ) -> dict[int, str]:
         """Map each response without a reward to the reason; the rollout sends its reasons as codes."""
-        if objective.reward_kind.scored_in in ("ranks", "replicas"):
-            return judge_column(objective, rewards_B)
+        if requested is not None:
+            reasons = judge_column(objective, rewards_B) | requested.reasons
+            for reason, count in Counter(reasons.values()).most_common(3):
+                logger.warning(
+                    "PAMA: objective %r: %d of %d rewards are missing: %s",
+                    objective.name,
+                    count,
+                    len(rewards_B),
+                    reason,
+                )
+            return reasons
         codes_B = torch.cat([experience.info.pop(f"{PROBLEM}{objective.name}") for experience in experiences]).long()
         failed = (~rewards_B.isfinite()).nonzero().flatten().tolist()
         codes = {response: int(codes_B[response]) for response in failed}

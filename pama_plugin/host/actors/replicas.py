@@ -1,6 +1,5 @@
 """Models that read text with their own tokenizer: one Ray actor per replica."""
 
-import logging
 import math
 import os
 import time
@@ -8,17 +7,15 @@ from typing import Any
 
 import ray
 import torch
-from openrlhf.trainer.ray.utils import ray_noset_visible_devices
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pama_plugin.errors import printable
 from pama_plugin.host.actors.pending import PendingRewards
 from pama_plugin.host.preflight.placement import Role
 from pama_plugin.host.protocols import Strategy
 from pama_plugin.rewards import Conversation, Inspection, TextModel
 from pama_plugin.settings.objective import Objective
-
-logger = logging.getLogger(__name__)
 
 
 class Replica:
@@ -27,6 +24,8 @@ class Replica:
     def __init__(self, objective: Objective) -> None:
         options, device = objective.settings, "cpu"
         if options.gpus > 0 and torch.cuda.is_available():
+            from openrlhf.trainer.ray.utils import ray_noset_visible_devices  # late: imports vLLM and DeepSpeed
+
             device = f"cuda:{ray.get_gpu_ids()[0]}" if ray_noset_visible_devices() else "cuda"
         if options.gpus == 0:  # Ray gives one thread to an actor that reserves no CPU
             torch.set_num_threads(max((os.cpu_count() or 1) // options.replicas, 1))
@@ -35,8 +34,8 @@ class Replica:
     def ready(self) -> None:
         """Return once the model is loaded."""
 
-    def score(self, conversations: list[Conversation], free_memory: bool) -> list[float]:
-        """Return one reward per conversation; NaN for one that the model or its template cannot read."""
+    def score(self, conversations: list[Conversation], free_memory: bool) -> list[float | str]:
+        """Return one reward per conversation, or the reason why it has none."""
         rewards = self.model.score_each(conversations)
         if free_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -50,7 +49,7 @@ class ReplicaGroup:
     """The replicas of one objective; each scores a part of every batch."""
 
     def __init__(self, objective: Objective, role: Role, pg: PlacementGroup | None) -> None:
-        self.name, self.on_gpus = objective.name, role.share > 0
+        self.on_gpus, self.timeout = role.share > 0, objective.settings.timeout
         self.replicas = []
         for rank in range(role.ranks):
             # OpenRLHF's placement group has one bundle per rank; replicas that share one GPU share its only bundle.
@@ -77,24 +76,32 @@ class ReplicaGroup:
         refs = [replica.score.remote(part, alone) for replica, part in zip(self.replicas, parts)]
         pending = PendingRewards(start, refs, [len(part) for part in parts])
         if alone:
-            ray.wait(pending.refs, num_returns=len(pending.refs))
+            ray.wait(pending.refs, num_returns=len(pending.refs), timeout=self.timeout)
         return pending
 
     def collect(self, pending: PendingRewards, sizes: list[int]) -> list[torch.Tensor]:
-        """Return the rewards (b,) of each micro-batch; NaN for those of a replica that died."""
-        rewards: list[float] = []
-        for ref, size in zip(pending.refs, pending.sizes):
+        """Return the rewards (b,) of each micro-batch; NaN for one that is missing, with the reason in ``pending``."""
+        left = max(pending.start + self.timeout - time.perf_counter(), 0)
+        _, late = ray.wait(pending.refs, num_returns=len(pending.refs), timeout=left)
+        answers: list[float | str] = []
+        for replica, ref, size in zip(self.replicas, pending.refs, pending.sizes):
+            if ref in late:
+                ray.cancel(ref)  # or the actor would score the same texts again after its restart
+                ray.kill(replica, no_restart=False)
+                answers += [f"no answer within timeout={self.timeout:g} s"] * size
+                continue
             try:
-                rewards += ray.get(ref)
+                answers += ray.get(ref)
             except ray.exceptions.RayError as error:
-                logger.warning("objective %r: a replica returned no rewards: %s", self.name, error)
-                rewards += [math.nan] * size
+                answers += [f"its replica returned no rewards: {error}"] * size
+        pending.reasons = {index: printable(answer) for index, answer in enumerate(answers) if isinstance(answer, str)}
+        rewards = [math.nan if isinstance(answer, str) else answer for answer in answers]
         return list(torch.split(torch.tensor(rewards), sizes))
 
     def inspect(self, conversation: Conversation) -> Inspection | None:
         """Return the text that the model reads; None if it cannot read it, which the missing reward reports too."""
         try:
-            inspection: Inspection = ray.get(self.replicas[0].inspect.remote(conversation))
+            inspection: Inspection = ray.get(self.replicas[0].inspect.remote(conversation), timeout=self.timeout)
         except ray.exceptions.RayError:
             return None
         return inspection

@@ -28,7 +28,7 @@ from pama_plugin.host.actors.handshake import report, shake_hands
 from pama_plugin.host.actors.probe import probe_pairs
 from pama_plugin.host.preflight.resume import STATE
 from pama_plugin.host.protocols import Strategy
-from pama_plugin.settings.run import StopAtFront
+from pama_plugin.settings.run import StopAtFront, as_settings
 
 if TYPE_CHECKING:
     from pama_plugin.host.protocols import Trainer as Host
@@ -60,6 +60,8 @@ class MultiObjectiveTrainer(Host):
         self.config = self.experience_maker.config
         self.state = self.experience_maker.state
         self.best_eval_metric_key = self.best_eval_metric_key or BEST
+        if self.wandb_logger:  # OpenRLHF's config has one text of all our settings: runs could not be grouped by rule
+            self.wandb_logger.handle.config.update({"pama": as_settings(self.config)}, allow_val_change=True)
         self.steps_done = 0
         self.steps_at_start = self.responses_trained = 0
 

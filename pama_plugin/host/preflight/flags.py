@@ -14,9 +14,10 @@ STOCK_REWARD_FLAGS = ("reward.model_name_or_path", "reward.remote_url")
 
 # Seen with LoRA: OpenRLHF sends the policy's parameters to vLLM under the names of the adapted model, which vLLM does
 # not know, and the run dies at its first weight sync. Remove an entry when OpenRLHF supports it.
-BROKEN_IN_THE_HOST = {
+REFUSED = {
     "ds.lora.rank": "OpenRLHF's PPO cannot send a policy with LoRA adapters to vLLM",
     "ds.load_in_4bit": "it trains LoRA adapters only, which OpenRLHF's PPO cannot send to vLLM",
+    "data.max_images_per_prompt": "rewards would read the text alone, and a policy that reads images was never run",
 }
 
 # The gradient probe needs these values; reentrant checkpoints do not support ``torch.autograd.grad``.
@@ -43,7 +44,7 @@ def check_flags(args: argparse.Namespace, config: PamaConfig) -> PamaConfig:
     stock = [f"--{flag} {value}" for flag in STOCK_REWARD_FLAGS if (value := getattr(args, flag))]
     if stock:
         raise ConfigError(f"with objectives, every reward must be a --pama.objective, found {', '.join(stock)}")
-    for flag, why in BROKEN_IN_THE_HOST.items():
+    for flag, why in REFUSED.items():
         if getattr(args, flag):
             raise ConfigError(f"--{flag} must be left out: {why}; found {getattr(args, flag)}")
     if not getattr(args, "vllm.num_engines"):

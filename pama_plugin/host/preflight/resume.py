@@ -51,7 +51,7 @@ def prepare_resume(
     """
     root = Path(getattr(args, "ckpt.path"))
     with_critic = getattr(args, "algo.advantage.estimator") == "gae"
-    folders = tuple(root / role for role in (("_actor", "_critic") if with_critic else ("_actor",)))
+    folders = _folders(root, with_critic)
     if not getattr(args, "ckpt.load_enable") or not folders[0].exists():  # OpenRLHF starts from the beginning
         return config, None
     if getattr(args, "ds.use_universal_ckpt"):
@@ -94,6 +94,22 @@ def prepare_resume(
     rank = {name: index for index, name in enumerate(names)}
     ordered = sorted(config.objectives, key=lambda objective: rank.get(objective.name, len(rank)))
     return config.model_copy(update={"objectives": tuple(ordered)}), resume
+
+
+def describe_saved(root: Path, *, with_critic: bool) -> str:
+    """Say from which step of the checkpoints in ``root`` a run can be resumed."""
+    folders = _folders(root, with_critic)
+    try:
+        tag = _choose_tag(folders) if folders[0].exists() else None
+    except ConfigError as error:
+        return str(error)
+    if tag is None:
+        return f"no checkpoint was saved in {root} (--ckpt.save_steps)"
+    return f"--ckpt.load_enable resumes from {folders[0] / tag}"
+
+
+def _folders(root: Path, with_critic: bool) -> tuple[Path, ...]:
+    return tuple(root / role for role in (("_actor", "_critic") if with_critic else ("_actor",)))
 
 
 def _choose_tag(folders: tuple[Path, ...]) -> str | None:

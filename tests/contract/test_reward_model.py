@@ -1,0 +1,37 @@
+"""A value-head reward model of OpenRLHF in this process, for ``pama score``."""
+
+import json
+
+import pytest
+import torch
+from tiny import make_config, make_tokenizer
+from transformers import LlamaForSequenceClassification
+
+from pama_plugin.cli import main
+
+pytestmark = pytest.mark.contract
+
+
+def test_each_response_has_the_reward_that_it_has_alone_and_no_other_waits_for_a_long_one(tmp_path, capsys) -> None:
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    lengths = [3, 400, 1, 20_000, 12, *range(2, 20)]
+    texts = [" ".join(["good", "film"] * length)[: 5 * length] for length in lengths]
+
+    def score(*responses: str) -> list[float | None]:
+        rows = [json.dumps({"prompt": "the film", "response": response}) + "\n" for response in responses]
+        (tmp_path / "rows.jsonl").write_text("".join(rows))
+        with pytest.raises(SystemExit):
+            main(["score", str(tmp_path / "rows.jsonl"), "--pama.objective", f"r=rm:{tmp_path / 'rm'}"])
+        written = (tmp_path / "rows.scored.jsonl").read_text().splitlines()
+        return [json.loads(line)["rewards"]["r"] for line in written]
+
+    rewards = score(*texts)
+    assert "more than the" in capsys.readouterr().out
+    alone = [score(text)[0] for text in texts[:5]]
+    assert alone[3] is None and rewards[3] is None
+    assert [r for r in rewards[:5] if r] == pytest.approx([r for r in alone if r], abs=1e-5)
+    assert len({round(reward, 6) for reward in rewards if reward is not None}) > 10

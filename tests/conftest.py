@@ -30,9 +30,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFolder(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            if not file.startswith("tests/contract/"):
-                return nodeid
-            return file if file.endswith(COMMANDS) else "tests/contract"
+            if file.endswith((*COMMANDS, "test_front.py")):  # whose tests share long simulations
+                return file
+            return "tests/contract" if file.startswith("tests/contract/") else nodeid
 
     return ByFolder(config, log)
 

@@ -233,7 +233,7 @@ class ShakyReader:
     """A group of the kind hf whose model fails as that of ``groups["shaky"]`` does."""
 
     def request(self, conversations: list[Any], *, one_by_one: bool) -> Any:
-        return SimpleNamespace(seconds=lambda: 0.1)
+        return SimpleNamespace(seconds=lambda: 0.1, reasons={})
 
     def collect(self, _: Any, sizes: list[int]) -> list[torch.Tensor]:
         rewards = [BROKEN.get((5 + index) % 8, 0.5 * index) for index in range(RESPONSES)]

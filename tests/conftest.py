@@ -8,6 +8,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Before anything imports torch: on tensors as small as these, more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray gives its workers a niceness of 15: beside the other half of the tests they would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import hypothesis
 import pytest

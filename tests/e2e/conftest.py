@@ -204,6 +204,29 @@ def run_host(environment: dict[str, str], ray_address: str, models: Path, tmp_pa
     return run
 
 
+@pytest.fixture
+def check_value_heads() -> Callable[[dict[int, dict[str, float]], list[str], Path], None]:
+    """``check(by_step, names, folder)``: one value head per objective, which learns, is logged and is saved."""
+    import torch
+    from safetensors import safe_open
+
+    def check(by_step: dict[int, dict[str, float]], names: list[str], folder: Path) -> None:
+        for step in by_step.values():
+            losses = [step[f"critic_loss/{name}"] for name in names]
+            assert step["critic_loss"] == pytest.approx(sum(losses) / len(names), rel=1e-4)
+            assert all(f"explained_variance/{name}" in step for name in names)
+        # Nearly all responses earn a length reward of 1: its head, new and close to 0, must learn that. At this rate it
+        # overshoots now and then, so the loss of any one step tells little; without learning all stay at the first.
+        first, *later = [step["critic_loss/length"] for step in by_step.values()]
+        assert min(later) < 0.3 * first, later
+        with safe_open(folder / "model_critic" / "value_heads.safetensors", "pt") as file:
+            assert json.loads(file.metadata()["objectives"]) == names
+            heads = file.get_tensor("value_heads")
+        assert heads.shape == (len(names), 64) and heads.dtype == torch.float32 and (heads != 0).all()
+
+    return check
+
+
 def kill(process: subprocess.Popen, log: Path, step: int, limit: float) -> int:
     """SIGKILL once the log tells of ``step``: it is being saved, or the next one has begun."""
     deadline = time.monotonic() + limit

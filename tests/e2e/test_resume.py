@@ -8,8 +8,10 @@ import pytest
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 
-def test_killed_and_resumed_equals_uninterrupted(run_host, models, tmp_path) -> None:
-    """Random numbers depend on seed and step alone with --train.full_determinism_enable, so rollouts are the same ones.
+def test_killed_and_resumed_equals_uninterrupted(run_host, models, tmp_path, check_value_heads) -> None:
+    """With value heads and bfloat16 under ZeRO-2.
+
+    Random numbers depend on seed and step alone with --train.full_determinism_enable, so rollouts are the same ones.
 
     The killed run is uninterrupted up to its last step; the resumed one, which starts two steps before, makes these
     again. To float32 rounding: sums run in another order where processes split their threads differently.
@@ -17,6 +19,7 @@ def test_killed_and_resumed_equals_uninterrupted(run_host, models, tmp_path) -> 
     flags = [
         *"--train.full_determinism_enable --ckpt.save_steps 1 --ckpt.max_num 9 --critic.lr_scheduler constant".split(),
         *"--algo.advantage.estimator gae --train.batch_size 4 --ds.value_head_prefix score".split(),
+        *"--critic.adam.lr 1e-2 --critic.save_value_network --ds.zero_stage 2 --ds.param_dtype bf16".split(),
         *("--loss", "lagrangian", "--pama.option", "rate=0.05", "--pama.objective", f"helpful=rm:{models}/helpful"),
         *("--pama.objective", "length=builtin:length,scale=12,role=constraint,threshold=2"),
     ]
@@ -34,6 +37,7 @@ def test_killed_and_resumed_equals_uninterrupted(run_host, models, tmp_path) -> 
     assert resumed.status == 0 and list(resumed.by_step) == [3, 4, 5, 6], resumed.output[-5000:]
     assert f"PAMA: the last save was cut off; resuming from {critic / 'global_step2'}" in resumed.output
 
+    check_value_heads(killed.by_step | resumed.by_step, ["helpful", "length"], tmp_path)
     multipliers = [step["pama/multiplier/length"] for step in (killed.by_step | resumed.by_step).values()]
     assert 1 < multipliers[0] < multipliers[-1] < 100 and multipliers == sorted(multipliers), "it is never long enough"
     for step in (3, 4):

@@ -1,7 +1,6 @@
 """Whole runs on the real Ray, DeepSpeed and vLLM, a few steps each."""
 
 import math
-import sys
 
 import pytest
 
@@ -110,16 +109,3 @@ def test_a_reward_that_raises_stops_the_run_with_its_name_and_step(run_host, tmp
     problem = f"KeyError: 'no such label' ({tmp_path}/rewards.py, line 8)"
     assert f"objective 'fragile' at step 2: {problem}; the run was stopped" in run.output
     assert "Response: '" in run.output
-
-
-def test_a_rank_that_runs_stock_code_stops_the_run_before_its_first_step(run_host, tmp_path) -> None:
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        "import sys\nimport openrlhf.trainer.ray.vllm_engine as vllm_engine\n"
-        "from pama_plugin.host.actors import rollout\nfrom pama_plugin.host.hook import train\n"
-        "stock = vllm_engine.RolloutRayActor\nrollout.rollout_actor = lambda *_: stock\ntrain(sys.argv[1:])\n"
-    )
-    objective = ["--loss", "linear", "--pama.objective", "length=builtin:length"]
-    run = run_host(*GROUPS, *WITHOUT_REFERENCE, *objective, steps=2, command=[sys.executable, str(driver)])
-    assert run.status != 0 and run.steps == []
-    assert "found rollout 0: stock code. The run was stopped before its first step" in run.output

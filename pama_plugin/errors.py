@@ -1,15 +1,15 @@
-"""Errors that the plugin raises. Each message states what is wrong, the rule, and the value found."""
+"""Errors that the plugin raises, and their texts. A message states what is wrong, the rule, and the value found."""
 
 LONGEST_PROBLEM = 500  # characters
 
 
-def printable(text: str) -> str:
-    """At most 500 characters, in which none can end a line, move a terminal's cursor or forge a line of a log.
+def printable(text: str, longest: int = LONGEST_PROBLEM) -> str:
+    """The first ``longest`` characters, in which none can end a line, move a terminal's cursor or forge a line.
 
     >>> printable("no\\nERROR: \\x1b[2J" + 600 * "x") == "no\\\\nERROR: \\\\x1b[2J" + 486 * "x" + "…"
     True
     """
-    cut = text[:LONGEST_PROBLEM] + ("…" if len(text) > LONGEST_PROBLEM else "")
+    cut = text[:longest] + ("…" if len(text) > longest else "")
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in cut)
 
 

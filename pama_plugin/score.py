@@ -255,7 +255,7 @@ def _print_table(results: dict[str, list[Outcome]], seconds: dict[str, float]) -
         numbers = [f"{measure(rewards):.4g}" if rewards else "–" for measure in (fmean, pstdev, min, max)]
         failed = len(outcomes) - len(rewards)
         table.add_row(name, *numbers, f"{failed} of {len(outcomes)}", f"{seconds[name]:.1f}")
-    console = Console()
+    console = Console(emoji=False)
     console.print(table)
     for name, outcomes in results.items():
         texts = [outcome.problem for outcome in outcomes if outcome.problem is not None]

@@ -115,10 +115,11 @@ def fixed_group(name: str, ranks: int = 1) -> Any:
     # By value: an actor need not import OpenRLHF, vLLM and DeepSpeed for it, which takes 7 s of a core.
     for module in (launcher, utils):
         cloudpickle.register_pickle_by_value(module)
-    group = launcher.RayActorGroup(1, ranks, ray.remote(Fixed), num_gpus_per_actor=0.2)
-    for module in (launcher, utils):
-        cloudpickle.unregister_pickle_by_value(module)
-    return group
+    try:
+        return launcher.RayActorGroup(1, ranks, ray.remote(Fixed), num_gpus_per_actor=0.2)
+    finally:
+        for module in (launcher, utils):
+            cloudpickle.unregister_pickle_by_value(module)
 
 
 def as_reward_groups(config: Any, actors: dict[str, Any]) -> SimpleNamespace:

@@ -19,9 +19,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-
 from pama_plugin import __version__
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.preflight.placement import make_plan
@@ -70,7 +67,7 @@ def _examine(flags: Sequence[str]) -> Iterator[Check]:
     yield Check("pama_plugin", "ok", f"{__version__}, Python {sys.version.split()[0]}")
     pins = _pins()
     for names in STACK:
-        yield _package(names, pins.get(names[0], SpecifierSet()))
+        yield _package(names, pins.get(names[0], []))
     from pama_plugin.host.preflight.fingerprints import host_package, host_release
 
     try:
@@ -95,24 +92,27 @@ def _examine(flags: Sequence[str]) -> Iterator[Check]:
         yield from _run(flags, gpus)
 
 
-def _pins() -> dict[str, SpecifierSet]:
-    """The versions that the installed OpenRLHF asks for; of several extras the first."""
-    pins: dict[str, SpecifierSet] = {}
+def _pins() -> dict[str, list[Any]]:
+    """Package → the versions that the installed OpenRLHF asks for, itself or in one of its extras."""
+    from packaging.requirements import Requirement
+
+    pins: dict[str, list[Any]] = {}
     with contextlib.suppress(PackageNotFoundError):  # a checkout
         for text in requires("openrlhf") or ():
             requirement = Requirement(text)
-            pins.setdefault(requirement.name, requirement.specifier)
+            pins.setdefault(requirement.name, []).append(requirement.specifier)
     return pins
 
 
-def _package(names: tuple[str, ...], pin: SpecifierSet) -> Check:
+def _package(names: tuple[str, ...], pins: Sequence[Any]) -> Check:
     for name in names:
         with contextlib.suppress(PackageNotFoundError):
             found = version(name)
             detail = found if name == names[0] else f"{found} ({name})"
-            if pin.contains(found, prereleases=True):
+            if not pins or any(pin.contains(found, prereleases=True) for pin in pins):
                 return Check(names[0], "ok", detail)
-            return Check(names[0], "warning", f"{detail}; the installed OpenRLHF asks for {pin}")
+            asked = " or ".join(map(str, pins))
+            return Check(names[0], "warning", f"{detail}; the installed OpenRLHF asks for {asked}")
     return Check(names[0], "FAIL", "not installed")
 
 
@@ -166,7 +166,8 @@ def _ray() -> tuple[Check, Gpus | None]:
     else:
         gpus = Gpus(cluster["gpus"], cluster["free"])
         found = "of RAY_ADDRESS" if address else "found on this machine"
-        who = f"a cluster {found}, {cluster['address']}, started by {cluster['owner']}"
+        owner = f", started by {cluster['owner']}" if cluster["owner"] else ""
+        who = f"a cluster {found}, {cluster['address']}{owner}"
         detail = f"{who}: {cluster['nodes']} nodes, {gpus.total:g} GPUs, {gpus.free:g} of them free"
     if not gpus.total:
         return Check("Ray", "FAIL", f"{detail}; on CPUs, ray start --head --num-gpus N declares logical GPUs"), gpus
@@ -185,12 +186,16 @@ def print_cluster() -> None:
         return
     total, free = ray.cluster_resources(), ray.available_resources()
     cluster = {"nodes": len(ray.nodes()), "gpus": total.get("GPU", 0), "free": free.get("GPU", 0)}
-    user = Path(ray._private.worker.global_worker.node.get_session_dir_path()).stat().st_uid
-    try:
-        owner = pwd.getpwuid(user).pw_name
-    except KeyError:  # a container without accounts
-        owner = f"user {user}"
-    who = {"address": ray.get_runtime_context().gcs_address, "owner": owner, "own": user == os.getuid()}
+    node, address = ray._private.worker.global_worker.node, ray.get_runtime_context().gcs_address
+    owner, own = None, True
+    if node is not None and address.startswith(f"{node.node_ip_address}:"):  # it was started on this machine
+        user = Path(node.get_session_dir_path()).stat().st_uid
+        own = user == os.getuid()
+        try:
+            owner = pwd.getpwuid(user).pw_name
+        except KeyError:  # a container without accounts
+            owner = f"user {user}"
+    who = {"address": address, "owner": owner, "own": own}
     print(json.dumps(cluster | who))
 
 

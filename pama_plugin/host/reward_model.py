@@ -1,7 +1,6 @@
 """Runs a value-head reward model of OpenRLHF in this process, for ``pama score``."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from openrlhf.models import get_llm_for_sequence_regression
 
 from pama_plugin.host.preflight.weights import check_code, check_value_head
 from pama_plugin.rewards import Response
+from pama_plugin.rewards.response import score_apart
 from pama_plugin.settings.objective import Objective
 
 BATCH = 8  # responses
@@ -21,7 +21,7 @@ def score_responses(
 ) -> list[float | str]:
     """Return the rewards of the policy's tokens, as in training without --reward.normalize_enable.
 
-    A response that has more tokens than the model has positions, which no run would make, gets the reason instead.
+    A response that the model cannot read, such as one with more tokens than it has positions, gets the reason instead.
     """
     flag, options = f"--pama.objective {objective.name}", objective.settings
     check_code(flag, objective.location, trusted=options.trust_remote_code)
@@ -35,27 +35,30 @@ def score_responses(
         value_head_prefix=options.value_head_prefix or "score",
     )
     model.to(device).eval()
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+
+    def score(rows: Sequence[torch.Tensor]) -> list[float]:
+        sequences = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # masked, so any token will do
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        rewards: list[float] = model(sequences.to(device), mask.to(device), pad_sequence=True).float().tolist()
+        return rewards
+
     rows = [torch.tensor(tokenizer(each.query, add_special_tokens=False)["input_ids"]) for each in responses]
-    rewards: list[float | str] = [f"{len(row)} tokens, more than the {limit} positions of the model" for row in rows]
-    readable = [index for index, row in enumerate(rows) if len(row) <= limit]
-    advance(len(rows) - len(readable))
-    for batch in _batches(readable, rows):
-        part = [rows[index] for index in batch]
-        sequences = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)  # masked, so any token will do
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in part], batch_first=True)
-        scored = model(sequences.to(device), mask.to(device), pad_sequence=True).float().tolist()
-        for index, reward in zip(batch, scored):
-            rewards[index] = reward
+    rewards: dict[int, float | str] = {}
+    for batch in _batches([len(row) for row in rows]):
+        rewards |= zip(batch, score_apart(score, [rows[index] for index in batch]))
         advance(len(batch))
-    return rewards
+    return [rewards[index] for index in range(len(rows))]
 
 
-def _batches(indices: list[int], rows: list[torch.Tensor]) -> Iterator[list[int]]:
-    """Divide rows of similar length into batches, the longest last so that others do not wait for them."""
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Divide rows of these lengths into batches of similar ones, the longest first: a lack of memory shows at once.
+
+    >>> list(_batches([1, 9000, 3000, 3000, 2]))
+    [[1], [2, 3], [4, 0]]
+    """
     batch: list[int] = []
-    for index in sorted(indices, key=lambda index: len(rows[index])):
-        if batch and (len(batch) == BATCH or (len(batch) + 1) * len(rows[index]) > TOKENS):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batch and (len(batch) == BATCH or (len(batch) + 1) * lengths[batch[0]] > TOKENS):
             yield batch
             batch = []
         batch.append(index)

@@ -27,8 +27,8 @@ from pama_plugin.host.preflight.flags import check_flags, check_models
 from pama_plugin.host.preflight.nodes import ask_nodes
 from pama_plugin.host.preflight.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
 from pama_plugin.host.preflight.resume import Resume, prepare_resume
-from pama_plugin.host.preflight.sigterm import end_on_sigterm
 from pama_plugin.host.protocols import Command, Strategy
+from pama_plugin.host.sigterm import end_on_sigterm
 from pama_plugin.settings.names import STOCK
 from pama_plugin.settings.run import PamaConfig, dump_config, load_config, warn_of_many_objectives
 
@@ -58,7 +58,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     warnings = check_host(allowed["unsupported_host"]) + warn_of_many_objectives(config)
     config = check_flags(args, config)
     plan = make_plan(args, config)
-    if plan_for is None:  # of another cluster, whose models need not be here
+    if plan_for is None:  # a plan is made anywhere, also where the models are not
         warnings += check_models(args, config)
     for warning in warnings:
         logger.warning("PAMA: %s", warning)
@@ -121,6 +121,7 @@ def _ready(
     def get_strategy(args: Any) -> Strategy:
         import ray
 
+        end_on_sigterm(args)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         cluster = [
             Node(node["NodeManagerAddress"], int(node["Resources"].get("GPU", 0)), node["Resources"].get("CPU", 0))
@@ -140,7 +141,6 @@ def _ready(
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-        end_on_sigterm(args)
         if resume is not None:
             resume.point()
         if config.scored_in("ranks", "replicas"):

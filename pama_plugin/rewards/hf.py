@@ -13,9 +13,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pama_plugin.errors import problem_of
 from pama_plugin.rewards.options import HfOptions
-from pama_plugin.rewards.response import Conversation, Inspection
+from pama_plugin.rewards.response import Conversation, Inspection, score_apart
 
 # Tokenizers without a limit report a number such as 1e30. No model reads as many tokens as this.
 _NO_LIMIT = 10**8
@@ -81,13 +80,7 @@ class HfScorer:
 
     def score_each(self, conversations: Sequence[Conversation]) -> list[float | str]:
         """As ``score``, but an error of the model or its template concerns only the conversations that cause it."""
-        try:
-            return [*self.score(conversations)]
-        except Exception as error:  # a template or the code of a model may raise any exception
-            if len(conversations) == 1:
-                return [problem_of(error)]
-        half = len(conversations) // 2
-        return self.score_each(conversations[:half]) + self.score_each(conversations[half:])
+        return score_apart(self.score, conversations)
 
     def inspect(self, conversation: Conversation, tokens: int = 16) -> Inspection:
         """The input of the model for a conversation, with the last ``tokens`` tokens as text.

@@ -133,7 +133,7 @@ class ReplicaOptions(BaseModel):
         batch_size: conversations per forward pass.
         replicas: number of copies of the model, which share the conversations of a rollout batch.
         gpus: GPUs per replica: 1, a fraction of one GPU, or 0 for the CPU.
-        timeout: seconds for the rewards of a rollout batch. A replica that takes longer is restarted.
+        timeout: seconds for 16 batches. A replica that takes longer is restarted; their rewards are missing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -141,7 +141,7 @@ class ReplicaOptions(BaseModel):
     batch_size: Annotated[int, RejectBool, Field(ge=1)] = 16
     replicas: Annotated[int, RejectBool, Field(ge=1)] = 1
     gpus: Annotated[float, RejectBool] = 1.0
-    timeout: Annotated[float, RejectBool, Field(gt=0, allow_inf_nan=False)] = 1800.0
+    timeout: Annotated[float, RejectBool, Field(gt=0, allow_inf_nan=False)] = 600.0
 
     @field_validator("gpus")
     @classmethod

@@ -3,6 +3,8 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from pama_plugin.errors import problem_of
+
 
 class Response(NamedTuple):
     """One response of the policy, as in OpenRLHF's rollout.
@@ -52,6 +54,21 @@ class Inspection(NamedTuple):
     length: int
     truncated_prompt: bool
     truncated_response: bool
+
+
+def score_apart(score: Callable[[Sequence[Any]], Sequence[float]], inputs: Sequence[Any]) -> list[float | str]:
+    """The rewards of ``score``; where it fails, the reason, for the inputs alone that make it fail.
+
+    >>> score_apart(lambda texts: [1 / len(text) for text in texts], ["abcd", "", "ab"])
+    [0.25, 'ZeroDivisionError: division by zero', 0.5]
+    """
+    try:
+        return [*score(inputs)]
+    except Exception as error:  # a template or the code of a model may raise any exception
+        if len(inputs) == 1:
+            return [problem_of(error)]
+    half = len(inputs) // 2
+    return score_apart(score, inputs[:half]) + score_apart(score, inputs[half:])
 
 
 class TextModel(Protocol):

@@ -21,8 +21,8 @@ SPEC, RESULT = "run.json", "result.json"  # files of a run in a sweep: its setti
 class Spec(BaseModel):
     """What a run of a sweep is, as far as a report needs it."""
 
-    arm: str
-    rule: str
+    arm: str = ""  # default: the name of the folder
+    rule: str = ""
     seed: int | None = None
 
 
@@ -106,10 +106,10 @@ def read_run(folder: Path) -> Run:
     problems = []
     if (folder / RESULT).exists():
         result = read_result(folder / RESULT)
-        run = Run(folder, printable(result.arm), printable(result.rule), result.seed, result.scalars, ())
+        run = _as_run(folder, result, result.scalars)
     else:
-        spec = _read(Spec, folder / SPEC) if (folder / SPEC).exists() else Spec(arm=folder.name, rule=folder.name)
-        run = Run(folder, printable(spec.arm), printable(spec.rule), spec.seed, read_scalars(folder), ())
+        spec = _read(Spec, folder / SPEC) if (folder / SPEC).exists() else Spec()
+        run = _as_run(folder, spec, read_scalars(folder))
     if (folder / SPEC).exists() and not (folder / RESULT).exists():
         problems.append(f"not finished, {run.steps} steps so far")
     steps = sorted({step for name in run.trained for step, _ in run.scalars[f"{COEFFICIENT}{name}"]})
@@ -125,6 +125,11 @@ def read_run(folder: Path) -> Run:
     return replace(run, problems=tuple(problems))
 
 
+def _as_run(folder: Path, spec: Spec, scalars: dict[str, Series]) -> Run:
+    arm, rule = (printable(name, len(name)) for name in (spec.arm or folder.name, spec.rule or folder.name))
+    return Run(folder, arm, rule, spec.seed, scalars, ())
+
+
 def read_result(file: Path) -> Result:
     """The result of a run of a sweep.
 
@@ -138,6 +143,8 @@ def read_result(file: Path) -> Result:
 def _read(model: type[File], file: Path) -> File:
     try:
         return model.model_validate_json(file.read_bytes())
+    except (IsADirectoryError, PermissionError) as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -177,8 +177,8 @@ def run_sweep(options: argparse.Namespace) -> int:
             steps[job.folder] = step
             bar.set_postfix_str(", ".join(f"{folder} step {step}" for folder, step in steps.items()))
 
-        futures = {pool.submit(run_job, job, out / job.folder, show): job for job in waiting}
         try:
+            futures = {pool.submit(run_job, job, out / job.folder, show): job for job in waiting}
             for future in as_completed(futures):
                 job = futures[future]
                 try:
@@ -191,9 +191,11 @@ def run_sweep(options: argparse.Namespace) -> int:
                 bar.update(outcome == "done")
                 if outcome != "done":
                     bar.write(f"{job.folder}: {outcome}")
-        except BaseException:  # Ctrl-C: cancel waiting runs and stop running ones
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # Ctrl-C: stop running runs and cancel waiting ones, whatever comes meanwhile
+            for again in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(again, signal.SIG_IGN)
             _stop_all()
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
     for folder in outcomes["failed"]:
         print(f"failed: {out / folder / 'run.log'}")
@@ -211,14 +213,18 @@ def _is_done(folder: Path) -> bool:
 
 
 _running: set[int] = set()  # process groups
-_stopping = threading.Event()  # a run whose process was just starting when the others were stopped stops itself
+_stopping = threading.Event()  # a run that was about to start when the others were stopped sees it
 
 
 def _stop_all() -> None:
     _stopping.set()
     for group in list(_running):
-        with suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGTERM)
+        _stop(group)
+
+
+def _stop(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGTERM)
 
 
 @contextmanager
@@ -235,6 +241,8 @@ def _lock(file: Path) -> Iterator[int | None]:
 
 def run_job(job: Job, folder: Path, show: Any) -> str:
     """Train a run: ``done``, ``failed`` or ``running elsewhere``. The result file is written atomically."""
+    if _stopping.is_set():
+        return "failed"
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder / "lock") as lock:
         if lock is None:
@@ -262,7 +270,7 @@ def run_job(job: Job, folder: Path, show: Any) -> str:
             )
             _running.add(process.pid)
             if _stopping.is_set():
-                _stop_all()
+                _stop(process.pid)
             try:
                 assert process.stdout is not None
                 for line in process.stdout:
@@ -272,8 +280,7 @@ def run_job(job: Job, folder: Path, show: Any) -> str:
                         show(job, int(match[1]))
                 status = process.wait()
             except BaseException:  # the log cannot be written: nobody would read what the run prints
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)
+                _stop(process.pid)
                 raise
             finally:
                 _running.discard(process.pid)

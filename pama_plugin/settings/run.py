@@ -352,7 +352,7 @@ def load_objectives(objectives: Iterable[str], file: str | None) -> tuple[Object
 
 
 def as_settings(config: PamaConfig) -> dict[str, Any]:
-    """The configuration as plain values, for trackers."""
+    """The configuration as plain values."""
     # The loader refuses a level or noon that the rule does not have.
     without_effect = {"level", "noon"} - set(get_rule(config.loss).parameters)
     settings = config.model_dump(exclude={"objectives", *without_effect}, exclude_none=True)

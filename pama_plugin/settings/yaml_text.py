@@ -6,6 +6,7 @@ import yaml
 
 MAX_NODES = 100_000  # a sweep of a thousand arms has about ten thousand
 MAX_INTEGER = 2**63
+MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
@@ -14,10 +15,13 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here, because construct_mapping also sees the keys that a merge (<<) adds, which may be repeated.
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        repeated = sorted({key for key in keys if keys.count(key) > 1})
-        if repeated:
-            _refuse(f"keys must differ, found {', '.join(repeated)} twice", node)
+        found: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                value = key.value if key.tag == MERGE else self.construct_object(key)
+                if value in found:
+                    _refuse(f"keys must differ, found {key.value} twice", node)
+                found.add(value)
         return node
 
     def get_single_node(self) -> yaml.Node | None:
@@ -29,7 +33,12 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
-        except (ValueError, KeyError, IndexError, AttributeError):  # what PyYAML's converters raise: !!bool maybe
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            ValueError,
+        ):  # what PyYAML's converters raise: !!bool maybe
             kind = node.tag.removeprefix("tag:yaml.org,2002:")
             _refuse(f"{node.value!r:.100} is not of the type {kind}", node)
         if isinstance(value, int) and abs(value) >= MAX_INTEGER:

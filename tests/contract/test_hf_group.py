@@ -145,6 +145,8 @@ def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
             return [float(len(own.response)) for own in conversations]
 
     class Stub(Replica):
+        timeout = 2
+
         def __init__(self, objective):
             self.model = Length()
 
@@ -169,14 +171,12 @@ def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
     assert torch.equal(rewards.isnan(), torch.tensor([text == "bad" for text in texts]))
     assert pending.reasons == {2: "ValueError: Conversation roles must alternate"}
 
-    # One that does not answer costs the rewards of its share, once.
-    monkeypatch.setattr(group, "timeout", 3)
+    # One that does not return costs the rewards of its call alone.
+    group.chunk = 2
     pending = group.request([Conversation([], text) for text in ["endless", *texts[3:]]], one_by_one=gpus == "0.5")
     (rewards,) = group.collect(pending, [5])
-    share = -(-5 // replicas)
-    assert rewards.isnan().tolist() == [True] * share + [False] * (5 - share) and pending.seconds() < 30
-    assert pending.reasons == dict.fromkeys(range(share), "no answer within timeout=3 s")
-    monkeypatch.setattr(group, "timeout", 60)
+    assert rewards.isnan().tolist() == [True, True, False, False, False] and pending.seconds() < 60
+    assert all("took longer than timeout=600 s" in pending.reasons[index] for index in (0, 1))
     (rewards,) = group.collect(group.request([Conversation([], text) for text in texts[3:]], one_by_one=False), [4])
     assert rewards.tolist() == [1, 5, 9, 2]
 
@@ -187,4 +187,4 @@ def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
                 ray.get(replica.ready.remote())
     pending = group.request([Conversation([], "x")], one_by_one=False)
     (rewards,) = group.collect(pending, [1])
-    assert rewards.isnan().all() and "its replica returned no rewards: " in pending.reasons[0]
+    assert rewards.isnan().all() and "its replica died, or took longer" in pending.reasons[0]

@@ -167,9 +167,10 @@ def ready(args) -> Any:
     with (
         mock.patch("ray.nodes", return_value=[node]),
         mock.patch("pama_plugin.host.seam.ask_nodes", return_value=[]),
-        mock.patch("pama_plugin.host.seam.end_on_sigterm"),
+        mock.patch("pama_plugin.host.seam.end_on_sigterm") as handled,
     ):
         assert get_strategy(nested) == "strategy"
+    handled.assert_called_once_with(nested)
     return nested
 
 

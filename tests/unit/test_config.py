@@ -301,6 +301,9 @@ BOMB = "a: &a [x]\n" + "".join(
         (BOMB + "level: *i", "not valid YAML: with its aliases written out .*at most 100,000 values"),
         (BOMB + "objectives: *i", "not valid YAML: with its aliases written out .*at most 100,000 values"),
         ("base: &b {a: 1}\nobjectives: {<<: *b, <<: *b}", "keys must differ, found << twice"),
+        ("options: {1: a, 0x1: b}", "keys must differ, found 0x1 twice"),
+        ("options: {yes: a, true: b}", "keys must differ, found true twice"),
+        (f"level: 1:{':'.join(200 * ['00'])}.0", "not valid YAML: .* is not of the type float"),
     ],
 )
 def test_a_bad_file(content, message, tmp_path) -> None:

@@ -248,7 +248,6 @@ BAD_RESULTS = {
     "nothing": b"",
     "half": b'{"arm": "x", "rule": "x", "sca',
     "a list": b"[]",
-    "no arm": b'{"rule": "x", "seed": 1, "scalars": {}}',
     "an arm that is no text": b'{"arm": {}, "rule": "x", "seed": 1, "scalars": {}}',
     "a seed that is none": b'{"arm": "x", "rule": "x", "seed": "many", "scalars": {}}',
     "a series without steps": b'{"arm": "x", "rule": "x", "seed": 1, "scalars": {"reward/length": []}}',

@@ -4,7 +4,6 @@ import functools
 import itertools
 import logging
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,6 +130,11 @@ class RewardCollector:
         sizes = [len(experience.sequences) for experience in experiences]
         for name, requested in pending.items():
             rewards = self.groups[name].collect(requested, sizes)
+            for response, reason in list(requested.reasons.items())[:1]:
+                logger.warning(
+                    "PAMA: objective %r: %d of %d rewards are missing; the first: %s; response: %r",
+                    *(name, len(requested.reasons), sum(sizes), reason, self._text(experiences, response)[-200:]),
+                )
             seconds = requested.seconds()
             for experience, rewards_b in zip(experiences, rewards, strict=True):
                 experience.info[f"{REWARD}{name}"] = rewards_b.float()
@@ -141,16 +145,7 @@ class RewardCollector:
     ) -> dict[int, str]:
         """Map each response without a reward to the reason; the rollout sends its reasons as codes."""
         if requested is not None:
-            reasons = judge_column(objective, rewards_B) | requested.reasons
-            for reason, count in Counter(reasons.values()).most_common(3):
-                logger.warning(
-                    "PAMA: objective %r: %d of %d rewards are missing: %s",
-                    objective.name,
-                    count,
-                    len(rewards_B),
-                    reason,
-                )
-            return reasons
+            return judge_column(objective, rewards_B) | requested.reasons
         codes_B = torch.cat([experience.info.pop(f"{PROBLEM}{objective.name}") for experience in experiences]).long()
         failed = (~rewards_B.isfinite()).nonzero().flatten().tolist()
         codes = {response: int(codes_B[response]) for response in failed}

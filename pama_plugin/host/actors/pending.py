@@ -12,14 +12,14 @@ class PendingRewards:
     Args:
         start: time of the request, from ``time.perf_counter``.
         refs: one reference per part of the rewards.
-        sizes: number of rewards in each part, if the group needs it to collect them.
+        calls: what each part was requested with, if the group needs it to collect them.
 
     Attributes:
         reasons: position of a reward that is missing → the reason, where the group knows it once it has collected.
     """
 
-    def __init__(self, start: float, refs: list[Any], sizes: Sequence[int] = ()) -> None:
-        self.start, self.refs, self.sizes = start, refs, sizes
+    def __init__(self, start: float, refs: list[Any], calls: Sequence[Any] = ()) -> None:
+        self.start, self.refs, self.calls = start, refs, calls
         self.reasons: dict[int, str] = {}
         self.pending, self.lock = len(refs), threading.Lock()
         self.arrived = threading.Event()

@@ -1,8 +1,11 @@
 """Models that read text with their own tokenizer: one Ray actor per replica."""
 
+import faulthandler
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -10,12 +13,15 @@ import torch
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pama_plugin.errors import printable
+from pama_plugin.errors import printable, problem_of
 from pama_plugin.host.actors.pending import PendingRewards
 from pama_plugin.host.preflight.placement import Role
 from pama_plugin.host.protocols import Strategy
 from pama_plugin.rewards import Conversation, Inspection, TextModel
 from pama_plugin.settings.objective import Objective
+
+BATCHES = 16  # of the model, in one call; ``timeout`` is for one call
+RESTARTS = 20  # of a replica, in a run
 
 
 class Replica:
@@ -23,6 +29,7 @@ class Replica:
 
     def __init__(self, objective: Objective) -> None:
         options, device = objective.settings, "cpu"
+        self.timeout = options.timeout
         if options.gpus > 0 and torch.cuda.is_available():
             from openrlhf.trainer.ray.utils import ray_noset_visible_devices  # late: imports vLLM and DeepSpeed
 
@@ -36,13 +43,27 @@ class Replica:
 
     def score(self, conversations: list[Conversation], free_memory: bool) -> list[float | str]:
         """Return one reward per conversation, or the reason why it has none."""
-        rewards = self.model.score_each(conversations)
+        with self._time_limit():
+            rewards = self.model.score_each(conversations)
         if free_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
         return rewards
 
     def inspect(self, conversation: Conversation) -> Inspection:
-        return self.model.inspect(conversation)
+        with self._time_limit():
+            return self.model.inspect(conversation)
+
+    @contextmanager
+    def _time_limit(self) -> Iterator[None]:
+        """End this process, with the stacks of its threads in its log, if the body takes longer than ``timeout``.
+
+        The timer of faulthandler runs without the interpreter, which a template or a kernel may hold.
+        """
+        faulthandler.dump_traceback_later(self.timeout, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 class ReplicaGroup:
@@ -50,6 +71,7 @@ class ReplicaGroup:
 
     def __init__(self, objective: Objective, role: Role, pg: PlacementGroup | None) -> None:
         self.on_gpus, self.timeout = role.share > 0, objective.settings.timeout
+        self.chunk = BATCHES * objective.settings.batch_size
         self.replicas = []
         for rank in range(role.ranks):
             # OpenRLHF's placement group has one bundle per rank; replicas that share one GPU share its only bundle.
@@ -58,8 +80,8 @@ class ReplicaGroup:
                 num_gpus=role.share,
                 num_cpus=role.share,
                 scheduling_strategy=bundle if self.on_gpus else "DEFAULT",
-                max_restarts=3,
-                max_task_retries=3,
+                max_restarts=RESTARTS,
+                max_task_retries=0,  # a retry would take the calls that wait behind it down with it; see ``_answer``
             )(Replica)
             self.replicas.append(actor.remote(objective))
 
@@ -73,35 +95,60 @@ class ReplicaGroup:
         share = -(-len(conversations) // len(self.replicas))
         parts = [conversations[first : first + share] for first in range(0, len(conversations), share)]
         alone = one_by_one and self.on_gpus
-        refs = [replica.score.remote(part, alone) for replica, part in zip(self.replicas, parts)]
-        pending = PendingRewards(start, refs, [len(part) for part in parts])
+        chunks = [
+            (replica, part[first : first + self.chunk])
+            for replica, part in zip(self.replicas, parts)
+            for first in range(0, len(part), self.chunk)
+        ]
+        refs = [replica.score.remote(chunk, alone) for replica, chunk in chunks]
+        pending = PendingRewards(start, refs, chunks)
         if alone:
-            ray.wait(pending.refs, num_returns=len(pending.refs), timeout=self.timeout)
+            ray.wait(pending.refs, num_returns=len(pending.refs))
         return pending
 
     def collect(self, pending: PendingRewards, sizes: list[int]) -> list[torch.Tensor]:
         """Return the rewards (b,) of each micro-batch; NaN for one that is missing, with the reason in ``pending``."""
-        left = max(pending.start + self.timeout - time.perf_counter(), 0)
-        _, late = ray.wait(pending.refs, num_returns=len(pending.refs), timeout=left)
         answers: list[float | str] = []
-        for replica, ref, size in zip(self.replicas, pending.refs, pending.sizes):
-            if ref in late:
-                ray.cancel(ref)  # or the actor would score the same texts again after its restart
-                ray.kill(replica, no_restart=False)
-                answers += [f"no answer within timeout={self.timeout:g} s"] * size
-                continue
-            try:
-                answers += ray.get(ref)
-            except ray.exceptions.RayError as error:
-                answers += [f"its replica returned no rewards: {error}"] * size
+        for ref, (replica, chunk) in zip(pending.refs, pending.calls):
+            answers += self._answer(ref, replica, chunk)
         pending.reasons = {index: printable(answer) for index, answer in enumerate(answers) if isinstance(answer, str)}
         rewards = [math.nan if isinstance(answer, str) else answer for answer in answers]
         return list(torch.split(torch.tensor(rewards), sizes))
 
+    def _answer(self, ref: Any, replica: Any, chunk: list[Conversation]) -> list[float | str]:
+        """The result of a call. If its process ended, perhaps in a call before it, the call is made once more."""
+        try:
+            try:
+                answers: list[float | str] = ray.get(ref)
+            except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError):
+                _wait_until_restarted(replica)
+                answers = ray.get(replica.score.remote(chunk, self.on_gpus))
+        except ray.exceptions.RayTaskError as error:
+            answers = [problem_of(error.cause)] * len(chunk)
+        except ray.exceptions.RayError as error:
+            reason = f"its replica died, or took longer than timeout={self.timeout:g} s: {error}"
+            answers = [reason] * len(chunk)
+        return answers
+
     def inspect(self, conversation: Conversation) -> Inspection | None:
         """Return the text that the model reads; None if it cannot read it, which the missing reward reports too."""
         try:
-            inspection: Inspection = ray.get(self.replicas[0].inspect.remote(conversation), timeout=self.timeout)
+            inspection: Inspection = ray.get(self.replicas[0].inspect.remote(conversation))
         except ray.exceptions.RayError:
             return None
         return inspection
+
+
+def _wait_until_restarted(replica: Any) -> None:
+    """Return once the model is loaded again.
+
+    Raises:
+        ActorDiedError: it has been restarted too often.
+    """
+    while True:
+        try:
+            ray.get(replica.ready.remote())
+        except ray.exceptions.ActorUnavailableError:  # it is starting
+            time.sleep(1)
+        else:
+            return

@@ -12,8 +12,8 @@ from pama_plugin.settings.run import WEIGHTED_SUM, PamaConfig
 # The flags of OpenRLHF's single reward, which objectives replace.
 STOCK_REWARD_FLAGS = ("reward.model_name_or_path", "reward.remote_url")
 
-# Seen with LoRA: OpenRLHF sends the policy's parameters to vLLM under the names of the adapted model, which vLLM does
-# not know, and the run dies at its first weight sync. Remove an entry when OpenRLHF supports it.
+# Flags that must be left out. Seen with LoRA: OpenRLHF sends the policy's parameters to vLLM under the names of the
+# adapted model, which vLLM does not know, and the run dies at its first weight sync.
 REFUSED = {
     "ds.lora.rank": "OpenRLHF's PPO cannot send a policy with LoRA adapters to vLLM",
     "ds.load_in_4bit": "it trains LoRA adapters only, which OpenRLHF's PPO cannot send to vLLM",

@@ -101,7 +101,7 @@ def describe_saved(root: Path, *, with_critic: bool) -> str:
     folders = _folders(root, with_critic)
     try:
         tag = _choose_tag(folders) if folders[0].exists() else None
-    except ConfigError as error:
+    except (OSError, ValueError) as error:
         return str(error)
     if tag is None:
         return f"no checkpoint was saved in {root} (--ckpt.save_steps)"

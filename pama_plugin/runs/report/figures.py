@@ -16,11 +16,11 @@ from pama_plugin.runs.logs import Run
 from pama_plugin.runs.report.pareto import by_arm, ends, interval, nondominated, starts
 from pama_plugin.runs.report.tables import OF_THE_HOST
 
-matplotlib.rcParams["text.parse_math"] = False  # names of rules and folders may have dollar signs
-
+AS_TEXT = matplotlib.rc_context({"text.parse_math": False})  # names of rules and folders may have dollar signs
 SMOOTH = 5  # steps in the moving average of a curve, because a rollout batch is a noisy sample
 
 
+@AS_TEXT
 def draw_curves(runs: Sequence[Run]) -> Figure:
     """A panel per logged metric: reward, coefficient, gain, cosine, conflict rate, KL, length, entropy and others."""
     names = list(dict.fromkeys(name for run in runs for name in run.scored))
@@ -75,6 +75,7 @@ def _label(arm: str) -> str:
     return f" {arm}" if arm.startswith("_") else arm  # legends leave out what starts with an underscore
 
 
+@AS_TEXT
 def draw_front(runs: Sequence[Run], names: Sequence[str], reference: Sequence[float]) -> Figure:
     """A panel per pair of objectives: final rewards of each arm, 95 % intervals, filled if no arm dominates it."""
     pairs = [(a, b) for a in range(len(names)) for b in range(a + 1, len(names))]

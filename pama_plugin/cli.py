@@ -1,4 +1,4 @@
-"""The command ``pama``: train, doctor, enable, disable, report, sweep and score."""
+"""The command ``pama``: train, doctor, enable, disable, report, rollouts, sweep and score."""
 
 import argparse
 import sys
@@ -64,6 +64,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="ARM",
         help="add a table of the differences between each arm and this arm, paired over seeds",
     )
+    rollouts = commands.add_parser(
+        "rollouts",
+        help="show what the policy wrote, with the rewards of every response",
+        description="Show the responses that a run logged (--pama.log_rollouts), with their rewards, the share of each "
+        "objective, and the distance from the reference. Default: those of the last step.",
+    )
+    rollouts.add_argument(
+        "folder", type=Path, metavar="RUN", help="the --logger.tensorboard_dir of a run, or its --ckpt.output_dir"
+    )
+    rollouts.add_argument("--step", type=int, nargs="+", metavar="N", help="the steps (default: the last)")
+    order = rollouts.add_mutually_exclusive_group()
+    order.add_argument("--best", metavar="NAME", help="in order of this reward, the highest first")
+    order.add_argument("--worst", metavar="NAME", help="in order of this reward, the lowest first")
+    order.add_argument(
+        "--disagree",
+        action="store_true",
+        help="those first on which the rewards disagree most, in standard deviations of each",
+    )
+    rollouts.add_argument("--limit", type=int, default=8, metavar="N", help="number of responses (default: 8)")
     sweep = commands.add_parser(
         "sweep",
         help="train every rule, weight and seed of a file; can be interrupted and resumed",
@@ -102,6 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from pama_plugin.score import score_file
 
             sys.exit(score_file(options))
+        if options.command == "rollouts":
+            from pama_plugin.runs.rollouts import show_rollouts
+
+            sys.exit(show_rollouts(options))
         if options.command == "sweep":
             from pama_plugin.runs.sweep import run_sweep
 

@@ -1,4 +1,4 @@
-"""The metrics of a batch, their keys in the trackers, and the columns in which OpenRLHF transports them."""
+"""The metrics of a batch, by their keys in the trackers."""
 
 import itertools
 import math
@@ -8,23 +8,14 @@ import torch
 from torch import Tensor
 
 from pama_plugin.aggregation import Aggregation
+from pama_plugin.batch.keys import COEFFICIENT, FAILURES, PAMA, REWARD
 from pama_plugin.settings.run import PamaConfig
-
-# Prefixes of columns: OpenRLHF transports one number per response and key. The trainer removes the columns, except for
-# problem codes, which are removed when the table is built.
-REWARD, SECONDS, PROBLEM = "reward/", "seconds/", "pama/problem/"
-FAILURES, PAMA, EXPLAINED = "pama/failures/", "pama/", "explained_variance/"
-OUR_COLUMNS = (REWARD, SECONDS, PAMA, EXPLAINED)
-# Keys and prefixes of metrics that are no columns.
-ACTIVE, CONFLICT, STEPS_AT_FRONT = f"{PAMA}active_fraction", f"{PAMA}conflict_rate", f"{PAMA}steps_at_front"
-COSINE, REWARD_MEAN, REWARD_STD = f"{PAMA}gradient_cosine/", "reward_mean/", "reward_std/"
-CRITIC_LOSS, REWARD_TIMING = "critic_loss/", "timing/reward/"
 
 
 def name_metrics(config: PamaConfig, result: Aggregation, steps_done: int) -> dict[str, float]:
     """Metrics of a combination by name: ``gain/1`` → ``pama/gain/<name>``, coefficients, weights with a schedule."""
     names = config.trained_names
-    named = {f"{PAMA}coefficient/{name}": float(c) for name, c in zip(names, result.coefficients)}
+    named = {f"{COEFFICIENT}{name}": float(c) for name, c in zip(names, result.coefficients)}
     for key, value in result.metrics.items():
         stem, _, index = key.partition("/")
         of_objective = index.isdecimal() and int(index) < len(names)

@@ -79,6 +79,23 @@ def measure(objectives: Sequence[Objective], table: RewardTable, state: RunState
         statistics.steps += 1
 
 
+def spreads(objectives: Sequence[Objective], table: RewardTable, state: RunState) -> dict[str, float]:
+    """Objective → standard deviation of its rewards over the batch, divided by that of the first batch.
+
+    The first standard deviation other than 0 is stored in ``state``; before it an objective has no spread.
+    """
+    found = {}
+    for objective in objectives:
+        rewards_B = table.row(objective.name)
+        std = float(rewards_B[rewards_B.isfinite()].std()) if rewards_B.isfinite().sum() > 1 else math.nan
+        statistics = state.objectives[objective.name]
+        if statistics.first_std is None and std > 0:
+            statistics.first_std = std
+        if statistics.first_std is not None and not math.isnan(std):
+            found[objective.name] = std / statistics.first_std
+    return found
+
+
 def fill_in(objective: Objective, moments: Moments, table: RewardTable) -> Tensor:
     """(B,) rewards, with missing ones imputed, or NaN where the objective is excluded from the combination."""
     rewards_B = table.row(objective.name)

@@ -48,6 +48,7 @@ class ObjectiveState(BaseModel):
     scorer: str
     rewards: Moments = Moments()
     steps: int = 0  # number of steps in ``rewards``
+    first_std: float | None = None  # standard deviation of the rewards of the first step in which they varied
     first_evaluation: tuple[float, float] | None = None  # mean and standard deviation over prompts
     multiplier: float | None = None  # for a constraint, after the first step
 
@@ -61,6 +62,7 @@ class RunState(BaseModel):
     heads: tuple[str, ...]  # names of the trained objectives, in the order of the critic's heads
     front: str = ""  # settings for which steps_at_front was counted
     steps_at_front: int = 0  # consecutive steps at the front, for --pama.stop_at_front
+    first_nll: float | None = None  # mean negative log-likelihood by the reference in the first step
     rating: str  # how evaluations were rated; other ratings are not comparable
 
     @classmethod
@@ -92,5 +94,6 @@ class RunState(BaseModel):
         self.objectives |= {
             name: state for name, state in saved.objectives.items() if name in self.objectives and name not in swapped
         }
+        self.first_nll = saved.first_nll
         if self.front == saved.front and not swapped:
             self.steps_at_front = saved.steps_at_front

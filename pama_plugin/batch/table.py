@@ -1,6 +1,6 @@
 """``RewardTable``: the rewards of one rollout batch, and the reasons for missing rewards."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,8 @@ class RewardTable:
             [1., 2.]])
     >>> table.groups_B
     tensor([1, 1, 0, 0])
+    >>> table.share_of_uniform_groups([b"no", b"yes", b"yes", b"yes"])
+    0.5
     >>> table.split(table.ungrouped(torch.tensor([[0, 1], [2, 3]])))
     (tensor([2, 3, 0]), tensor([1]))
     """
@@ -59,6 +61,13 @@ class RewardTable:
     def ungrouped(self, values_GN: Tensor) -> Tensor:
         """(B,): inverse of ``grouped``, in the order of the micro-batches."""
         return values_GN.flatten()[self.order_B]
+
+    def share_of_uniform_groups(self, responses: Sequence[bytes]) -> float:
+        """The share of prompts whose responses are all the same; ``responses`` in the order of the micro-batches."""
+        answers: dict[int, set[bytes]] = {}
+        for group, response in zip(self.groups_B.tolist(), responses, strict=True):
+            answers.setdefault(group, set()).add(response)
+        return sum(len(different) == 1 for different in answers.values()) / len(answers)
 
     def split(self, values_B: Tensor) -> tuple[Tensor, ...]:
         """One tensor per micro-batch."""

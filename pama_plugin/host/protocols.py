@@ -25,6 +25,7 @@ class Experience(Protocol):
     returns: Tensor  # as values; flat where they pass through OpenRLHF's buffers
     advantages: Tensor  # (b, A)
     action_log_probs: Tensor  # (b, A)
+    base_action_log_probs: Tensor | None  # (b, A) by the reference, for a KL loss
     prompts: list[str]
     labels: list[str]
     info: dict[str, Any]  # columns (b,) for the logs
@@ -39,7 +40,7 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]: ...
 
-    def decode(self, tokens: Tensor, skip_special_tokens: bool = False) -> str: ...
+    def decode(self, tokens: Tensor | list[int], skip_special_tokens: bool = False) -> str: ...
 
     def apply_chat_template(self, messages: Any, *, tokenize: bool, add_generation_prompt: bool) -> str: ...
 

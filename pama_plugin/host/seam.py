@@ -69,7 +69,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         sys.exit()
     config, resume = prepare_resume(args, config, allow_other_objectives=allowed["other_objectives"])
 
-    args.pama = config
+    args.pama, args.pama_terminal = config, sys.stdout.isatty()
     if scored_by_models := config.scored_in("ranks", "replicas"):
         # Truthy, so that OpenRLHF initialises the reward groups.
         setattr(args, "reward.model_name_or_path", scored_by_models[0].location)

@@ -11,17 +11,18 @@ from google.protobuf.message import DecodeError
 from pydantic import BaseModel, Field, ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pama_plugin.batch.alarms import Alarms
+from pama_plugin.batch.keys import COEFFICIENT, REWARD
 from pama_plugin.errors import ConfigError, printable
 
 Series = list[tuple[int, float]]
-COEFFICIENT, REWARD = "pama/coefficient/", "reward/"
 SPEC, RESULT = "run.json", "result.json"  # files of a run in a sweep: its settings, and its metrics once finished
 
 
 class Spec(BaseModel):
     """What a run of a sweep is, as far as a report needs it."""
 
-    arm: str = ""  # default: the name of the folder
+    arm: str = ""  # default: see ``_as_run``
     rule: str = ""
     seed: int | None = None
 
@@ -54,6 +55,11 @@ class Run:
     seed: int | None
     scalars: dict[str, Series]
     problems: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The arm, with the seed in a sweep."""
+        return self.arm if self.seed is None else f"{self.arm}, seed {self.seed}"
 
     @property
     def trained(self) -> list[str]:
@@ -126,7 +132,10 @@ def read_run(folder: Path) -> Run:
 
 
 def _as_run(folder: Path, spec: Spec, scalars: dict[str, Series]) -> Run:
-    arm, rule = (printable(name, len(name)) for name in (spec.arm or folder.name, spec.rule or folder.name))
+    """The run, which outside a sweep has the name of its folder, or of the one above if that is a folder of logs."""
+    place = folder.resolve()
+    default = place.parent.name if place.name in ("logs", "tensorboard") else place.name
+    arm, rule = (printable(name, len(name)) for name in (spec.arm or default, spec.rule or default))
     return Run(folder, arm, rule, spec.seed, scalars, ())
 
 
@@ -149,6 +158,16 @@ def _read(model: type[File], file: Path) -> File:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{file}: {where or 'the file'}: {first['msg']}, found {first['input']!r:.100}") from error
+
+
+def alarms_of(run: Run) -> list[str]:
+    """The alarms that the run set off, each with its step."""
+    by_step: dict[int, dict[str, float]] = {}
+    for tag, series in run.scalars.items():
+        for step, value in series:
+            by_step.setdefault(step, {})[tag] = value
+    alarms = Alarms(run.trained, [name for name in run.scored if name not in run.trained])
+    return [f"step {step}: {alarm}" for step in sorted(by_step) for alarm in alarms.read(by_step[step])]
 
 
 def _interval(steps: list[int]) -> int:

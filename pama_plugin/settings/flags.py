@@ -140,6 +140,18 @@ def add_flags(parser: argparse.ArgumentParser, rules: Mapping[str, Sequence[str]
         "off; try 0.1)",
     )
     group.add_argument(
+        "--pama.stop_at_kl",
+        metavar="NATS",
+        help="save the model and end the run once the responses of a step are on average more than NATS from the "
+        "reference (pama/kl_response; needs a reference model)",
+    )
+    group.add_argument(
+        "--pama.log_rollouts",
+        metavar="N",
+        help="responses of every step to write, with their rewards, to the trackers and to rollouts.jsonl, beside the "
+        "TensorBoard logs or in --ckpt.output_dir; 0 for none, or all. `pama rollouts` shows them (default: 8)",
+    )
+    group.add_argument(
         "--pama.filter_by",
         metavar="NAME",
         help="with --algo.dynamic_filtering_enable: the objective, or monitor, whose mean reward over the responses to "
@@ -205,7 +217,8 @@ def load_flags(arguments: Sequence[str]) -> "PamaConfig | None":
         raise ConfigError(f"--loss must be one of {rules}, or {STOCK} without objectives, found {loss!r}")
     from pama_plugin.settings.run import load_config
 
-    keys = ("level", "noon", "best", "probe", "whiten", "option", "probe_gradients", "stop_at_front", "filter_by")
+    keys = ["level", "noon", "best", "probe", "whiten", "option", "probe_gradients", "stop_at_front", "filter_by"]
+    keys += ["log_rollouts", "stop_at_kl"]
     settings = {key: flags[f"pama.{key}"] for key in keys}
     return load_config(loss, flags["pama.objective"], file, **settings, default_level="token")
 

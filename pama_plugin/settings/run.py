@@ -14,7 +14,9 @@ which merges flags and file; the checks that call the rule before a run (``_rehe
 functions that read and write objectives and YAML (``load_objectives``, ``dump_config`` and their helpers).
 """
 
+import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +88,8 @@ class PamaConfig(BaseModel):
     probe_gradients: int | None = None
     stop_at_front: StopAtFront | None = None
     filter_by: str | None = None
+    log_rollouts: int | Literal["all"] = 8
+    stop_at_kl: float | None = None
 
     @field_validator(*CHOICES, mode="before")
     @classmethod
@@ -108,6 +112,21 @@ class PamaConfig(BaseModel):
         if every is not None and not (str(every).isdecimal() and int(every) > 0):
             raise ValueError(f"--pama.probe_gradients must be a whole number of steps, at least 1, found {every!r}")
         return every
+
+    @field_validator("log_rollouts", mode="before")
+    @classmethod
+    def _is_a_number_of_responses(cls, count: Any) -> Any:
+        if count != "all" and (isinstance(count, bool) or not str(count).isdecimal()):
+            raise ValueError(f"--pama.log_rollouts must be a number of responses per step, or all, found {count!r}")
+        return count if count == "all" else int(count)
+
+    @field_validator("stop_at_kl", mode="before")
+    @classmethod
+    def _is_a_distance(cls, nats: Any) -> Any:
+        with suppress(TypeError, ValueError):
+            if nats is None or not isinstance(nats, bool) and 0 < float(nats) < math.inf:
+                return nats
+        raise ValueError(f"--pama.stop_at_kl must be a positive number of nats per response, found {nats!r}")
 
     @field_validator("stop_at_front", mode="before")
     @classmethod
@@ -249,6 +268,8 @@ def load_config(
     probe_gradients: str | None = None,
     stop_at_front: str | None = None,
     filter_by: str | None = None,
+    log_rollouts: int | str | None = None,
+    stop_at_kl: float | str | None = None,
     *,
     default_level: str,
 ) -> PamaConfig:
@@ -268,6 +289,8 @@ def load_config(
         "probe_gradients": probe_gradients,
         "stop_at_front": stop_at_front,
         "filter_by": filter_by,
+        "log_rollouts": log_rollouts,
+        "stop_at_kl": stop_at_kl,
     }
     listed = {key: value for key, value in content.items() if value is not None or key == "probe"}
     settings = listed | {key: value for key, value in flags.items() if value is not None}

@@ -153,7 +153,7 @@ def on_the_driver(samples: int = 64, tokens: int = 1024, rounds: int = 15) -> No
         else:
             kind, rewards = RemoteExperienceMaker, Immediate(0)
         strategy, controller = SimpleNamespace(args=args), SimpleNamespace(value=0.01)
-        tokenizer = SimpleNamespace(pad_token_id=0)
+        tokenizer = SimpleNamespace(pad_token_id=0, decode=lambda tokens, **_: str(tokens))
         critic = Immediate(max(objectives, 1))
         maker = kind(Immediate(1), critic, rewards, Immediate(1), controller, strategy, tokenizer)
         rollout = [

@@ -33,7 +33,7 @@ def build(groups: dict[str, Any], *flags: str, objectives=OBJECTIVES, loss="pama
         groups["reference"] if args.algo.kl.init_coef > 0 else None,
         SimpleNamespace(value=args.algo.kl.init_coef),
         SimpleNamespace(args=args),
-        SimpleNamespace(pad_token_id=0, decode=lambda tokens: f"tokens {tokens.tolist()}"),
+        SimpleNamespace(pad_token_id=0, decode=lambda tokens, **_: f"tokens {list(map(int, tokens))}"),
     )
 
 
@@ -99,11 +99,12 @@ def test_the_metric_keys_are_frozen(groups) -> None:
     per_objective = {
         f"{stem}/{n}"
         for n in ("helpful", "harmless", "length")
-        for stem in ("reward", "pama/coefficient", "pama/failures", "pama/gain", "pama/inactive")
+        for stem in ("reward", "pama/coefficient", "pama/failures", "pama/gain", "pama/inactive", "pama/spread")
     }
     of_models = {f"seconds/{name}" for name in MODELS}  # the rollout sends those of the others
     assert ours == per_objective | of_models | {
-        *("pama/active_fraction", "pama/conflict_rate", "pama/rms", "pama/effective_objectives", "pama/scale")
+        *("pama/active_fraction", "pama/conflict_rate", "pama/rms", "pama/effective_objectives", "pama/scale"),
+        *("pama/kl_response", "pama/reference_nll", "pama/uniform_prompts"),
     }
     assert all(len(experience.info[key]) == 8 for key in ours)
 
@@ -404,3 +405,101 @@ def test_a_constraint_without_any_reward_keeps_its_multiplier(groups) -> None:
     maker = build(groups, "--rollout.micro_batch_size", "8", objectives=objectives, loss="lagrangian", models=())
     (found,) = maker.make_experience_batch(rollout)
     assert found.info["pama/multiplier/c"].unique() == 1 and found.advantages.isfinite().all()
+
+
+WRITES = ("helpful=rm:org/a", "length=builtin:length,on_failure=mask,range=0:99")
+
+
+def test_what_is_logged_of_a_rollout(groups) -> None:
+    """By hand from the tensors; the distance is the same whether OpenRLHF keeps the reference's numbers or not."""
+    logged = {}
+    for way, flags in {"in the reward": (), "as a loss": ("--algo.kl.use_loss",)}.items():
+        maker = build(groups, "--rollout.micro_batch_size", "3", *flags, objectives=WRITES, models=MODELS[:1])
+        maker.tokenizer.decode = lambda tokens, **_: " ".join(str(int(token)) for token in tokens)
+        samples = make_rollout(8, names=COLUMNS)
+        samples[5].info["reward/length"] = torch.tensor([math.nan])
+        samples[5].info["pama/problem/length"] = torch.tensor([7.0])
+        responses = [sample.sequences[0, 1:][sample.action_mask[0].bool()].tolist() for sample in samples]
+        experiences = maker.make_experience_batch(samples)
+        logged[way] = maker.rows
+        for key in ("pama/kl_response", "pama/reference_nll"):
+            column = torch.cat([experience.info[key] for experience in experiences])
+            assert column.shape == (8,) and column.isfinite().all()
+    for one, other in zip(*logged.values()):
+        assert one["nats"] == pytest.approx(other["nats"], abs=1e-4)
+        assert one["reference_nll"] == pytest.approx(other["reference_nll"], abs=1e-4)
+
+    rows = {row["sample"]: row for row in logged["as a loss"]}
+    assert sorted(rows) == list(range(8)) and all(row["step"] == 1 for row in rows.values())
+    for sample, row in rows.items():
+        assert row["prompt"] == f"prompt {sample}" and row["response"].split() == list(map(str, responses[sample]))
+        assert row["tokens"] == len(responses[sample])
+    assert rows[5]["rewards"]["length"] is None and rows[5]["problems"] == {"length": "no reward"}
+
+
+def test_how_many_responses_are_logged(groups) -> None:
+    for wanted, count in (("0", 0), ("3", 3), ("all", 8)):
+        maker = build(groups)
+        maker.config = maker.config.model_copy(update={"log_rollouts": wanted if wanted == "all" else int(wanted)})
+        maker.tokenizer.decode = lambda tokens, **_: ""
+        maker.make_experience_batch(make_rollout(8, names=COLUMNS))
+        assert len(maker.rows) == count
+
+
+def test_an_agents_turns_are_logged_apart() -> None:
+    from pama_plugin.host.actors.rollout_log import split_turns
+
+    tokens, attention = torch.tensor([0, 9, 9, 1, 2, 7, 8, 3, 0]), torch.tensor([0, 1, 1, 1, 1, 1, 1, 1, 0])
+    actions = torch.tensor([0, 0, 1, 1, 0, 0, 1, 0])
+    assert split_turns(tokens, attention, actions) == [
+        ("policy", [1, 2]),
+        ("environment", [7, 8]),
+        ("policy", [3]),
+    ]
+    assert split_turns(tokens, attention, torch.zeros(8)) == []
+
+
+def test_prompts_whose_responses_are_all_the_same_are_counted(groups) -> None:
+    samples = make_rollout(8, names=COLUMNS)
+    for index in range(1, 4):
+        samples[index] = samples[index].__class__(**vars(samples[0]) | {"info": dict(samples[index].info)})
+    for experience in build(groups).make_experience_batch(samples):
+        assert (experience.info["pama/uniform_prompts"] == 0.5).all()
+
+
+def test_the_spread_is_relative_to_the_first_step(groups) -> None:
+    maker = build(groups)
+    found = []
+    for factor in (1.0, 0.5):
+        samples = make_rollout(8, names=COLUMNS)
+        for sample in samples:
+            sample.info["reward/length"] = factor * sample.info["reward/length"]
+        found.append(maker.make_experience_batch(samples)[0].info["pama/spread/length"][0].item())
+    assert found == pytest.approx([1.0, 0.5])
+
+
+def test_the_log_goes_on_after_a_cut_off_line_and_ends_with_one_warning(tmp_path, caplog) -> None:
+    from pama_plugin.host.actors.rollout_log import RolloutLog
+    from pama_plugin.runs.rollouts import read_rollouts
+
+    row = {"step": 1, "sample": 0, "prompt": "p\ud800", "response": "<b>\x1b[2J", "rewards": {"a": 1.0}, "label": "l"}
+    row |= {"advantage": 0.5}
+    (tmp_path / "rollouts.jsonl").write_text('{"step": 1, "sam')
+    texts, tables = [], []
+    tensorboard = SimpleNamespace(writer=SimpleNamespace(add_text=lambda *call: texts.append(call)))
+    wandb = SimpleNamespace(Table=lambda columns, data: (columns, data), log=tables.append)
+    log = RolloutLog(tmp_path, SimpleNamespace(handle=wandb), tensorboard)
+    log.write([row | {"prompt": "p"}])
+    log.write([row | {"prompt": "p", "step": 2}])
+    assert [each.step for each in read_rollouts(tmp_path)] == [1, 2]
+    assert [(key, step) for key, _, step in texts] == [("pama/rollouts", 1), ("pama/rollouts", 2)]
+    assert "\x1b" not in texts[0][1]
+    columns, data = tables[0]["pama/rollouts"]
+    assert dict(zip(columns, data[0]))["a"] == 1.0
+
+    (tmp_path / "file").write_text("")
+    log = RolloutLog(tmp_path / "file" / "below", None, None)
+    for _ in range(3):
+        log.write([row])
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "rollouts are no longer logged" in warning and "Not a directory" in warning

@@ -41,7 +41,7 @@ def build(maker: type, args: SimpleNamespace, groups: dict[str, Any], reward_gro
         groups["reference"] if args.algo.kl.init_coef > 0 else None,
         SimpleNamespace(value=args.algo.kl.init_coef),
         SimpleNamespace(args=args),
-        SimpleNamespace(pad_token_id=0),
+        SimpleNamespace(pad_token_id=0, decode=lambda tokens, **_: str(tokens)),
     )
 
 

@@ -70,7 +70,7 @@ def step(groups, monkeypatch):
             groups["reference"] if args.algo.kl.init_coef > 0 else None,
             SimpleNamespace(value=args.algo.kl.init_coef),
             strategy,
-            SimpleNamespace(pad_token_id=0),
+            SimpleNamespace(pad_token_id=0, decode=lambda tokens, **_: str(tokens)),
         ).make_experience_batch(rollout)
 
         old = experience.action_log_probs

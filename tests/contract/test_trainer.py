@@ -19,9 +19,10 @@ TWO = ("a=builtin:length", "b=builtin:length,scale=2")
 
 
 def trainer(
-    states: dict[str, Any] | None = None, objectives=TWO, best=None, critic=None, key="", stop=None, noon=None
+    states: dict[str, Any] | None = None, objectives=TWO, best=None, critic=None, key="", stop=None, noon=None, kl=None
 ) -> Any:
     """Ours over a stand-in for the host's, whose checkpoint holds ``states``."""
+    from pama_plugin.batch.alarms import Alarms
     from pama_plugin.batch.rating import BEST
     from pama_plugin.host.actors.trainer import MultiObjectiveTrainer
 
@@ -34,12 +35,16 @@ def trainer(
 
     kind = type("Trainer", (MultiObjectiveTrainer, Host), {})
     made = kind.__new__(kind)
-    made.config = load_config("pama", objectives, None, None, noon, best, stop_at_front=stop, default_level="token")
+    settings = dict(stop_at_front=stop, stop_at_kl=kl, default_level="token")
+    made.config = load_config("pama", objectives, None, None, noon, best, **settings)
     made.state = RunState.start(made.config)
     made.critic_model_group = critic
     made.best_eval_metric_key = key or BEST
-    made.experience_maker = SimpleNamespace(steps_done=0)
+    made.experience_maker = SimpleNamespace(steps_done=0, rows=[])
+    made.rollout_log = SimpleNamespace(write=lambda rows: None)
+    made.alarms = Alarms(made.config.trained_names, ["m"])
     made.args = SimpleNamespace(
+        pama_terminal=False,
         train=SimpleNamespace(full_determinism_enable=False, dynamic_batch_enable=False, batch_size=8, max_epochs=1),
         algo=SimpleNamespace(dynamic_filtering_enable=False),
     )
@@ -70,7 +75,7 @@ def test_wandb_has_our_settings_as_values_to_group_runs_by(monkeypatch) -> None:
             self.args, self.strategy = args, SimpleNamespace(args=args)
             self.actor_model_group = self.critic_model_group = self.reward_model_group = None
             self.reference_model_group = self.kl_ctl = self.tokenizer = self.vllm_engines = None
-            self.best_eval_metric_key, self.wandb_logger = "", WandbLogger(args)
+            self.best_eval_metric_key, self.wandb_logger, self.tensorboard_logger = "", WandbLogger(args), None
 
     type("Trainer", (MultiObjectiveTrainer, Host), {})()
     logged = wandb.config["pama"]
@@ -199,6 +204,35 @@ def steps_until_the_end(stop, steps: list[dict[str, float]], ours=None) -> tuple
         if ended:
             return ours, done + 1
     return ours, len(steps) + 1
+
+
+def test_every_step_has_a_line_its_responses_are_logged_and_alarms_are_raised_once(capfd) -> None:
+    ours, logged = trainer(), []
+    ours.rollout_log = SimpleNamespace(write=logged.append)
+    type(ours).__mro__[-2].train_step = lambda self, nll, step: (
+        {"reward/a": 0.5, "pama/coefficient/a": 1.0, "pama/reference_nll": nll[0], "pama/kl_response": 2.0},
+        step + 1,
+    )
+    for step, nll in enumerate([2.0, 4.0, 4.0, 4.0, 4.0]):
+        ours.experience_maker.rows = [step]
+        ours.train_step([nll], step)
+    printed = capfd.readouterr().out.splitlines()
+    assert logged == [[0], [1], [2], [3], [4]]
+    assert printed[0] == "PAMA step 1  a 0.5 (100 %)  b – (–)  2 nats  fluency 2"
+    assert [line for line in printed if "alarm" in line] == [line for line in printed[4:5]]
+    assert printed[4].startswith("PAMA alarm, step 4: the responses may no longer be language")
+    assert ours.state.first_nll == 2.0 and len(printed) == 6
+
+
+def test_a_run_ends_when_it_has_left_the_trust_region(capfd) -> None:
+    ours, ended = trainer(kl=3), []
+    type(ours).__mro__[-2].train_step = lambda self, _, step: ({"pama/kl_response": 1.5 * step}, step + 1)
+    type(ours).end_run = lambda self: ended.append(self.steps_done)
+    for step in range(4):
+        ours.train_step([], step)
+    assert ended == [3]  # in the fourth step
+    said = capfd.readouterr().out
+    assert "the run ends after step 4: its responses are 4.5 nats" in said and "--pama.stop_at_kl 3" in said
 
 
 def test_a_run_ends_when_it_has_stayed_at_the_front(capfd) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pama_plugin.runs.rollouts import read_rollouts
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]
 
 GROUPS = "--algo.advantage.estimator reinforce_baseline --rollout.n_samples_per_prompt 4 --train.batch_size 16".split()
@@ -134,6 +136,7 @@ def test_asynchronous_training_evaluation_and_the_end_at_the_front(run_host, mod
     last = len(run.steps)
     assert f"the run ends after step {last}, at the front: fewer than 0.1 of the tokens had an advantage" in run.output
     assert [step["pama/steps_at_front"] for step in run.steps[-4:]] == [0, 1, 2, 3] and 5 <= last < 12
+    assert {rollout.step for rollout in read_rollouts(tmp_path / "logs")} == set(range(1, last + 1))
     logged = evaluations(tmp_path)
     assert len(logged["eval_default/helpful"]) == len(logged["eval_pama_best"]) >= 2
     assert logged["eval_default/longer"][-1] == -logged["eval_default/changing"][-1]

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from pama_plugin import __version__
+from pama_plugin.runs.rollouts import read_rollouts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]  # the first run compiles DeepSpeed's operators
 
@@ -95,6 +96,16 @@ def test_all_six_kinds_with_the_stock_command(run_host, models, serve_rm, tmp_pa
     assert max(step["turns"] for step in run.steps) > 1
     assert run.steps[-1]["kl"] > 1e-4, "the policy did not move, so the agreement above shows nothing"
     assert (tmp_path / "model" / "model.safetensors").exists()
+
+    assert "PAMA step 3/3  helpful " in run.output and "form 0 (monitor)" in run.output
+    rollouts = read_rollouts(tmp_path / "logs")
+    assert [rollout.step for rollout in rollouts] == [step for step in (1, 2, 3) for _ in range(8)]
+    turns = [[who for turn in rollout.turns for who in turn] for rollout in rollouts]
+    assert ["policy", "environment", "policy"] in turns
+    for rollout in rollouts:
+        assert set(rollout.rewards) == set(objectives) and None not in rollout.rewards.values()
+        assert rollout.nats is not None and rollout.reference_nll > 0
+    assert [abs(rollout.nats) < 1e-3 for rollout in rollouts[:8]] == [True] * 8, "the first step is the reference's"
 
 
 def test_a_reward_that_raises_stops_the_run_with_its_name_and_step(run_host, tmp_path) -> None:

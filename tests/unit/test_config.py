@@ -273,8 +273,8 @@ BOMB = "a: &a [x]\n" + "".join(
         ("objectives: [a, b]", "--pama.config: .*objectives must map names.*found list"),
         (
             "- a",
-            "--pama.config: .*mapping.*best, filter_by, level, loss, noon, objectives, options, probe, "
-            "probe_gradients, stop_at_front, whiten.*found list",
+            "--pama.config: .*mapping.*best, filter_by, level, log_rollouts, loss, noon, objectives, options, probe, "
+            "probe_gradients, stop_at_front, stop_at_kl, whiten.*found list",
         ),
         ("objective: {}", "--pama.config: .*mapping.*objectives.*found objective$"),
         ("objectives: {a: 'builtin:length', a: 'builtin:length'}", "--pama.config: .*keys must differ.*found a twice"),

@@ -158,7 +158,7 @@ def test_the_page_of_a_sweep_needs_no_other_file(sweep, tmp_path, capsys) -> Non
         ]
     )
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "http" not in page and "3.500 ± 0.635" in page
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page and "3.500 ± 0.635" in page
     assert "against a" in page
     assert "no TensorBoard events in" in page and "no TensorBoard events in" in capsys.readouterr().out
 
@@ -302,3 +302,46 @@ def test_a_bad_reference(reference, sweep) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["report", str(sweep), "--reference", *reference])
     assert stopped.value.code == 2
+
+
+def log_rollouts(folder: Path, *rows: tuple[int, str, str, float]) -> None:
+    lines = [
+        {"step": step, "sample": index, "prompt": prompt, "response": response, "rewards": {"length": reward}}
+        for index, (step, prompt, response, reward) in enumerate(rows)
+    ]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_page_shows_what_the_policy_wrote(folder, capsys) -> None:
+    log_rollouts(
+        folder / "run",
+        (1, "Why?", "an early answer", 1.0),
+        (1, "How?", "never asked again", 2.0),
+        (18, "Why?", "not the last", 5.0),
+        (20, "Why?", "<script>late</script>\nanswer", 3.0),
+        (20, "What?", "the worst one", -7.0),
+    )
+    report_runs([folder / "run"], folder / "out")
+    page = (folder / "out" / "report.html").read_text()
+    pair = page[page.index("the same prompts early and late") :]
+    assert pair.index("Why?") < pair.index("an early answer") < pair.index("&lt;script&gt;late&lt;/script&gt;\nanswer")
+    assert "How?" not in page and "<script>" not in page
+    best, worst = page.index("length: best of the last fifth"), page.index("length: worst of the last fifth")
+    assert "not the last" in page[best:worst] and "the worst one" in page[worst:]
+
+
+def test_a_log_of_rollouts_that_cannot_be_read_is_missing(folder, capsys) -> None:
+    (folder / "run" / "rollouts.jsonl").write_text("{}\n{}\n")
+    report_runs([folder / "run"], folder / "out")
+    assert "rollouts.jsonl, line 1: Field required" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_the_alarms_of_a_run_are_at_the_head_of_the_page(tmp_path, capsys) -> None:
+    with SummaryWriter(str(tmp_path / "pama-run" / "logs")) as writer:
+        for step in range(1, 9):
+            for tag, value in (("reward/a", 1.0), ("pama/coefficient/a", 1.0), ("pama/reference_nll", 1.0 * step)):
+                writer.add_scalar(f"train/{tag}", value, step)
+    report_runs([tmp_path / "pama-run" / "logs"], tmp_path)
+    alarm = "pama-run: step 4: the responses may no longer be language"
+    page = (tmp_path / "report.html").read_text()
+    assert f"alarm: {alarm}" in capsys.readouterr().out and page.index(alarm) < page.index("<table>")

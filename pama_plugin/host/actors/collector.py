@@ -12,7 +12,7 @@ import torch
 from openrlhf.trainer.ppo_utils.experience import Experience as HostExperience
 from torch import Tensor
 
-from pama_plugin.batch.metrics import FAILURES, PROBLEM, REWARD, SECONDS
+from pama_plugin.batch.keys import FAILURES, PROBLEM, REWARD, SECONDS
 from pama_plugin.batch.outcome import judge_column
 from pama_plugin.batch.shaping import apply_failure_policy
 from pama_plugin.batch.table import RewardTable

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from pama_plugin.batch.metrics import CRITIC_LOSS
+from pama_plugin.batch.keys import CRITIC_LOSS
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.protocols import Strategy
 from pama_plugin.settings.objective import Objective

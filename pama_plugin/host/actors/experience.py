@@ -1,5 +1,6 @@
 """OpenRLHF's experience maker for K rewards per response: one estimator run each, one combined advantage per token."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,15 +13,19 @@ from openrlhf.utils.logging_utils import init_logger
 from torch import Tensor
 
 from pama_plugin.aggregation import Aggregation, get_rule
+from pama_plugin.batch.behaviour import distance
 from pama_plugin.batch.combine import combine, estimated
-from pama_plugin.batch.metrics import COSINE, EXPLAINED, name_metrics
-from pama_plugin.batch.shaping import measure, shape_trained
+from pama_plugin.batch.keys import COSINE, EXPLAINED, KL, REFERENCE_NLL, SPREAD, UNIFORM
+from pama_plugin.batch.metrics import name_metrics
+from pama_plugin.batch.rollouts import Row, choose_responses, describe_responses
+from pama_plugin.batch.shaping import measure, shape_trained, spreads
 from pama_plugin.batch.state import RunState
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.host.actors.collector import RewardCollector
 from pama_plugin.host.actors.estimators import Estimator
 from pama_plugin.host.actors.gradients import gradient_cosines
 from pama_plugin.host.actors.probe import probe_rollout
+from pama_plugin.host.actors.rollout_log import add_texts
 from pama_plugin.host.actors.write_back import explain_variance, join, weighted_sum, write_back
 from pama_plugin.host.protocols import Experience
 from pama_plugin.settings.run import PamaConfig
@@ -51,6 +56,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         self.estimator = Estimator(self.advantage_estimator, self.args.reward.clip_range)
         self.steps_done = 0
         self.warned: set[str] = set()
+        self.rows: list[Row] = []
         self.probing = self.config.probe != "off"
 
     @torch.no_grad()
@@ -63,6 +69,9 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         experiences: list[Experience] = super().make_experience(samples_list)
         self.table = self.collector.collect(pending, experiences)
         measure(self.config.objectives, self.table, self.state)
+        if self.initial_model_group is not None:
+            for experience in experiences:
+                experience.info |= _distance_from_reference(experience)
         if self.probing:
             self.probing = False
             probe_rollout(self.collector, self.table, experiences)
@@ -109,10 +118,29 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
 
         metrics = name_metrics(config, result, self.steps_done)
         metrics |= self._probe_gradients(experiences, advantages_KBA, present_KB, result)
+        metrics |= {f"{SPREAD}{name}": value for name, value in spreads(config.objectives, table, state).items()}
+        if table.group_size > 1:
+            metrics[UNIFORM] = table.share_of_uniform_groups(_responses(experiences))
+        self.rows = self._describe(experiences, result, mask_BA)
         if self.estimator.name == "gae":
             for objective, run, present_B in zip(config.trained, runs, present_KB):
                 metrics[f"{EXPLAINED}{objective.name}"] = explain_variance(run, table.split(present_B))
         return write_back(experiences, runs, shown, weights, table.split(result.advantages), metrics)
+
+    def _describe(self, experiences: list[Experience], result: Aggregation, mask_BA: Tensor) -> list[Row]:
+        """The rows of this step for the log of rollouts."""
+        if not self.config.log_rollouts:
+            return []
+        prompts = list(itertools.chain.from_iterable(experience.prompts for experience in experiences))
+        chosen = choose_responses(prompts, self.table.order_B.tolist(), self.config.log_rollouts)
+        distances = {
+            word: torch.cat([experience.info[key] for experience in experiences])
+            for word, key in (("nats", KL), ("reference_nll", REFERENCE_NLL))
+            if key in experiences[0].info
+        }
+        rows = describe_responses(self.config, self.table, result, mask_BA, distances, chosen, self.steps_done)
+        add_texts(rows, chosen, experiences, self.tokenizer)
+        return rows
 
     def _estimate(
         self, rewards_B: Tensor, present_B: Tensor, experiences: list[Experience], pick: Callable[[Tensor], Tensor]
@@ -178,3 +206,21 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         )
         named = zip(self.config.trained_names, cosines, strict=True)
         return {f"{COSINE}{name}": cosine for name, cosine in named if not math.isnan(cosine)}
+
+
+def _distance_from_reference(experience: Experience) -> dict[str, Tensor]:
+    """The columns of ``distance``; OpenRLHF keeps the reference's log-probabilities only for a KL loss."""
+    reference_BA = experience.base_action_log_probs
+    if reference_BA is None:  # of the same sums: the mean difference at every token
+        reference_BA = experience.action_log_probs - experience.info["logprobs_diff"].unsqueeze(1)
+    nats_B, nll_B = distance(experience.action_log_probs, reference_BA, experience.action_mask.bool())
+    return {KL: nats_B, REFERENCE_NLL: nll_B}
+
+
+def _responses(experiences: list[Experience]) -> list[bytes]:
+    """The tokens of each response, to be compared."""
+    return [
+        tokens_S[1:][mask_A.bool()].numpy().tobytes()
+        for experience in experiences
+        for tokens_S, mask_A in zip(experience.sequences, experience.action_mask)
+    ]

@@ -15,7 +15,7 @@ import ray
 from openrlhf.trainer.ray import vllm_engine
 from openrlhf.utils.agent import AgentExecutorBase
 
-from pama_plugin.batch.metrics import PROBLEM, REWARD, SECONDS
+from pama_plugin.batch.keys import PROBLEM, REWARD, SECONDS
 from pama_plugin.batch.outcome import Outcome, attempt, code_of
 from pama_plugin.errors import LONGEST_PROBLEM, PamaError, RewardError, problem_of
 from pama_plugin.host.actors.orphans import end_with_this_process

@@ -1,5 +1,6 @@
 """OpenRLHF's trainer, in its Ray actor, with our experience maker and state."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -8,24 +9,28 @@ from openrlhf.trainer import ppo_trainer
 from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
 from transformers import set_seed
 
-from pama_plugin.batch.metrics import (
+from pama_plugin.batch.alarms import Alarms
+from pama_plugin.batch.keys import (
     ACTIVE,
     CONFLICT,
+    KL,
     OUR_COLUMNS,
     REWARD_MEAN,
     REWARD_STD,
     REWARD_TIMING,
     SECONDS,
     STEPS_AT_FRONT,
-    reduce_columns,
 )
+from pama_plugin.batch.metrics import reduce_columns
 from pama_plugin.batch.rating import BEST, rate
+from pama_plugin.batch.rollouts import step_line
 from pama_plugin.batch.state import RunState
 from pama_plugin.errors import PamaError, RewardError
 from pama_plugin.host.actors.evaluation import ScoredSamplesGenerator
 from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 from pama_plugin.host.actors.handshake import report, shake_hands
 from pama_plugin.host.actors.probe import probe_pairs
+from pama_plugin.host.actors.rollout_log import RolloutLog
 from pama_plugin.host.preflight.resume import STATE
 from pama_plugin.host.protocols import Strategy
 from pama_plugin.settings.run import StopAtFront, as_settings
@@ -62,6 +67,12 @@ class MultiObjectiveTrainer(Host):
         self.best_eval_metric_key = self.best_eval_metric_key or BEST
         if self.wandb_logger:  # OpenRLHF's config has one text of all our settings: runs could not be grouped by rule
             self.wandb_logger.handle.config.update({"pama": as_settings(self.config)}, allow_val_change=True)
+        folder = Path(self.args.ckpt.output_dir)
+        if self.tensorboard_logger:
+            folder = Path(self.tensorboard_logger.writer.log_dir)
+        self.rollout_log = RolloutLog(folder, self.wandb_logger, self.tensorboard_logger)
+        monitors = [objective.name for objective in self.config.objectives if objective.role == "monitor"]
+        self.alarms = Alarms(self.config.trained_names, monitors)
         self.steps_done = 0
         self.steps_at_start = self.responses_trained = 0
 
@@ -133,11 +144,37 @@ class MultiObjectiveTrainer(Host):
             if objective.rewards.count:
                 rewards = objective.rewards
                 status |= {f"{REWARD_MEAN}{name}": rewards.mean, f"{REWARD_STD}{name}": rewards.std}
+        self._show(status, steps_done)
         stop = self.config.stop_at_front
-        if stop is not None and self._has_stayed_at_the_front(stop, status, steps_done):
+        at_front = stop is not None and self._has_stayed_at_the_front(stop, status, steps_done)
+        if at_front or self._has_left_the_trust_region(status, steps_done):
             self.end_run()
         self._begin_step(steps_done)
         return status, steps_done
+
+    def _show(self, status: dict[str, Any], steps_done: int) -> None:
+        """Log the step's responses; print one line about the step, and the alarms that it sets off."""
+        self.rollout_log.write(self.experience_maker.rows)
+        line = step_line(self.config, steps_done, self.steps_planned(), status, colours=self.args.pama_terminal)
+        self.alarms.first_nll = self.state.first_nll
+        alarms = self.alarms.read(status)
+        self.state.first_nll = self.alarms.first_nll
+        print("\n".join([line, *(f"PAMA alarm, step {steps_done}: {alarm}" for alarm in alarms)]), flush=True)
+
+    def steps_planned(self) -> int | None:
+        """The number of steps of the whole run, if it is known here."""
+        return None
+
+    def _has_left_the_trust_region(self, status: dict[str, Any], steps_done: int) -> bool:
+        limit, nats = self.config.stop_at_kl, status.get(KL, 0.0)
+        if limit is None or nats <= limit:
+            return False
+        print(
+            f"PAMA: the run ends after step {steps_done}: its responses are {nats:.3g} nats from the reference on "
+            f"average, more than --pama.stop_at_kl {limit:g}",
+            flush=True,
+        )
+        return True
 
     def end_run(self) -> None:
         """End the run after this step as if no prompts were left: with checkpoint, evaluation and saved model."""
@@ -254,6 +291,10 @@ class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.
         states = super().init_checkpoint_states()
         position = states["data_loader_state_dict"]
         return states | {"data_loader_state_dict": reachable_position(position, len(self.prompts_dataloader))}
+
+    def steps_planned(self) -> int:
+        prompts = len(self.prompts_dataloader) * self.args.train.num_episodes
+        return -(-prompts // self.args.rollout.batch_size)
 
     def end_run(self) -> None:
         """End after this step's logs, checkpoint and evaluation; OpenRLHF then saves the model, as at any end."""

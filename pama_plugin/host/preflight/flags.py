@@ -75,6 +75,10 @@ def check_flags(args: argparse.Namespace, config: PamaConfig) -> PamaConfig:
         raise ConfigError(
             f"--rollout.n_samples_per_prompt must be at least 2 with normalize=group ({', '.join(grouped)}), found 1"
         )
+    if config.stop_at_kl is not None and getattr(args, "algo.kl.init_coef") == 0:
+        raise ConfigError(
+            "--pama.stop_at_kl needs a reference model, so --algo.kl.init_coef must be above 0 (1e-6 will do), found 0"
+        )
     if config.probe_gradients is not None:
         for flag, whole in WHOLE_POLICY.items():
             if getattr(args, flag) != whole:

@@ -7,8 +7,8 @@ from matplotlib import pyplot
 from rich.console import Console
 
 from pama_plugin.errors import ConfigError
-from pama_plugin.runs.logs import find_runs
-from pama_plugin.runs.report.figures import draw_curves, draw_front
+from pama_plugin.runs.logs import Run, alarms_of, find_runs
+from pama_plugin.runs.report.figures import draw_curves, draw_front, draw_paths
 from pama_plugin.runs.report.page import write_page
 from pama_plugin.runs.report.pareto import starts
 from pama_plugin.runs.report.tables import (
@@ -19,6 +19,8 @@ from pama_plugin.runs.report.tables import (
     objectives_table,
     shared_objectives,
 )
+from pama_plugin.runs.report.texts import Exchange, best_and_worst, early_and_late
+from pama_plugin.runs.rollouts import FILE, read_rollouts
 
 __all__ = ["report_runs"]
 
@@ -26,7 +28,7 @@ __all__ = ["report_runs"]
 def report_runs(
     folders: Sequence[Path], out: Path | None = None, reference: Sequence[str] = (), baseline: str | None = None
 ) -> None:
-    """Print tables of the runs; write ``curves.png``, ``front.png`` and ``report.html``.
+    """Print tables of the runs; write ``curves.png``, ``front.png``, ``paths.png`` and ``report.html``.
 
     Args:
         folders: ``--logger.tensorboard_dir`` of a run, or the folder of a sweep.
@@ -53,18 +55,41 @@ def report_runs(
     figures = {"curves": draw_curves(runs)}
     if len(names) > 1:
         figures["front"] = draw_front(runs, names, point)
+        figures["paths"] = draw_paths(runs, names)
     pictures = [out / f"{name}.png" for name in figures]
     for figure, picture in zip(figures.values(), pictures):
         figure.savefig(picture, dpi=120)
         pyplot.close(figure)
+    alarms = [f"{run.name}: {alarm}" for run in runs for alarm in alarms_of(run)]
     title = f"{len(runs)} runs, {', '.join(names)}" if len(runs) > 1 else f"{runs[0].arm}: {runs[0].steps} steps"
-    write_page(out / "report.html", title, grids, pictures, missing)
+    texts = _texts(runs, missing)
+    write_page(out / "report.html", title, grids, pictures, missing, alarms, texts)
     for grid in grids:
         console.print(draw_table(grid))
+    for line in alarms:
+        console.print(f"alarm: {line}", style="red", soft_wrap=True)
     for line in missing:
         console.print(f"missing: {line}", style="yellow", soft_wrap=True)
     for path in [*pictures, out / "report.html"]:
         console.print(str(path), soft_wrap=True)
+
+
+def _texts(runs: Sequence[Run], missing: list[str]) -> list[tuple[str, list[Exchange]]]:
+    """What the policies wrote, of runs with a log of their rollouts; a log that cannot be read is ``missing``."""
+    found = []
+    for run in runs:
+        if not any(run.folder.rglob(FILE)):
+            continue
+        try:
+            rollouts = read_rollouts(run.folder)
+        except ConfigError as error:
+            missing.append(str(error))
+            continue
+        if both := early_and_late(rollouts):
+            found.append((f"{run.name}: the same prompts early and late", both))
+        for heading, exchange in best_and_worst(rollouts, run.scored):
+            found.append((f"{run.name}: {heading} of the last fifth", [exchange]))
+    return found
 
 
 def _parse_reference(reference: Sequence[str], names: Sequence[str]) -> list[float]:

@@ -10,8 +10,11 @@ matplotlib.use("agg")  # no display on a cluster
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from pama_plugin.batch.keys import KL
 from pama_plugin.runs.logs import Run
 from pama_plugin.runs.report.pareto import by_arm, ends, interval, nondominated, starts
 from pama_plugin.runs.report.tables import OF_THE_HOST
@@ -69,6 +72,77 @@ def _band(panel: Axes, series: list[list[tuple[int, float]]], label: str, style:
         )
     elif width > 1:
         panel.plot(steps, values[0], alpha=0.25, **style)
+
+
+@AS_TEXT
+def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure:
+    """The way of each arm through the space of rewards, coloured by step, and each reward against the distance.
+
+    Two objectives have one panel for all arms; more have parallel coordinates, one panel per arm: a line is a part of
+    the run, and its heights are the rewards, from the lowest (0) to the highest (1) of any arm. A reward is drawn
+    against ``pama/kl_response`` if the runs had a reference model.
+    """
+    paths = {arm: _path(arm_runs, names) for arm, arm_runs in by_arm(runs).items()}
+    with_distance = all(run.scalars.get(KL) for run in runs)
+    spaces = 1 if len(names) == 2 else len(paths)
+    panels_needed = spaces + with_distance * len(names)
+    columns = min(panels_needed, 3)
+    rows = -(-panels_needed // columns)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(5 * columns, 4 * rows + 0.5), layout="constrained", squeeze=False
+    )
+    panels = iter(grid.flat)
+    low = np.min([rewards.min(0) for _, rewards in paths.values()], axis=0)
+    high = np.max([rewards.max(0) for _, rewards in paths.values()], axis=0)
+    last = max(steps[-1] for steps, _ in paths.values())
+    colours = pyplot.get_cmap("viridis")
+    space = next(panels) if len(names) == 2 else None
+    for index, (arm, (steps, rewards)) in enumerate(paths.items()):
+        panel = space or next(panels)
+        shades = [colours(step / last) for step in steps]
+        if space is not None:
+            panel.plot(*rewards.T, color=f"C{index % 10}", lw=0.8, label=_label(arm))
+            panel.scatter(*rewards.T, c=shades, s=14, zorder=2)
+            panel.plot(*rewards[0], "k*", zorder=3)
+        else:
+            scaled = (rewards - low) / np.where(high > low, high - low, 1)
+            for heights, shade in zip(scaled, shades):
+                panel.plot(range(len(names)), heights, color=shade, lw=0.9)
+            panel.set_xticks(range(len(names)), names)
+            panel.set_title(_label(arm))
+    if space is not None:
+        space.set_xlabel(names[0])
+        space.set_ylabel(names[1])
+        space.set_title("way through the rewards, from * on")
+    scale = ScalarMappable(Normalize(0, last), colours)
+    figure.colorbar(scale, ax=grid.flat[spaces - 1], label="step")
+    if with_distance:
+        for position, name in enumerate(names):
+            panel = next(panels)
+            for index, (arm, arm_runs) in enumerate(by_arm(runs).items()):
+                _, distances = _path(arm_runs, [name], KL)
+                panel.plot(distances[:, 1], distances[:, 0], color=f"C{index % 10}", label=_label(arm))
+            panel.set_xlabel("nats from the reference, per response")
+            panel.set_ylabel(name)
+            if not position:
+                panel.set_title("rewards against distance")
+    for panel in panels:
+        panel.remove()
+    figure.legend(
+        *(space or grid.flat[-1]).get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
+    return figure
+
+
+def _path(runs: Sequence[Run], names: Sequence[str], *tags: str) -> tuple[list[int], np.ndarray]:
+    """Steps and (steps, names and tags) rewards and metrics, smoothed, as mean over seeds, where all have them."""
+    wanted = [*(f"reward/{name}" for name in names), *tags]
+    series = [[dict(run.scalars[tag]) for tag in wanted] for run in runs]
+    steps = sorted(set.intersection(*(set(values) for each in series for values in each)))
+    values = np.array([[[values[step] for step in steps] for values in each] for each in series]).mean(0)
+    width = min(SMOOTH, max(len(steps) // 5, 1))
+    smooth = np.array([np.convolve(row, np.ones(width) / width, "valid") for row in values])
+    return steps[(width - 1) // 2 : (width - 1) // 2 + smooth.shape[1]], smooth.T
 
 
 def _label(arm: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment
 
 from pama_plugin.runs.report.tables import Grid
+from pama_plugin.runs.report.texts import Exchange
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
@@ -16,23 +17,47 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
 th:first-child, td:first-child { text-align: left }
 caption, figcaption { caption-side: bottom; text-align: left; color: #666; font-size: 13px; padding-top: .4rem }
-img { max-width: 100% } figure { margin: 1.5rem 0 } ul { color: #a40 }
+img { max-width: 100% } figure { margin: 1.5rem 0 } ul { color: #a40 } .wide { overflow-x: auto }
+.texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: .4rem 1.5rem; margin: 1rem 0 }
+.texts p, .texts pre { margin: 0; font: inherit; white-space: pre-wrap; overflow-wrap: anywhere }
+.texts > p { grid-column: 1 / -1 } .texts p, .texts small { color: #666 }
+@media print { body { margin: 0; max-width: none } figure, .texts { break-inside: avoid } }
 </style>
 <h1>{{ title }}</h1>
+{% if alarms %}<h2>Alarms</h2><ul>{% for line in alarms %}<li>{{ line }}{% endfor %}</ul>{% endif %}
 {% if missing %}<h2>Missing</h2><ul>{% for line in missing %}<li>{{ line }}{% endfor %}</ul>{% endif %}
 {% for grid in grids %}<h2>{{ grid.title }}</h2>
-<table><tr>{% for name in grid.columns %}<th>{{ name }}{% endfor %}</tr>
+<div class="wide"><table><tr>{% for name in grid.columns %}<th>{{ name }}{% endfor %}</tr>
 {% for row in grid.rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>
-{% endfor %}<caption>{{ grid.caption }}</caption></table>
+{% endfor %}<caption>{{ grid.caption }}</caption></table></div>
 {% endfor %}
 {% for name, data in pictures %}<figure><img alt="{{ name }}" src="data:image/png;base64,{{ data }}">
 <figcaption>{{ name }}</figcaption></figure>
-{% endfor %}</html>
+{% endfor %}
+{% for heading, exchanges in texts %}<h2>{{ heading }}</h2>
+{% for exchange in exchanges %}<div class="texts"><p>{{ exchange.prompt }}</p>
+{% for answer in exchange.answers %}<div><small>{{ answer.heading }}</small><pre>{{ answer.text }}</pre>
+<small>{{ answer.rewards }}</small></div>
+{% endfor %}</div>
+{% endfor %}{% endfor %}</html>
 """
 
 
-def write_page(file: Path, title: str, grids: Sequence[Grid], pictures: Sequence[Path], missing: Sequence[str]) -> None:
-    """Write the tables and the PNG files to one HTML file, with the pictures embedded."""
+def write_page(
+    file: Path,
+    title: str,
+    grids: Sequence[Grid],
+    pictures: Sequence[Path],
+    missing: Sequence[str],
+    alarms: Sequence[str] = (),
+    texts: Sequence[tuple[str, Sequence[Exchange]]] = (),
+) -> None:
+    """Write tables, PNG files, alarms and texts to one HTML file, with the pictures embedded.
+
+    Args:
+        texts: headings, and the prompts and responses below them.
+    """
     encoded = [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in pictures]
     page = Environment(autoescape=True).from_string(PAGE)
-    file.write_text(page.render(title=title, grids=grids, pictures=encoded, missing=missing), encoding="utf-8")
+    content = page.render(title=title, grids=grids, pictures=encoded, missing=missing, alarms=alarms, texts=texts)
+    file.write_text(content, encoding="utf-8")

@@ -1,0 +1,14 @@
+"""Keys of the metrics in the trackers, and of the columns in which OpenRLHF transports them. Imports nothing."""
+
+# Prefixes of columns: OpenRLHF transports one number per response and key. The trainer removes the columns, except for
+# problem codes, which are removed when the table is built.
+REWARD, SECONDS, PROBLEM = "reward/", "seconds/", "pama/problem/"
+FAILURES, PAMA, EXPLAINED = "pama/failures/", "pama/", "explained_variance/"
+OUR_COLUMNS = (REWARD, SECONDS, PAMA, EXPLAINED)
+# Keys and prefixes of metrics that are no columns.
+ACTIVE, CONFLICT, STEPS_AT_FRONT = f"{PAMA}active_fraction", f"{PAMA}conflict_rate", f"{PAMA}steps_at_front"
+KL, REFERENCE_NLL, UNIFORM = f"{PAMA}kl_response", f"{PAMA}reference_nll", f"{PAMA}uniform_prompts"
+SPREAD = f"{PAMA}spread/"
+COEFFICIENT = f"{PAMA}coefficient/"
+COSINE, REWARD_MEAN, REWARD_STD = f"{PAMA}gradient_cosine/", "reward_mean/", "reward_std/"
+CRITIC_LOSS, REWARD_TIMING = "critic_loss/", "timing/reward/"

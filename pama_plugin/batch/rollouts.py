@@ -1,0 +1,108 @@
+"""The log of rollouts: what the policy wrote in a step, and what every reward said of it; and one line per step."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from pama_plugin.aggregation import Aggregation
+from pama_plugin.batch.keys import ACTIVE, COEFFICIENT, CONFLICT, KL, REFERENCE_NLL, REWARD
+from pama_plugin.batch.table import RewardTable
+from pama_plugin.settings.run import PamaConfig
+
+Row = dict[str, Any]
+
+
+def choose_responses(prompts: Sequence[str], order: Sequence[int], count: int | Literal["all"]) -> list[int]:
+    """Positions of the responses to log, all of one prompt after the other.
+
+    Prompts are ordered by a hash, so that a prompt that is chosen is chosen again when it returns in another epoch.
+
+    Args:
+        prompts: the prompt of each response.
+        order: position of each response in the rollout.
+        count: number of responses, or ``all``.
+
+    >>> choose_responses(["x", "y", "x", "y"], [0, 2, 1, 3], 3)
+    [0, 2, 1]
+    """
+    hashes = {prompt: hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest() for prompt in set(prompts)}
+    ranked = sorted(range(len(prompts)), key=lambda response: (hashes[prompts[response]], order[response]))
+    return ranked if count == "all" else ranked[:count]
+
+
+def describe_responses(
+    config: PamaConfig,
+    table: RewardTable,
+    result: Aggregation,
+    mask_BA: Tensor,
+    distances: Mapping[str, Tensor],
+    chosen: Sequence[int],
+    steps_done: int,
+) -> list[Row]:
+    """One JSON object per chosen response, without its texts.
+
+    Args:
+        config: the objectives and their weights.
+        table: the rewards and the reasons for missing ones.
+        result: the combination, with the advantage of every token.
+        mask_BA: true at tokens of the responses.
+        distances: (B,) nats from the reference and its mean negative log-likelihood per token, if there is one.
+        chosen: positions of the responses.
+        steps_done: number of steps before this one.
+    """
+    weights = {objective.name: objective.weight.at(steps_done) for objective in config.trained}
+    coefficients = dict(zip(config.trained_names, map(_number, result.coefficients.tolist())))
+    advantages_B = (result.advantages * mask_BA).sum(1) / mask_BA.sum(1)
+    rows = []
+    for response in chosen:
+        rewards = dict(zip(table.names, table.values_KB[:, response].tolist()))
+        rows.append(
+            {
+                "step": steps_done + 1,
+                "sample": int(table.order_B[response]),
+                "rewards": {name: _number(reward) for name, reward in rewards.items()},
+                "problems": {
+                    name: table.problems[name, response] for name in rewards if (name, response) in table.problems
+                },
+                "weights": weights,
+                "coefficients": coefficients,
+                "advantage": _number(float(advantages_B[response])),
+                "tokens": int(mask_BA[response].sum()),
+            }
+            | {key: _number(float(values_B[response])) for key, values_B in distances.items()}
+        )
+    return rows
+
+
+def _number(value: float) -> float | None:
+    """Six digits; None for what JSON cannot represent."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def step_line(config: PamaConfig, step: int, steps: int | None, metrics: Mapping[str, float], *, colours: bool) -> str:
+    """One line about a step, for people: rewards with the shares of the objectives, conflict, distance, fluency.
+
+    >>> from pama_plugin.settings.run import load_config
+    >>> config = load_config("pama", ["a=builtin:length"], None, None, None, default_level="token")
+    >>> metrics = {"reward/a": 1.25, "pama/coefficient/a": 1.0, "pama/kl_response": 0.5, "pama/reference_nll": 3.125}
+    >>> step_line(config, 3, 50, metrics, colours=False)
+    'PAMA step 3/50  a 1.25 (100 %)  0.5 nats  fluency 3.12'
+    """
+    bold, dim, plain = ("\x1b[1m", "\x1b[2m", "\x1b[0m") if colours else ("", "", "")
+    parts = [f"{dim}PAMA step {step}{plain}" if steps is None else f"{dim}PAMA step {step}/{steps}{plain}"]
+    for objective in config.objectives:
+        reward, share = metrics.get(f"{REWARD}{objective.name}"), metrics.get(f"{COEFFICIENT}{objective.name}")
+        shown = "–" if reward is None or math.isnan(reward) else f"{reward:.3g}"
+        part = "monitor" if objective.role == "monitor" else "–" if share is None else f"{100 * share:.0f} %"
+        parts.append(f"{objective.name} {bold}{shown}{plain} ({part})")
+    if len(config.trained) > 1:
+        for word, key in (("conflict", CONFLICT), ("active", ACTIVE)):
+            if key in metrics:
+                parts.append(f"{word} {100 * metrics[key]:.0f} %")
+    for form, key in (("{:.2g} nats", KL), ("fluency {:.3g}", REFERENCE_NLL)):
+        if key in metrics:
+            parts.append(form.format(metrics[key]))
+    return "  ".join(parts)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "pama_plugin").glob("*/README.md"))]
+PAGES.append(ROOT / "pama_plugin" / "DESCRIPTION.md")
 README = "\n".join(page.read_text() for page in PAGES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 COMMANDS = [
@@ -28,7 +29,7 @@ HOST_RUNS = [words for words in COMMANDS if words[:2] == ["pama", "train"] or HO
 
 
 def test_the_readme_has_what_is_tested_below() -> None:
-    assert len(HOST_RUNS) == 3 and {"examples/quickstart.sh", "tests/run.sh"} <= {command[0] for command in COMMANDS}
+    assert len(HOST_RUNS) == 4 and {"examples/quickstart.sh", "tests/run.sh"} <= {command[0] for command in COMMANDS}
 
 
 def test_the_first_page_is_short() -> None:

@@ -1,5 +1,6 @@
 """pama enable and pama disable: what they put where, and what the wheel brings for them."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -69,7 +70,7 @@ def test_a_folder_that_cannot_be_written_is_said(command, site_packages, monkeyp
     assert expected in capsys.readouterr().err
 
 
-def test_the_wheel_has_the_line_twice_and_the_table(tmp_path) -> None:
+def test_the_wheel_has_the_line_twice_the_table_and_a_description_that_stands_alone(tmp_path) -> None:
     """At its root, where it is live at once, and in the package, where ``pama enable`` finds it."""
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
@@ -78,6 +79,9 @@ def test_the_wheel_has_the_line_twice_and_the_table(tmp_path) -> None:
         for name in ("pama_plugin.pth", "pama_plugin/host/pama_plugin.pth"):
             assert archive.read(name).decode() == LINE
         assert "pama_plugin/host/preflight/fingerprints.json" in archive.namelist()
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        links = re.findall(r"\]\(([^)]*)\)", archive.read(metadata).decode())
+        assert links and all(link.startswith("https://") for link in links), "an index page has no other files"
 
 
 def test_the_line_is_silent_in_any_other_interpreter(tmp_path) -> None:

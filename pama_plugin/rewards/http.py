@@ -134,7 +134,10 @@ class _HttpScorer:
         self.replicas = [_Replica(url) for url in split_replicas(location)]  # least recently used first
         self.token = _token(options)
         keys = keys_of(location)
-        self.secrets = [*keys, *([self.token] if self.token else [])]
+        secrets = [*keys, *([self.token] if self.token else [])]
+        # A server may repeat them; errors of httpx quote it as bytes. One may contain another: the longest first.
+        quoted = [form[:-1] for each in secrets for form in (repr(each)[1:], repr(bytearray(each.encode()))[12:-1])]
+        self.secrets = sorted({*secrets, *quoted}, key=len, reverse=True)
         if keys:  # it logs the URL of every request
             logging.getLogger("httpx").setLevel(logging.WARNING)
         self.slots = asyncio.Semaphore(options.concurrency)
@@ -218,7 +221,7 @@ class _HttpScorer:
         except asyncio.CancelledError:  # from the lines above; a cancellation by the caller leaves asyncio.wait
             problem = f"no complete reply within {self.options.timeout:g} s"
         except httpx.HTTPError as error:
-            problem = f"{type(error).__name__} {error}".rstrip()
+            problem = self._without_secrets(f"{type(error).__name__} {error}".rstrip())
         raise _ServerTrouble(f"{redact(url)}: {problem}")
 
     async def _receive(self, url: str, body: str) -> tuple[httpx.Response, bytes]:
@@ -235,7 +238,8 @@ class _HttpScorer:
             raise self._refused(where, reply, body)
         encoding = reply.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
-            raise _Failure(f"{where}: Content-Encoding must be identity, as requested, found {encoding[:40]!r}")
+            found = self._without_secrets(encoding)[:40]
+            raise _Failure(f"{where}: Content-Encoding must be identity, as requested, found {found!r}")
         try:
             # Parse integers as floats: too large ones become inf, and true is not a number.
             document = json.loads(body, parse_int=float, object_pairs_hook=_unique)
@@ -265,11 +269,14 @@ class _HttpScorer:
         return _Failure(problem)
 
     def _quoted(self, body: bytes) -> str:
-        """The beginning of the body, without the token and the keys, which a server may repeat."""
-        text = body.decode("utf-8", "replace")
-        for secret in sorted(self.secrets, key=len, reverse=True):  # one may contain another
+        """The beginning of the body."""
+        return repr(self._without_secrets(body.decode("utf-8", "replace"))[:200])
+
+    def _without_secrets(self, text: str) -> str:
+        """What a server sent, without the token and the keys."""
+        for secret in self.secrets:
             text = text.replace(secret, "***")
-        return repr(text[:200])
+        return text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

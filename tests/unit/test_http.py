@@ -575,6 +575,41 @@ def test_a_key_that_the_server_repeats_is_not_shown(monkeypatch, caplog) -> None
 
 
 @pytest.mark.parametrize(
+    "reply",
+    [
+        b"Bearer %s what\r\n\r\n",  # no status line: the error of the HTTP library quotes it
+        b"HTTP/1.1 200 %s\r\nContent-Encoding: %s\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nBearer %s\r\n\r\n",
+        b"HTTP/1.1 %s OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: %s\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n",
+        b"HTTP/1.1 302 %s\r\nLocation: http://%s/\r\nContent-Length: 0\r\n\r\n",
+    ],
+)
+def test_a_token_that_a_malformed_reply_repeats_is_not_shown(reply, monkeypatch) -> None:
+    secret = "s3cret'\\token"
+    monkeypatch.setenv("JUDGE_TOKEN", secret)
+
+    async def ask() -> str:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(reply.replace(b"%s", secret.encode()))
+            await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        score = http.load_http(url, http.HttpOptions(retries=0, timeout=5, token_env="JUDGE_TOKEN"), patient=False)
+        with pytest.raises(http.ServerFailure) as caught:
+            await score(Response("q", "p", "l", "r", 1))
+        server.close()
+        return str(caught.value)
+
+    assert "s3cret" not in asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
     ("query", "problem"),
     [
         ("key=pa55", "other text"),

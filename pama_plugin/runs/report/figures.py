@@ -129,7 +129,10 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure:
     for panel in panels:
         panel.remove()
     figure.legend(
-        *(space or grid.flat[-1]).get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+        *(space or grid.flat[-1]).get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2 * columns,
+        frameon=False,
     )
     return figure
 

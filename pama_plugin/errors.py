@@ -19,7 +19,15 @@ class PamaError(Exception):
 
 def problem_of(error: Exception) -> str:
     """The text of an error, with its type unless it is ours."""
-    return printable(str(error) if isinstance(error, PamaError) else f"{type(error).__name__}: {error}")
+    return printable(str(error) if isinstance(error, PamaError) else f"{type(error).__name__}: {text_of(error)}")
+
+
+def text_of(error: BaseException) -> str:
+    """``str(error)``, which the class of an error may define, in a reward file or in the code of a model."""
+    try:
+        return str(error)
+    except Exception:  # of that class, so of any type; what is reported is the first error, by its own type
+        return "(its text cannot be read)"
 
 
 class ConfigError(PamaError, ValueError):

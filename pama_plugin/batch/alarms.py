@@ -5,6 +5,7 @@ The same rules read a run while it trains and its logs afterwards, for the repor
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean, variance
 
 from pama_plugin.batch.keys import ACTIVE, EXPLAINED, REFERENCE_NLL, REWARD, SPREAD, UNIFORM
 
@@ -83,7 +84,7 @@ class Alarms:
         rising = [name for name in self.trained if _change(self.rewards[name]) > CLEAR]
         return {
             f"monitor/{name}": f"monitor {name!r} falls while {', '.join(rising)} rises: from "
-            f"{_mean(self.rewards[name][:WINDOW]):.3g} to {_mean(self.rewards[name][-WINDOW:]):.3g}"
+            f"{fmean(self.rewards[name][:WINDOW]):.3g} to {fmean(self.rewards[name][-WINDOW:]):.3g}"
             for name in self.monitors
             if rising and _change(self.rewards[name]) < -CLEAR
         }
@@ -98,15 +99,6 @@ def _change(series: Sequence[float]) -> float:
     if len(series) < 2 * WINDOW:
         return 0.0
     first, last = series[:WINDOW], series[-WINDOW:]
-    difference = _mean(last) - _mean(first)
-    variance = (_variance(first) + _variance(last)) / WINDOW
-    return difference / math.sqrt(variance) if variance else math.copysign(math.inf, difference) if difference else 0.0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _variance(values: Sequence[float]) -> float:
-    mean = _mean(values)
-    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    difference = fmean(last) - fmean(first)
+    error = math.sqrt((variance(first) + variance(last)) / WINDOW)
+    return difference / error if error else math.copysign(math.inf, difference) if difference else 0.0

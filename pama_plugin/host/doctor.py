@@ -1,6 +1,7 @@
 """``pama doctor``: checks whether a run could start here; with flags, whether that run could.
 
-It starts no Ray and loads no model.
+It starts no Ray and loads no model. ``_examine`` has the checks in the order in which they are printed; below it are
+those of an installation, and from ``_run`` on those of a run, which need its flags.
 """
 
 import argparse

@@ -36,7 +36,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 from pama_plugin.errors import PamaError
 from pama_plugin.rewards.options import HttpOptions
 from pama_plugin.rewards.response import Response
-from pama_plugin.rewards.urls import is_loopback, keys_of, redact, split_replicas
+from pama_plugin.rewards.urls import forms_of, is_loopback, keys_of, redact, split_replicas
 
 BACKOFF = wait_exponential_jitter(multiplier=0.5, max=30, jitter=1)  # 0.5, 1, 2, 4 … s, plus up to 1 s
 LONGEST_RETRY_AFTER = 60.0  # seconds that the header may add to the waits for one response
@@ -134,10 +134,7 @@ class _HttpScorer:
         self.replicas = [_Replica(url) for url in split_replicas(location)]  # least recently used first
         self.token = _token(options)
         keys = keys_of(location)
-        secrets = [*keys, *([self.token] if self.token else [])]
-        # A server may repeat them; errors of httpx quote it as bytes. One may contain another: the longest first.
-        quoted = [form[:-1] for each in secrets for form in (repr(each)[1:], repr(bytearray(each.encode()))[12:-1])]
-        self.secrets = sorted({*secrets, *quoted}, key=len, reverse=True)
+        self.secrets = forms_of([*keys, *([self.token] if self.token else [])])
         if keys:  # it logs the URL of every request
             logging.getLogger("httpx").setLevel(logging.WARNING)
         self.slots = asyncio.Semaphore(options.concurrency)

@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import re
+from collections.abc import Iterable
 from urllib.parse import quote
 
 import httpx
@@ -30,9 +31,21 @@ def split_replicas(location: str) -> tuple[str, ...]:
 
 
 def keys_of(location: str) -> list[str]:
-    """The values of the variables in the queries, plain and as they are sent; a server may repeat either."""
-    values = [os.environ[variable] for _, variable in VARIABLE.findall(location)]
-    return values + [quote(value, safe="") for value in values]
+    """The values of the variables in the queries."""
+    return [os.environ[variable] for _, variable in VARIABLE.findall(location)]
+
+
+def forms_of(secrets: Iterable[str]) -> list[str]:
+    """The forms in which a server, or an error of httpx about it, may repeat secrets, the longest first.
+
+    >>> print(*forms_of(["a'b"]))
+    a%27b a\\'b a'b
+    """
+    forms = set()
+    for secret in secrets:
+        of_bytes = repr(bytearray(secret.encode())).removeprefix("bytearray(b")[1:-2]
+        forms |= {secret, quote(secret, safe=""), repr(secret)[1:-1], of_bytes}
+    return sorted(forms, key=lambda form: (-len(form), form))
 
 
 def _fill_in(url: str) -> str:

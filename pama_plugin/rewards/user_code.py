@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pama_plugin.errors import PamaError
+from pama_plugin.errors import PamaError, text_of
 from pama_plugin.rewards.numbers import only_number
 
 # Errors of threads (isolate=false) whose cause is not in their text.
@@ -83,10 +83,8 @@ def describe(error: BaseException) -> PamaError:
     """The error of user code as one of ours, with the line in the user's file."""
     if type(error) is PamaError:
         return error
-    try:
-        problem = PamaError(f"{type(error).__name__}: {error}{_where(error)}{_HINTS.get(str(error), '')}")
-    except Exception:  # the __str__ of a user's exception may raise anything; its type still says something
-        problem = PamaError(type(error).__name__)
+    text = text_of(error)
+    problem = PamaError(f"{type(error).__name__}: {text}{_where(error)}{_HINTS.get(text, '')}")
     problem.__cause__ = error
     return problem
 

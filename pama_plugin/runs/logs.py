@@ -161,7 +161,7 @@ def _read(model: type[File], file: Path) -> File:
 
 
 def alarms_of(run: Run) -> list[str]:
-    """The alarms that the run set off, each with its step."""
+    """The alarms that the run set off, each with its step; with --logger.logging_steps N of every N-th step alone."""
     by_step: dict[int, dict[str, float]] = {}
     for tag, series in run.scalars.items():
         for step, value in series:

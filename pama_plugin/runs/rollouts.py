@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
@@ -111,8 +112,7 @@ def disagreement(rollouts: Sequence[Rollout]) -> Callable[[Rollout], float | Non
     scales = {}
     for name in rollouts[0].rewards:
         values = [value for rollout in rollouts if (value := rollout.rewards.get(name)) is not None]
-        mean = sum(values) / len(values) if values else 0.0
-        scales[name] = mean, math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
+        scales[name] = (fmean(values), stdev(values)) if len(values) > 1 else (0.0, 0.0)
 
     def measure(rollout: Rollout) -> float | None:
         scaled = [

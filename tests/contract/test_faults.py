@@ -233,7 +233,7 @@ class ShakyReader:
     """A group of the kind hf whose model fails as that of ``groups["shaky"]`` does."""
 
     def request(self, conversations: list[Any], *, one_by_one: bool) -> Any:
-        return SimpleNamespace(seconds=lambda: 0.1, reasons={})
+        return SimpleNamespace(seconds=lambda: 0.1, reasons={3: "ValueError: System role not supported"})
 
     def collect(self, _: Any, sizes: list[int]) -> list[torch.Tensor]:
         rewards = [BROKEN.get((5 + index) % 8, 0.5 * index) for index in range(RESPONSES)]
@@ -242,7 +242,7 @@ class ShakyReader:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["rm", "hf"])
-def test_a_model_that_gives_no_number(kind, policy, groups, monkeypatch) -> None:
+def test_a_model_that_gives_no_number(kind, policy, groups, monkeypatch, caplog) -> None:
     from pama_plugin.host.actors import conversations
 
     monkeypatch.setattr(conversations, "Conversations", lambda *_: SimpleNamespace(of=lambda samples: samples))
@@ -250,12 +250,14 @@ def test_a_model_that_gives_no_number(kind, policy, groups, monkeypatch) -> None
     config = load_config("linear", objectives, None, None, None, probe="off", default_level="token")
     models = {"shaky": groups["shaky"] if kind == "rm" else ShakyReader()}
     if policy == "fail":
-        with pytest.raises(RewardError, match="objective 'shaky': returned nan"):
+        reason = "returned nan" if kind == "rm" else "ValueError: System role not supported"
+        with pytest.raises(RewardError, match=f"objective 'shaky': {reason}; the run was stopped"):
             train_on(config, groups, roll_out(config), "reinforce_baseline", models=models)
         return
     maker, gradient = train_on(config, groups, roll_out(config), "reinforce_baseline", models=models)
     assert gradient.abs().sum() > 0
     assert maker.state.objectives["shaky"].rewards.count == RESPONSES / 2
+    assert ("1 of 8 rewards are missing; the first: ValueError: System role" in caplog.text) == (kind == "hf")
 
 
 def test_what_is_imputed_is_trained_on_and_what_is_masked_is_not(groups) -> None:

@@ -120,7 +120,7 @@ def test_replicas_on_the_cpu_share_its_cores(count, threads, monkeypatch) -> Non
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
     replicas.Replica(parse_objective(f"a=hf:org/a,gpus=0,replicas={count}"))
     assert seen == threads
-    replicas.Replica(parse_objective("a=hf:org/a,gpus=1"))
+    assert replicas.Replica(parse_objective("a=hf:org/a,gpus=1,timeout=7")).timeout == 7
     assert seen == threads
 
 

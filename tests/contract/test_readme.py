@@ -1,13 +1,16 @@
 """Every command and every piece of code in the README is real."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 from hosttools import parse_host_flags
 
+from pama_plugin.cli import main
 from pama_plugin.host.hook import HOST_COMMAND
 
 HEAD = '{"weight_map": {"score.weight": "model.safetensors"}}'
@@ -27,8 +30,11 @@ COMMANDS = [
 ]
 HOST_RUNS = [words for words in COMMANDS if words[:2] == ["pama", "train"] or HOST_COMMAND in words]
 
+OTHER_COMMANDS = [words for words in COMMANDS if words[0] == "pama" and words[1] not in ("train", "doctor")]
+
 
 def test_the_readme_has_what_is_tested_below() -> None:
+    assert {"score", "rollouts", "report"} <= {command[1] for command in OTHER_COMMANDS}
     assert len(HOST_RUNS) == 4 and {"examples/quickstart.sh", "tests/run.sh"} <= {command[0] for command in COMMANDS}
 
 
@@ -74,6 +80,21 @@ def test_host_commands_parse_and_install(command, tmp_path, monkeypatch) -> None
     assert args.pama.loss == "pama"
 
 
+@pytest.mark.parametrize("command", OTHER_COMMANDS, ids=" ".join)
+def test_other_commands_of_ours_parse(command, monkeypatch) -> None:
+    class Parsed(Exception):
+        pass
+
+    stock = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        raise Parsed(stock(parser, *arguments))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(Parsed):
+        main(command[1:])
+
+
 def test_every_objective_can_be_parsed(tmp_path, monkeypatch) -> None:
     from pama_plugin.settings.objective import parse_objective
 
@@ -89,7 +110,7 @@ def test_every_objective_can_be_parsed(tmp_path, monkeypatch) -> None:
 
 
 def test_the_yaml_loads(tmp_path, monkeypatch) -> None:
-    from pama_plugin.runs.sweep import load_sweep
+    from pama_plugin.runs.sweep_file import load_sweep
     from pama_plugin.settings.run import load_config
 
     text, sweep = (text for language, text in BLOCKS if language == "yaml")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pama_plugin.runs.logs import Run
-from pama_plugin.runs.sweep import load_sweep
+from pama_plugin.runs.sweep_file import load_sweep
 
 PAPER = Path(__file__).parents[2] / "examples" / "paper"
 

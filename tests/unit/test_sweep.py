@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pama_plugin.cli import main
 from pama_plugin.errors import ConfigError
-from pama_plugin.runs.sweep import load_sweep
+from pama_plugin.runs.sweep_file import load_sweep
 
 FILE = """
 flags: --actor.model_name_or_path policy

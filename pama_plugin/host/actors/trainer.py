@@ -1,4 +1,9 @@
-"""OpenRLHF's trainer, in its Ray actor, with our experience maker and state."""
+"""OpenRLHF's trainer, in its Ray actor, with our experience maker and state.
+
+The methods of the mixin are in the order of a run: start (``fit``, the hand-shake, a checkpoint), step (``train_step``
+and what it shows and decides), logs and checkpoints. ``PPOTrainer`` at the end is the synchronous trainer; the
+asynchronous one is in ``trainer_async``.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

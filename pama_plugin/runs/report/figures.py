@@ -14,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from pama_plugin.batch.keys import KL
+from pama_plugin.batch.keys import ACTIVE, COEFFICIENT, CONFLICT, COSINE, GAIN, KL, PAMA, REWARD
 from pama_plugin.runs.logs import Run
 from pama_plugin.runs.report.pareto import by_arm, ends, interval, nondominated, starts
 from pama_plugin.runs.report.tables import OF_THE_HOST
@@ -27,9 +27,9 @@ SMOOTH = 5  # steps in the moving average of a curve, because a rollout batch is
 def draw_curves(runs: Sequence[Run]) -> Figure:
     """A panel per logged metric: reward, coefficient, gain, cosine, conflict rate, KL, length, entropy and others."""
     names = list(dict.fromkeys(name for run in runs for name in run.scored))
-    per_objective = ("reward", "pama/coefficient", "pama/gain", "pama/gradient_cosine")
-    wanted = [f"{key}/{name}" for key in per_objective for name in names]
-    wanted += ["pama/conflict_rate", "pama/active_fraction", *OF_THE_HOST]
+    per_objective = (REWARD, COEFFICIENT, GAIN, COSINE)
+    wanted = [f"{key}{name}" for key in per_objective for name in names]
+    wanted += [CONFLICT, ACTIVE, *OF_THE_HOST]
     tags = [tag for tag in wanted if any(run.scalars.get(tag) for run in runs)]
     columns = 3
     rows = -(-len(tags) // columns)
@@ -46,7 +46,7 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
         if len(drawn):
             margin = 0.08 * (drawn.max() - drawn.min()) or 0.1
             panel.set_ylim(drawn.min() - margin, drawn.max() + margin)
-        panel.set_title(OF_THE_HOST.get(tag, tag.removeprefix("pama/")))
+        panel.set_title(OF_THE_HOST.get(tag, tag.removeprefix(PAMA)))
         panel.set_xlabel("step")
     for panel in panels.flat[len(tags) :]:
         panel.remove()
@@ -139,7 +139,7 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure:
 
 def _path(runs: Sequence[Run], names: Sequence[str], *tags: str) -> tuple[list[int], np.ndarray]:
     """Steps and (steps, names and tags) rewards and metrics, smoothed, as mean over seeds, where all have them."""
-    wanted = [*(f"reward/{name}" for name in names), *tags]
+    wanted = [*(f"{REWARD}{name}" for name in names), *tags]
     series = [[dict(run.scalars[tag]) for tag in wanted] for run in runs]
     steps = sorted(set.intersection(*(set(values) for each in series for values in each)))
     values = np.array([[[values[step] for step in steps] for values in each] for each in series]).mean(0)

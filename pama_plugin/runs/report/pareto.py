@@ -12,6 +12,7 @@ import moocore
 import numpy as np
 from scipy.stats import t as student
 
+from pama_plugin.batch.keys import REWARD
 from pama_plugin.runs.logs import Run, Series
 
 FIFTH = 0.2
@@ -95,12 +96,12 @@ def whole_mean(series: Series) -> float:
 
 def ends(runs: Iterable[Run], names: Sequence[str], measure: Callable[[Series], float] = last_fifth) -> np.ndarray:
     """(runs, objectives) the final reward, or another measure, of each run and objective."""
-    return np.array([[measure(run.scalars[f"reward/{name}"]) for name in names] for run in runs])
+    return np.array([[measure(run.scalars[f"{REWARD}{name}"]) for name in names] for run in runs])
 
 
 def starts(runs: Iterable[Run], names: Sequence[str]) -> np.ndarray:
     """(objectives,) the mean reward in the first step of all runs: that of the policy before any update."""
-    first = np.array([[run.scalars[f"reward/{name}"][0][1] for name in names] for run in runs])
+    first = np.array([[run.scalars[f"{REWARD}{name}"][0][1] for name in names] for run in runs])
     return np.asarray(first.mean(0))
 
 

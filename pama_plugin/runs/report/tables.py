@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
+from pama_plugin.batch.keys import COEFFICIENT, COSINE, GAIN, PAMA, REWARD, REWARD_STD
 from pama_plugin.errors import ConfigError
 from pama_plugin.runs.logs import Run, Series
 from pama_plugin.runs.report.pareto import (
@@ -42,11 +43,11 @@ def objectives_table(runs: Sequence[Run]) -> Grid:
         for name in dict.fromkeys(name for run in arm_runs for name in run.scored):
             row = [arm, name]
             for last in (False, True):
-                row.append(_over(arm_runs, f"reward/{name}", last=last))
-            rises = [_at(run, f"reward/{name}", True) - _at(run, f"reward/{name}", False) for run in arm_runs]
+                row.append(_over(arm_runs, f"{REWARD}{name}", last=last))
+            rises = [_at(run, f"{REWARD}{name}", True) - _at(run, f"{REWARD}{name}", False) for run in arm_runs]
             row.append(str(interval(_known(rises))))
-            for key in ("coefficient", "gain", "gradient_cosine"):
-                row.append(_mean(arm_runs, f"pama/{key}/{name}"))
+            for key in (COEFFICIENT, GAIN, COSINE):
+                row.append(_mean(arm_runs, f"{key}{name}"))
             rows.append(row)
     return Grid(
         "objectives",
@@ -62,7 +63,7 @@ def arms_table(runs: Sequence[Run]) -> Grid:
     rows = []
     for arm, arm_runs in by_arm(runs).items():
         row = [arm, str(len(arm_runs)), str(min(run.steps for run in arm_runs))]
-        row += [_mean(arm_runs, f"pama/{key}") for key in WHOLE_RUN]
+        row += [_mean(arm_runs, f"{PAMA}{key}") for key in WHOLE_RUN]
         rows.append(row + [_over(arm_runs, tag, last=True) for tag in OF_THE_HOST])
     columns = ["arm", "runs", "steps", *(key.replace("_", " ") for key in WHOLE_RUN), *OF_THE_HOST.values()]
     return Grid(
@@ -172,19 +173,19 @@ def spreads(runs: Sequence[Run], names: Sequence[str]) -> np.ndarray:
     """(objectives,) standard deviation of the rewards in the first step of all runs; 1 if it is 0 or not logged."""
     deviations = []
     for name in names:
-        values = [run.scalars[f"reward_std/{name}"][0][1] for run in runs if run.scalars.get(f"reward_std/{name}")]
+        values = [run.scalars[f"{REWARD_STD}{name}"][0][1] for run in runs if run.scalars.get(f"{REWARD_STD}{name}")]
         deviations.append(float(np.mean(values)) if values and np.mean(values) > 0 else 1.0)
     return np.array(deviations)
 
 
 def shared_rewards(runs: Sequence[Run]) -> list[str]:
     """The rewards that all runs log, trained objectives first."""
-    return [name for name in runs[0].scored if all(run.scalars.get(f"reward/{name}") for run in runs)]
+    return [name for name in runs[0].scored if all(run.scalars.get(f"{REWARD}{name}") for run in runs)]
 
 
 def shared_objectives(runs: Sequence[Run]) -> list[str]:
     """The objectives that all runs train: the axes of the front."""
-    common = set.intersection(*({name for name in run.trained if run.scalars.get(f"reward/{name}")} for run in runs))
+    common = set.intersection(*({name for name in run.trained if run.scalars.get(f"{REWARD}{name}")} for run in runs))
     return sorted(common)
 
 

@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = commands.add_parser(
         "report",
         help="compare runs from their logs: tables, curves, Pareto front",
-        description="Compare runs from their logs. Prints tables and writes curves.png, front.png and report.html. "
-        "Accepts any number of runs, finished, unfinished or broken, and lists missing data.",
+        description="Compare runs from their logs. Prints tables and writes curves.png, paths.png, front.png and "
+        "report.html. Accepts any number of runs, finished, unfinished or broken, and lists missing data.",
     )
     report.add_argument(
         "folder",

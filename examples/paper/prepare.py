@@ -2,7 +2,7 @@
 
     python examples/paper/prepare.py DATA_FOLDER OUTPUT_FOLDER
 
-DATA_FOLDER is that of the quickstart, with the rated film reviews; a rating is the mean of twenty people, -4 … 4. Two
+DATA_FOLDER is that of tiny.sh, with the rated film reviews; a rating is the mean of twenty people, -4 … 4. Two
 small BERTs with a tokenizer for lower-case text are trained: ``sentiment`` predicts the rating x, ``matter_of_fact``
 -x²/2. A very positive review is not matter-of-fact, and the two rewards have a Pareto front: their sum with weights a
 and b is largest at x = a/b. Nine tenths of the reviews train the models. One tenth measures their agreement with
@@ -22,7 +22,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
-from prepare import Review, fetch  # noqa: E402  of the quickstart
+from corpora import Rated, read_corpora  # noqa: E402  of the quickstart
 
 EPOCHS, BATCH, LEARNING_RATE, LENGTH = 4, 64, 1e-3, 64
 TARGETS = {"sentiment": lambda rating: rating, "matter_of_fact": lambda rating: -(rating**2) / 2}
@@ -35,7 +35,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=LENGTH, **special)
 
 
-def train_model(name: str, tokenizer: PreTrainedTokenizerFast, pieces: list[Review]) -> BertForSequenceClassification:
+def train_model(name: str, tokenizer: PreTrainedTokenizerFast, pieces: list[Rated]) -> BertForSequenceClassification:
     set_seed(0)
     pieces = [(piece.text, TARGETS[name](piece.rating)) for piece in pieces]
     model = BertForSequenceClassification(
@@ -78,11 +78,11 @@ def predict(
 
 @torch.no_grad()
 def main(data: Path, out: Path) -> None:
-    reviews = fetch(data)
+    reviews = read_corpora(data)["film"]
     random.Random(0).shuffle(reviews)
     held_out, training = reviews[: len(reviews) // 10], reviews[len(reviews) // 10 :]
     # Also parts of sentences, because responses have no beginning.
-    pieces = [Review(review.rating, " ".join(words[start:])) for review in training if (words := review.text.split())
+    pieces = [Rated(review.rating, " ".join(words[start:])) for review in training if (words := review.text.split())
               for start in (0, len(words) // 3)]  # fmt: skip
     tokenizer = train_tokenizer([piece.text for piece in pieces])
     texts, ratings = tuple(review.text for review in held_out), [review.rating for review in held_out]

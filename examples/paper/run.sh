@@ -9,6 +9,8 @@ cd "$(dirname "$0")/../.."
 
 sweep=$1
 out="examples/paper/results/$(basename "$sweep" .yaml)"
+work="$PWD/runs/quickstart"
+examples/paper/tiny.sh
 . examples/quickstart/stack.sh
 # Not in .venv, because the tests check the list of rules there.
 packages="$PWD/runs/paper/packages-$(cat examples/paper/requirements.txt examples/paper/uniform_scalar/*.* | sha256sum | cut -c1-12)"
@@ -17,7 +19,6 @@ if [ ! -e "$packages" ]; then
         --requirement examples/paper/requirements.txt examples/paper/uniform_scalar
 fi
 export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
-make_policy
 if [ ! -e runs/paper/quality.json ]; then
     echo "== two reward models and their tokenizer (about five minutes)"
     OMP_NUM_THREADS=$cores python examples/paper/prepare.py "$work/data" runs/paper

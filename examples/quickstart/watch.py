@@ -3,6 +3,7 @@
     COMMAND 2>&1 | python examples/quickstart/watch.py LOG [STEPS]
 
 With STEPS the bar follows the global steps of OpenRLHF's PPO command, without STEPS the bars of train_sft and train_rm.
+The lines of the plugin, such as that of each step, are shown above it.
 If the command does not finish, its last lines are printed and the exit status is 1.
 """
 
@@ -13,10 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# OpenRLHF prints "Global step 3: {'reward/length': 1.02, …}"; tqdm prints "Train step of epoch 0:  12%|…| 36/307 [".
-GLOBAL_STEP = re.compile(r"Global step (\d+): (\{.*\})")
+# OpenRLHF prints "Global step 3: {'policy_loss': 0.02, …}"; tqdm prints "Train step of epoch 0:  12%|…| 36/307 [".
+GLOBAL_STEP = re.compile(r"Global step (\d+): ")
 EPOCH_STEP = re.compile(r"Train step of epoch (\d+): .*\| (\d+)/(\d+) \[.*?((?:gpt_loss|loss|acc)=[-\d.]+)")
-REWARD = re.compile(r"'reward/([^']+)': ([-\d.e]+)")
 FINISHED = re.compile(r"Writing model shards: 100%|Prompt dataloader is exhausted")
 
 
@@ -31,8 +31,6 @@ def main(log: Path, steps: int | None) -> int:
                 last_lines.append(part)
                 finished |= bool(FINISHED.search(part))
                 if match := GLOBAL_STEP.search(part):
-                    rewards = {name: f"{float(value):.2f}" for name, value in sorted(REWARD.findall(match[2]))}
-                    bar.set_postfix(rewards, refresh=False)
                     bar.update(int(match[1]) - bar.n)
                 elif (match := EPOCH_STEP.search(part)) and steps is None:
                     if match[1] != epoch:

@@ -2,13 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pama_plugin.aggregation import Aggregation
-from pama_plugin.batch.keys import COEFFICIENT, FAILURES, PAMA, REWARD
+from pama_plugin.batch.keys import COEFFICIENT, FAILURES, GROUP_CORRELATION, PAMA, REWARD
+from pama_plugin.batch.table import RewardTable
 from pama_plugin.settings.run import PamaConfig
 
 
@@ -37,6 +38,20 @@ def reduce_columns(columns: Mapping[str, Tensor], names: Iterable[str]) -> dict[
     for key, column in columns.items():
         metrics[key] = (column.sum() if key.startswith(FAILURES) else column.nanmean()).item()
     return metrics
+
+
+def group_correlations(table: RewardTable, names: Sequence[str]) -> dict[str, float]:
+    """Correlations of the rewards of ``names`` within the responses to a prompt, whatever the prompts differ in.
+
+    >>> values_KB = torch.tensor([[1.0, 2.0, 5.0, 7.0], [4.0, 3.0, 9.0, 7.0]])
+    >>> table = RewardTable(("a", "b"), values_KB, {}, torch.arange(4), 2, (4,))
+    >>> group_correlations(table, ["a", "b"])
+    {'pama/group_correlation/a/b': -1.0}
+    """
+    centred = {name: table.centred(table.row(name)) for name in names}
+    pairs = itertools.combinations(names, 2)
+    found = {f"{GROUP_CORRELATION}{a}/{b}": correlate(centred[a], centred[b]) for a, b in pairs}
+    return {key: correlation for key, correlation in found.items() if not math.isnan(correlation)}
 
 
 def correlate(one_B: Tensor, other_B: Tensor) -> float:

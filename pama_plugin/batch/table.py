@@ -24,6 +24,8 @@ class RewardTable:
     >>> table.grouped(table.row("a"))
     tensor([[nan, 4.],
             [1., 2.]])
+    >>> table.centred(torch.tensor([1.0, 2.0, 5.0, torch.nan]))
+    tensor([-0.5000,  0.5000,  0.0000,     nan])
     >>> table.groups_B
     tensor([1, 1, 0, 0])
     >>> table.share_of_uniform_groups([b"no", b"yes", b"yes", b"yes"])
@@ -61,6 +63,11 @@ class RewardTable:
     def ungrouped(self, values_GN: Tensor) -> Tensor:
         """(B,): inverse of ``grouped``, in the order of the micro-batches."""
         return values_GN.flatten()[self.order_B]
+
+    def centred(self, values_B: Tensor) -> Tensor:
+        """(B,): values minus their mean over the responses to the same prompt that have one."""
+        values_GN = self.grouped(values_B)
+        return self.ungrouped(values_GN - values_GN.nanmean(1, keepdim=True))
 
     def share_of_uniform_groups(self, responses: Sequence[bytes]) -> float:
         """The share of prompts whose responses are all the same; ``responses`` in the order of the micro-batches."""

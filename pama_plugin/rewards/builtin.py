@@ -90,7 +90,7 @@ def length(
     unit: Literal["tokens", "words", "characters"] = "tokens",
     preset: Literal["imdb", "hh"] | None = None,
 ) -> Measure:
-    """``clip(l / scale, min, max)`` for a response of length l.
+    """``clip(l / scale, min, max)`` for a response of length l. A negative scale rewards brevity.
 
     ``preset`` selects one of the two settings of the paper, ``imdb`` or ``hh``, in tokens of the policy.
     """
@@ -98,8 +98,8 @@ def length(
         if (scale, min, max, unit) != (1.0, -math.inf, math.inf, "tokens"):
             raise ValueError("length takes either preset or scale, min, max and unit, found both")
         scale, min, max = PAPER_LENGTHS[preset]
-    if not (scale > 0 and math.isfinite(scale)) or not min <= max:
-        raise ValueError(f"length needs a finite scale > 0 and min ≤ max, found scale={scale}, min={min}, max={max}")
+    if not (scale and math.isfinite(scale)) or not min <= max:
+        raise ValueError(f"length needs a finite scale ≠ 0 and min ≤ max, found scale={scale}, min={min}, max={max}")
 
     def measure(response: Response) -> float:
         text = response.response

@@ -1,6 +1,6 @@
 """Time of a step with the plugin: against stock OpenRLHF with one reward model, and by number of objectives.
 
-    examples/quickstart.sh                              once, for the policy, reward model and prompts
+    examples/paper/tiny.sh                              once, for the policy, reward model and prompts
     .venv/bin/python tests/benchmarks/overhead.py [BLOCKS]
 
 1. Short runs of PPO with a critic (GAE) on the real stack, interleaved: stock, ours and stock again, with the same

@@ -91,6 +91,9 @@ def test_a_rule_of_rewards_gets_what_it_asks_for(groups, monkeypatch) -> None:
     assert seen == [[0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]
 
 
+PAIRS = ("helpful/harmless", "helpful/length", "harmless/length")
+
+
 def test_the_metric_keys_are_frozen(groups) -> None:
     (experience,) = build(groups, "--rollout.micro_batch_size", "8").make_experience_batch(
         make_rollout(8, names=COLUMNS)
@@ -105,6 +108,7 @@ def test_the_metric_keys_are_frozen(groups) -> None:
     assert ours == per_objective | of_models | {
         *("pama/active_fraction", "pama/conflict_rate", "pama/rms", "pama/effective_objectives", "pama/scale"),
         *("pama/kl_response", "pama/reference_nll", "pama/uniform_prompts"),
+        *(f"pama/group_correlation/{pair}" for pair in PAIRS),
     }
     assert all(len(experience.info[key]) == 8 for key in ours)
 

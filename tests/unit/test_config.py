@@ -161,7 +161,7 @@ BAD_OBJECTIVES = {
     "x=builtin:len": "unknown builtin reward 'len'.*json, length, regex, repetition",
     "x=builtin:length,sclae=1": "builtin:length .*option sclae.*scale, min, max, unit, preset",
     "x=builtin:length,scale=ten": "scale: .*valid number.*found 'ten'",
-    "x=builtin:length,scale=0": "length .*scale > 0.*found scale=0",
+    "x=builtin:length,scale=0": "length .*scale ≠ 0.*found scale=0",
     "x=builtin:length,min=2,max=1": "length .*min ≤ max.*found .*min=2.*max=1",
     "x=builtin:length,weight=0": "weight: .*1e-9.*1e9.*found '0'",
     "x=builtin:length,weight=-1": "weight: .*1e-9.*1e9.*found '-1'",

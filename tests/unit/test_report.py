@@ -18,6 +18,7 @@ from pama_plugin.errors import ConfigError
 from pama_plugin.runs.logs import find_runs, read_run, read_scalars
 from pama_plugin.runs.report import report_runs
 from pama_plugin.runs.report.figures import draw_curves, draw_front
+from pama_plugin.runs.report.front import find_front
 from pama_plugin.runs.report.pareto import fifth, indicators, interval, nondominated, paired, whole_mean
 from pama_plugin.runs.report.tables import differences_table, front_table, objectives_table
 
@@ -345,3 +346,61 @@ def test_the_alarms_of_a_run_are_at_the_head_of_the_page(tmp_path, capsys) -> No
     alarm = "pama-run: step 4: the responses may no longer be language"
     page = (tmp_path / "report.html").read_text()
     assert f"alarm: {alarm}" in capsys.readouterr().out and page.index(alarm) < page.index("<table>")
+
+
+def write_metrics(folder: Path, **series: list[float]) -> Path:
+    """One value per step of each metric, with objectives a and b; __ in a key stands for /."""
+    with SummaryWriter(str(folder)) as writer:
+        for tag, values in {"pama/coefficient/a": [0.5], "pama/coefficient/b": [0.5], **series}.items():
+            for step, value in enumerate(values * (40 if len(values) == 1 else 1), start=1):
+                writer.add_scalar(f"train/{tag.replace('__', '/')}", value, step)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("correlation", "conflict", "step"),
+    [
+        (20 * [0.0] + 20 * [-0.8], 20 * [0.5] + 20 * [0.9], 22),  # 4 or more of 5 steps there
+        (20 * [0.0] + 20 * [-0.8], 20 * [0.5] + 20 * [0.6], None),
+        (20 * [0.0] + 20 * [-0.4], 20 * [0.5] + 20 * [0.9], None),
+        (20 * [0.0] + 10 * [-0.8] + 10 * [0.2], 20 * [0.5] + 20 * [0.9], None),  # left again
+        ([-0.8], [0.5], None),  # as it was
+        ([math.nan], [0.5], None),
+    ],
+)
+def test_when_a_run_arrives_at_the_front(correlation, conflict, step, tmp_path) -> None:
+    active = [1 - share for share in conflict]
+    for one, other in ("ab", "ba"):  # in the order in which the run named its objectives
+        series = {f"pama/group_correlation/{one}/{other}": correlation}
+        series |= {"pama/conflict_rate": conflict, "pama/active_fraction": active}
+        front = find_front(read_run(write_metrics(tmp_path / one, **series)))
+        assert front is not None and front.step == step
+        assert str(front).startswith("not at the front" if step is None else "at the front from step 22 on")
+
+
+def test_the_front_is_that_of_the_two_objectives_that_disagree_most(tmp_path) -> None:
+    series = {"pama/coefficient/c": [0.1], "pama/conflict_rate": [0.75], "pama/active_fraction": [0.25]}
+    series |= {
+        "pama/group_correlation/a/b": [0.3],
+        "pama/group_correlation/c/a": [-0.9],
+        "pama/group_correlation/c/b": [-0.2],
+    }
+    front = find_front(read_run(write_metrics(tmp_path, **series)))
+    assert front is not None and front.pair == ("a", "c") and front.correlation == pytest.approx((-0.9, -0.9))
+
+
+def test_no_front_without_its_metrics(folder, tmp_path) -> None:
+    assert find_front(read_run(folder)) is None  # no correlation was logged
+    with SummaryWriter(str(tmp_path / "one")) as writer:
+        writer.add_scalar("train/pama/coefficient/a", 1.0, 1)
+    assert find_front(read_run(tmp_path / "one")) is None
+
+
+def test_the_report_says_when_a_run_arrived(tmp_path, capsys) -> None:
+    series = {"reward/a": [0.1 * step for step in range(40)], "reward/b": 40 * [1.0], "pama/kl_response": 40 * [1.0]}
+    series["pama/group_correlation/a/b"] = 20 * [0.0] + 20 * [-0.8]
+    series |= {"pama/conflict_rate": 20 * [0.5] + 20 * [0.9], "pama/active_fraction": 20 * [0.5] + 20 * [0.1]}
+    report_runs([write_metrics(tmp_path / "mine" / "logs", **series)], tmp_path / "out")
+    line = "mine: at the front from step 22 on: the rewards a and b correlate by -0.80 within a"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"front: {line}" in capsys.readouterr().out and page.index(line) < page.index("<table>")

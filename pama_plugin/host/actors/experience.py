@@ -16,7 +16,7 @@ from pama_plugin.aggregation import Aggregation, get_rule
 from pama_plugin.batch.behaviour import distance
 from pama_plugin.batch.combine import combine, estimated
 from pama_plugin.batch.keys import COSINE, EXPLAINED, KL, REFERENCE_NLL, SPREAD, UNIFORM
-from pama_plugin.batch.metrics import name_metrics
+from pama_plugin.batch.metrics import group_correlations, name_metrics
 from pama_plugin.batch.rollouts import Row, choose_responses, describe_responses
 from pama_plugin.batch.shaping import measure, shape_trained, spreads
 from pama_plugin.batch.state import RunState
@@ -121,6 +121,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         metrics |= {f"{SPREAD}{name}": value for name, value in spreads(config.objectives, table, state).items()}
         if table.group_size > 1:
             metrics[UNIFORM] = table.share_of_uniform_groups(_responses(experiences))
+            metrics |= group_correlations(table, config.trained_names)
         self.rows = self._describe(experiences, result, mask_BA)
         if self.estimator.name == "gae":
             for objective, run, present_B in zip(config.trained, runs, present_KB):

@@ -9,8 +9,9 @@ from rich.console import Console
 from pama_plugin.errors import ConfigError
 from pama_plugin.runs.logs import Run, alarms_of, find_runs
 from pama_plugin.runs.report.figures import draw_curves, draw_front, draw_paths
+from pama_plugin.runs.report.front import find_front
 from pama_plugin.runs.report.page import write_page
-from pama_plugin.runs.report.pareto import starts
+from pama_plugin.runs.report.pareto import by_arm, starts
 from pama_plugin.runs.report.tables import (
     arms_table,
     differences_table,
@@ -28,13 +29,13 @@ __all__ = ["report_runs"]
 def report_runs(
     folders: Sequence[Path], out: Path | None = None, reference: Sequence[str] = (), baseline: str | None = None
 ) -> None:
-    """Print tables of the runs; write ``curves.png``, ``front.png``, ``paths.png`` and ``report.html``.
+    """Print tables of the runs; write ``curves.png``, ``paths.png``, ``front.png`` and ``report.html``.
 
     Args:
         folders: ``--logger.tensorboard_dir`` of a run, or the folder of a sweep.
         out: output folder. Default: the first of ``folders``.
-        reference: ``NAME=VALUE`` for every objective, the reference point of the hypervolume. Default: the rewards
-            before the first update.
+        reference: ``NAME=VALUE`` for every objective, the reference point of the hypervolume, if there are several
+            arms. Default: the rewards before the first update.
         baseline: the arm that all others are compared with, paired over seeds.
 
     Raises:
@@ -45,8 +46,9 @@ def report_runs(
     out.mkdir(parents=True, exist_ok=True)
     console = Console(markup=False, emoji=False)  # names of rules and folders are text: pama[soft=4]
     grids, names = [objectives_table(runs), arms_table(runs)], shared_objectives(runs)
-    if len(names) > 1:
-        point = _parse_reference(reference, names) if reference else starts(runs, names).tolist()
+    comparable = len(names) > 1 and len(by_arm(runs)) > 1
+    point = _parse_reference(reference, names) if reference else starts(runs, names).tolist()
+    if comparable:
         grids.append(front_table(runs, names, point))
     if baseline is not None:
         if not names:
@@ -54,20 +56,24 @@ def report_runs(
         grids.append(differences_table(runs, names, baseline))
     figures = {"curves": draw_curves(runs)}
     if len(names) > 1:
-        figures["front"] = draw_front(runs, names, point)
         figures["paths"] = draw_paths(runs, names)
+    if comparable:
+        figures["front"] = draw_front(runs, names, point)
     pictures = [out / f"{name}.png" for name in figures]
     for figure, picture in zip(figures.values(), pictures):
         figure.savefig(picture, dpi=120)
         pyplot.close(figure)
     alarms = [f"{run.name}: {alarm}" for run in runs for alarm in alarms_of(run)]
+    fronts = [f"{run.name}: {front}" for run in runs if (front := find_front(run))]
     title = f"{len(runs)} runs, {', '.join(names)}" if len(runs) > 1 else f"{runs[0].arm}: {runs[0].steps} steps"
     texts = _texts(runs, missing)
-    write_page(out / "report.html", title, grids, pictures, missing, alarms, texts)
+    write_page(out / "report.html", title, grids, pictures, missing, alarms, fronts, texts)
     for grid in grids:
         console.print(draw_table(grid))
     for line in alarms:
         console.print(f"alarm: {line}", style="red", soft_wrap=True)
+    for line in fronts:
+        console.print(f"front: {line}", soft_wrap=True)
     for line in missing:
         console.print(f"missing: {line}", style="yellow", soft_wrap=True)
     for path in [*pictures, out / "report.html"]:

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 
 from pama_plugin.batch.keys import ACTIVE, COEFFICIENT, CONFLICT, COSINE, GAIN, KL, PAMA, REWARD
 from pama_plugin.runs.logs import Run
-from pama_plugin.runs.report.pareto import by_arm, ends, interval, nondominated, starts
+from pama_plugin.runs.report.front import find_front
+from pama_plugin.runs.report.pareto import by_arm, ends, interval, moving_average, nondominated, starts
 from pama_plugin.runs.report.tables import OF_THE_HOST
 
 AS_TEXT = matplotlib.rc_context({"text.parse_math": False})  # names of rules and folders may have dollar signs
-SMOOTH = 5  # steps in the moving average of a curve, because a rollout batch is a noisy sample
 
 
 @AS_TEXT
@@ -58,29 +58,25 @@ def _band(panel: Axes, series: list[list[tuple[int, float]]], label: str, style:
     """Plot the mean over seeds at the steps that all have, with its 95 % interval if there are several seeds."""
     if not series:
         return
-    by_step = [dict(points) for points in series]
-    steps = sorted(set.intersection(*(set(values) for values in by_step)))
-    values = np.array([[values[step] for step in steps] for values in by_step])
-    width = min(SMOOTH, max(len(steps) // 5, 1))  # metrics that are not logged in every step have few
-    smooth = np.array([np.convolve(row, np.ones(width) / width, "valid") for row in values])
-    middle = steps[(width - 1) // 2 : (width - 1) // 2 + smooth.shape[1]]
-    panel.plot(middle, smooth.mean(0), label=label, **style)
+    steps, smooth = moving_average(series)
+    panel.plot(steps, smooth.mean(0), label=label, **style)
     if len(smooth) > 1:
         halves = np.array([interval(column.tolist()).half for column in smooth.T])
         panel.fill_between(
-            middle, smooth.mean(0) - halves, smooth.mean(0) + halves, color=style["color"], alpha=0.15, lw=0
+            steps, smooth.mean(0) - halves, smooth.mean(0) + halves, color=style["color"], alpha=0.15, lw=0
         )
-    elif width > 1:
-        panel.plot(steps, values[0], alpha=0.25, **style)
+    elif len(steps) < len(series[0]):
+        panel.plot(*zip(*series[0]), alpha=0.25, **style)
 
 
 @AS_TEXT
 def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure:
     """The way of each arm through the space of rewards, coloured by step, and each reward against the distance.
 
-    Two objectives have one panel for all arms; more have parallel coordinates, one panel per arm: a line is a part of
-    the run, and its heights are the rewards, from the lowest (0) to the highest (1) of any arm. A reward is drawn
-    against ``pama/kl_response`` if the runs had a reference model.
+    Two objectives have one panel for all arms. It shows where the only run of an arm arrived at the front, and the
+    front of the final rewards of several arms. More objectives have parallel coordinates, one panel per arm: a line is
+    a part of the run, and its heights are the rewards, from the lowest (0) to the highest (1) of any arm. A reward is
+    drawn against ``pama/kl_response`` if the runs had a reference model.
     """
     paths = {arm: _path(arm_runs, names) for arm, arm_runs in by_arm(runs).items()}
     with_distance = all(run.scalars.get(KL) for run in runs)
@@ -104,6 +100,11 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure:
             panel.plot(*rewards.T, color=f"C{index % 10}", lw=0.8, label=_label(arm))
             panel.scatter(*rewards.T, c=shades, s=14, zorder=2)
             panel.plot(*rewards[0], "k*", zorder=3)
+            fronts = [front for run in by_arm(runs)[arm] if (front := find_front(run))]
+            if len(fronts) == 1 and fronts[0].step in steps:
+                arrived = rewards[steps.index(fronts[0].step)]
+                panel.plot(*arrived, "o", color="k", mfc="none", ms=11)
+                panel.annotate(f"at the front, step {fronts[0].step}", arrived, (9, 9), textcoords="offset points")
         else:
             scaled = (rewards - low) / np.where(high > low, high - low, 1)
             for heights, shade in zip(scaled, shades):
@@ -114,6 +115,10 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure:
         space.set_xlabel(names[0])
         space.set_ylabel(names[1])
         space.set_title("way through the rewards, from * on")
+        if len(paths) > 1:
+            finals = np.array([ends(arm_runs, names).mean(0) for arm_runs in by_arm(runs).values()])
+            front = finals[nondominated(finals)]
+            space.plot(*front[front[:, 0].argsort()].T, "k--", lw=0.9, label="front of the final rewards")
     scale = ScalarMappable(Normalize(0, last), colours)
     figure.colorbar(scale, ax=grid.flat[spaces - 1], label="step")
     if with_distance:
@@ -140,12 +145,8 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure:
 def _path(runs: Sequence[Run], names: Sequence[str], *tags: str) -> tuple[list[int], np.ndarray]:
     """Steps and (steps, names and tags) rewards and metrics, smoothed, as mean over seeds, where all have them."""
     wanted = [*(f"{REWARD}{name}" for name in names), *tags]
-    series = [[dict(run.scalars[tag]) for tag in wanted] for run in runs]
-    steps = sorted(set.intersection(*(set(values) for each in series for values in each)))
-    values = np.array([[[values[step] for step in steps] for values in each] for each in series]).mean(0)
-    width = min(SMOOTH, max(len(steps) // 5, 1))
-    smooth = np.array([np.convolve(row, np.ones(width) / width, "valid") for row in values])
-    return steps[(width - 1) // 2 : (width - 1) // 2 + smooth.shape[1]], smooth.T
+    steps, smooth = moving_average([run.scalars[tag] for run in runs for tag in wanted])
+    return steps, smooth.reshape(len(runs), len(wanted), -1).mean(0).T
 
 
 def _label(arm: str) -> str:

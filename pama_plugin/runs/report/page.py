@@ -17,15 +17,16 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
 th:first-child, td:first-child { text-align: left }
 caption, figcaption { caption-side: bottom; text-align: left; color: #666; font-size: 13px; padding-top: .4rem }
-img { max-width: 100% } figure { margin: 1.5rem 0 } ul { color: #a40 } .wide { overflow-x: auto }
+img { max-width: 100% } figure { margin: 1.5rem 0 } .bad { color: #a40 } .wide { overflow-x: auto }
 .texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: .4rem 1.5rem; margin: 1rem 0 }
 .texts p, .texts pre { margin: 0; font: inherit; white-space: pre-wrap; overflow-wrap: anywhere }
 .texts > p { grid-column: 1 / -1 } .texts p, .texts small { color: #666 }
 @media print { body { margin: 0; max-width: none } figure, .texts { break-inside: avoid } }
 </style>
 <h1>{{ title }}</h1>
-{% if alarms %}<h2>Alarms</h2><ul>{% for line in alarms %}<li>{{ line }}{% endfor %}</ul>{% endif %}
-{% if missing %}<h2>Missing</h2><ul>{% for line in missing %}<li>{{ line }}{% endfor %}</ul>{% endif %}
+{% if alarms %}<h2>Alarms</h2><ul class="bad">{% for line in alarms %}<li>{{ line }}{% endfor %}</ul>{% endif %}
+{% if missing %}<h2>Missing</h2><ul class="bad">{% for line in missing %}<li>{{ line }}{% endfor %}</ul>{% endif %}
+{% if fronts %}<h2>The front</h2><ul>{% for line in fronts %}<li>{{ line }}{% endfor %}</ul>{% endif %}
 {% for grid in grids %}<h2>{{ grid.title }}</h2>
 <div class="wide"><table><tr>{% for name in grid.columns %}<th>{{ name }}{% endfor %}</tr>
 {% for row in grid.rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>
@@ -50,14 +51,18 @@ def write_page(
     pictures: Sequence[Path],
     missing: Sequence[str],
     alarms: Sequence[str] = (),
+    fronts: Sequence[str] = (),
     texts: Sequence[tuple[str, Sequence[Exchange]]] = (),
 ) -> None:
     """Write tables, PNG files, alarms and texts to one HTML file, with the pictures embedded.
 
     Args:
+        fronts: whether each run arrived at the front.
         texts: headings, and the prompts and responses below them.
     """
     encoded = [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in pictures]
     page = Environment(autoescape=True).from_string(PAGE)
-    content = page.render(title=title, grids=grids, pictures=encoded, missing=missing, alarms=alarms, texts=texts)
+    content = page.render(
+        title=title, grids=grids, pictures=encoded, missing=missing, alarms=alarms, fronts=fronts, texts=texts
+    )
     file.write_text(content, encoding="utf-8")

@@ -12,7 +12,7 @@ release=patches/openrlhf-0.11.2
 torch="torch==2.13.0+cpu"
 
 fingerprint() { cat "$@" | sha256sum | cut -c1-16; }
-install() { .venv/bin/python -m pip --disable-pip-version-check install --quiet "$@"; }
+install() { .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile "$@"; }
 need() { echo "patches/make_venv.sh: needs $1" >&2 && exit 1; }
 
 stack=".venv/.stack-$(fingerprint patches/make_venv.sh patches/build_wheel.py "$release"/*)"
@@ -36,6 +36,8 @@ if [ ! -e "$stack" ]; then
     rm -rf .venv/hosts
     .venv/bin/python patches/build_wheel.py .venv/hosts
     install --no-deps --force-reinstall .venv/hosts/openrlhf-0.11.2+cpu-*.whl
+    # On all cores, where pip would use one. Templates and examples of some packages are no valid Python.
+    .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
     rm -f .venv/.stack-* .venv/.plugin-*
     touch "$stack"
 fi

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Train the tiny policy of the replication and of tests/benchmarks/overhead.py, and a reward model, on rated film
-# reviews, without a GPU. Makes runs/quickstart, once: four minutes for the policy, three for the reward model.
+# Train the tiny policy of the replication on film reviews, without a GPU; with `reward` also the reward model that
+# tests/benchmarks/overhead.py needs. Makes runs/quickstart, once: four minutes for the policy, three for the other.
 #
-#   examples/paper/tiny.sh
+#   examples/paper/tiny.sh [reward]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work="$PWD/runs/quickstart"
@@ -31,7 +31,7 @@ if [ ! -e "$models/policy" ]; then
         "$work/data/sft.jsonl" --data.input_key prompt --data.output_key response --data.input_template '{}' \
         --train.max_epochs 2 --adam.lr 2e-3
 fi
-if [ ! -e "$models/reward" ]; then
+if [ "${1:-}" = reward ] && [ ! -e "$models/reward" ]; then
     echo "== the reward model: pairs of liked and disliked reviews (log: runs/quickstart/reward.log)"
     train reward openrlhf.cli.train_rm --model.model_name_or_path "$models/policy" --data.dataset \
         "$work/data/pairs.jsonl" --train.max_epochs 2 --adam.lr 3e-4

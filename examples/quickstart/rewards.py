@@ -29,7 +29,8 @@ def coverage(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[st
     """
     rewards = []
     for query, prompt, sentence in zip(queries, prompts, labels):
-        wanted = content_words(sentence)
+        if not (wanted := content_words(sentence)):
+            raise ValueError(f"coverage needs a sentence with content words as label, found {sentence!r}")
         found = wanted & content_words(query[len(prompt) :])
         rewards.append(len(found) / len(wanted))
     return rewards

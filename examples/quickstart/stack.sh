@@ -1,5 +1,5 @@
 # Sourced by the examples that train without a GPU, with $work, a folder for their files. Makes .venv once, sets
-# environment variables, and defines start_ray.
+# environment variables and $cores, and defines free_port and start_ray.
 mkdir -p "$work"
 patches/make_venv.sh
 cores=$(nproc) # before cpu.env, because nproc obeys its OMP_NUM_THREADS

@@ -26,6 +26,8 @@ class RewardTable:
             [1., 2.]])
     >>> table.centred(torch.tensor([1.0, 2.0, 5.0, torch.nan]))
     tensor([-0.5000,  0.5000,  0.0000,     nan])
+    >>> RewardTable(("a",), values_KB, {}, torch.arange(3), 3, (3,)).centred(torch.tensor([0.1, 0.1, 0.1]))
+    tensor([0., 0., 0.])
     >>> table.groups_B
     tensor([1, 1, 0, 0])
     >>> table.share_of_uniform_groups([b"no", b"yes", b"yes", b"yes"])
@@ -67,7 +69,11 @@ class RewardTable:
     def centred(self, values_B: Tensor) -> Tensor:
         """(B,): values minus their mean over the responses to the same prompt that have one."""
         values_GN = self.grouped(values_B)
-        return self.ungrouped(values_GN - values_GN.nanmean(1, keepdim=True))
+        centred_GN = values_GN - values_GN.nanmean(1, keepdim=True)
+        low_G = values_GN.nan_to_num(torch.inf).amin(1, keepdim=True)
+        high_G = values_GN.nan_to_num(-torch.inf).amax(1, keepdim=True)
+        constant_GN = (low_G == high_G) & values_GN.isfinite()
+        return self.ungrouped(centred_GN.masked_fill(constant_GN, 0))  # instead of what rounding leaves
 
     def share_of_uniform_groups(self, responses: Sequence[bytes]) -> float:
         """The share of prompts whose responses are all the same; ``responses`` in the order of the micro-batches."""

@@ -93,6 +93,10 @@ def length(
     """``clip(l / scale, min, max)`` for a response of length l. A negative scale rewards brevity.
 
     ``preset`` selects one of the two settings of the paper, ``imdb`` or ``hh``, in tokens of the policy.
+
+    >>> brevity = length(scale=-10)
+    >>> brevity(Response("", "", "", "", 25)), brevity(Response("", "", "", "", 0))
+    (-2.5, 0.0)
     """
     if preset is not None:
         if (scale, min, max, unit) != (1.0, -math.inf, math.inf, "tokens"):
@@ -104,7 +108,7 @@ def length(
     def measure(response: Response) -> float:
         text = response.response
         units = response.num_tokens if unit == "tokens" else len(text.split() if unit == "words" else text)
-        return float(sorted((min, units / scale, max))[1])
+        return float(sorted((min, units / scale + 0.0, max))[1])  # 0 / -10 is -0.0
 
     return measure
 

@@ -1,6 +1,6 @@
 """Time of a step with the plugin: against stock OpenRLHF with one reward model, and by number of objectives.
 
-    examples/paper/tiny.sh                              once, for the policy, reward model and prompts
+    examples/paper/tiny.sh reward                       once, for the policy, reward model and prompts
     .venv/bin/python tests/benchmarks/overhead.py [BLOCKS]
 
 1. Short runs of PPO with a critic (GAE) on the real stack, interleaved: stock, ours and stock again, with the same
@@ -35,12 +35,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 from hosttools import as_reward_groups, host_args  # noqa: E402  (needs the path above)
 from one_process import Done  # noqa: E402
 
-QUICKSTART = ROOT / "runs" / "quickstart"
+TINY = ROOT / "runs" / "quickstart"
 BIN = Path(sys.executable).parent
 STEPS, WARM_UP = 12, 2
 PHASES = ("make_experience", "ppo_train", "broadcast")
 COMMON_OPTIONS = f"""
-    --actor.model_name_or_path {QUICKSTART}/models/policy --data.prompt_dataset {QUICKSTART}/data/prompts.jsonl
+    --actor.model_name_or_path {TINY}/models/policy --data.prompt_dataset {TINY}/data/prompts.jsonl
     --data.input_key prompt --data.max_len 64 --data.max_samples {STEPS * 16} --rollout.batch_size 16
     --rollout.n_samples_per_prompt 4 --rollout.micro_batch_size 32 --rollout.max_new_tokens 40 --train.batch_size 32
     --train.micro_batch_size 16 --actor.num_gpus_per_node 1 --ref.num_gpus_per_node 1 --critic.num_gpus_per_node 1
@@ -64,7 +64,7 @@ def times_of(*flags: str) -> list[dict[str, float]]:
 
 def against_stock(blocks: int) -> None:
     """Stock, ours, and stock again as the control."""
-    reward = QUICKSTART / "models" / "reward"
+    reward = TINY / "models" / "reward"
     gae = ["--algo.advantage.estimator", "gae", "--critic.model_name_or_path", str(reward)]
     stock = [*gae, "--reward.model_name_or_path", str(reward)]
     variants = {

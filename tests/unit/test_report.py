@@ -17,7 +17,7 @@ from pama_plugin.cli import main
 from pama_plugin.errors import ConfigError
 from pama_plugin.runs.logs import find_runs, read_run, read_scalars
 from pama_plugin.runs.report import report_runs
-from pama_plugin.runs.report.figures import draw_curves, draw_front
+from pama_plugin.runs.report.figures import draw_curves, draw_front, draw_paths
 from pama_plugin.runs.report.front import find_front
 from pama_plugin.runs.report.pareto import fifth, indicators, interval, nondominated, paired, whole_mean
 from pama_plugin.runs.report.tables import differences_table, front_table, objectives_table
@@ -360,12 +360,14 @@ def write_metrics(folder: Path, **series: list[float]) -> Path:
 @pytest.mark.parametrize(
     ("correlation", "conflict", "step"),
     [
-        (20 * [0.0] + 20 * [-0.8], 20 * [0.5] + 20 * [0.9], 22),  # 4 or more of 5 steps there
-        (20 * [0.0] + 20 * [-0.8], 20 * [0.5] + 20 * [0.6], None),
+        (20 * [0.0] + 20 * [-0.8], 20 * [0.5] + 20 * [0.9], 22),  # 4 of 5 steps there: -0.64
+        (20 * [0.0] + 20 * [-0.8], 20 * [0.6] + 20 * [0.4], None),  # fewer conflicts than by chance
+        (37 * [0.0] + 3 * [-0.9], 40 * [0.9], None),  # one average at the end
         (20 * [0.0] + 20 * [-0.4], 20 * [0.5] + 20 * [0.9], None),
         (20 * [0.0] + 10 * [-0.8] + 10 * [0.2], 20 * [0.5] + 20 * [0.9], None),  # left again
-        ([-0.8], [0.5], None),  # as it was
-        ([math.nan], [0.5], None),
+        ([-0.8], [0.9], 3),  # from the start, in averages of five
+        ([math.nan], [0.9], None),
+        (20 * [0.0] + 18 * [-0.8], 20 * [0.5] + 20 * [0.9], None),  # then a reward does not vary any more
     ],
 )
 def test_when_a_run_arrives_at_the_front(correlation, conflict, step, tmp_path) -> None:
@@ -375,7 +377,7 @@ def test_when_a_run_arrives_at_the_front(correlation, conflict, step, tmp_path) 
         series |= {"pama/conflict_rate": conflict, "pama/active_fraction": active}
         front = find_front(read_run(write_metrics(tmp_path / one, **series)))
         assert front is not None and front.step == step
-        assert str(front).startswith("not at the front" if step is None else "at the front from step 22 on")
+        assert str(front).startswith(f"at the front from step {step} on: " if step else "not at the front: ")
 
 
 def test_the_front_is_that_of_the_two_objectives_that_disagree_most(tmp_path) -> None:
@@ -401,6 +403,35 @@ def test_the_report_says_when_a_run_arrived(tmp_path, capsys) -> None:
     series["pama/group_correlation/a/b"] = 20 * [0.0] + 20 * [-0.8]
     series |= {"pama/conflict_rate": 20 * [0.5] + 20 * [0.9], "pama/active_fraction": 20 * [0.5] + 20 * [0.1]}
     report_runs([write_metrics(tmp_path / "mine" / "logs", **series)], tmp_path / "out")
-    line = "mine: at the front from step 22 on: the rewards a and b correlate by -0.80 within a"
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert f"front: {line}" in capsys.readouterr().out and page.index(line) < page.index("<table>")
+    line = "mine: at the front from step 22 on: at step 40 the rewards a and b correlate by -0.80 within a"
+    page, printed = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
+    assert f"front: {line}" in printed and page.index(line) < page.index("<table>")
+    assert "front.png" not in printed and "1 of 1: 22" in page  # one arm has no front of its own
+
+
+def test_the_path_of_a_run_shows_where_it_arrived(tmp_path) -> None:
+    series = {"reward/a": [0.1 * step for step in range(40)], "reward/b": 40 * [1.0]}
+    series["pama/group_correlation/a/b"] = 20 * [0.0] + 20 * [-0.8]
+    series |= {"pama/conflict_rate": 20 * [0.5] + 20 * [0.9], "pama/active_fraction": 40 * [0.5]}
+    panel = draw_paths([read_run(write_metrics(tmp_path / "run", **series))], ["a", "b"]).axes[0]
+    (arrival,) = panel.texts
+    assert arrival.get_text() == "at the front, step 22" and arrival.xy == pytest.approx((2.1, 1.0))
+    (path, start, ring) = panel.lines
+    assert path.get_xydata()[0] == pytest.approx((0, 1)) and start.get_xydata() == pytest.approx(np.array([[0, 1]]))
+    assert ring.get_xydata() == pytest.approx(np.array([[2.1, 1.0]]))
+
+
+def test_the_paths_of_a_sweep_have_its_front(sweep) -> None:
+    panel = draw_paths(find_runs([sweep])[0], list(NAMES)).axes[0]
+    (front,) = [line for line in panel.lines if line.get_label() == "front of the final rewards"]
+    assert front.get_xydata() == pytest.approx(np.array([[1.0, 3.0], [2.0, 2.0]]))  # b 1:3 and a; a dominates b 3:1
+
+
+def test_runs_of_an_arm_without_a_step_in_common_have_no_path(tmp_path) -> None:
+    for seed, first in ((1, 1), (2, 2)):
+        folder = write_result(tmp_path, "a", "", seed, (2.0, 2.0))
+        result = json.loads((folder / "result.json").read_text())
+        for name in NAMES:
+            result["scalars"][f"reward/{name}"] = [[step, 1.0] for step in range(first, 11, 2)]
+        (folder / "result.json").write_text(json.dumps(result))
+    assert draw_paths(find_runs([tmp_path])[0], list(NAMES)) is None

@@ -47,16 +47,16 @@ def report_runs(
     console = Console(markup=False, emoji=False)  # names of rules and folders are text: pama[soft=4]
     grids, names = [objectives_table(runs), arms_table(runs)], shared_objectives(runs)
     comparable = len(names) > 1 and len(by_arm(runs)) > 1
-    point = _parse_reference(reference, names) if reference else starts(runs, names).tolist()
     if comparable:
+        point = _parse_reference(reference, names) if reference else starts(runs, names).tolist()
         grids.append(front_table(runs, names, point))
     if baseline is not None:
         if not names:
             raise ConfigError("--baseline needs an objective that all runs train, found none")
         grids.append(differences_table(runs, names, baseline))
     figures = {"curves": draw_curves(runs)}
-    if len(names) > 1:
-        figures["paths"] = draw_paths(runs, names)
+    if len(names) > 1 and (paths := draw_paths(runs, names)):
+        figures["paths"] = paths
     if comparable:
         figures["front"] = draw_front(runs, names, point)
     pictures = [out / f"{name}.png" for name in figures]
@@ -64,16 +64,17 @@ def report_runs(
         figure.savefig(picture, dpi=120)
         pyplot.close(figure)
     alarms = [f"{run.name}: {alarm}" for run in runs for alarm in alarms_of(run)]
-    fronts = [f"{run.name}: {front}" for run in runs if (front := find_front(run))]
+    front = find_front(runs[0]) if len(runs) == 1 else None  # the table has those of many runs
+    front_of_run = f"{runs[0].name}: {front}" if front else ""
     title = f"{len(runs)} runs, {', '.join(names)}" if len(runs) > 1 else f"{runs[0].arm}: {runs[0].steps} steps"
     texts = _texts(runs, missing)
-    write_page(out / "report.html", title, grids, pictures, missing, alarms, fronts, texts)
+    write_page(out / "report.html", title, grids, pictures, missing, alarms, front_of_run, texts)
     for grid in grids:
         console.print(draw_table(grid))
     for line in alarms:
         console.print(f"alarm: {line}", style="red", soft_wrap=True)
-    for line in fronts:
-        console.print(f"front: {line}", soft_wrap=True)
+    if front_of_run:
+        console.print(f"front: {front_of_run}", soft_wrap=True)
     for line in missing:
         console.print(f"missing: {line}", style="yellow", soft_wrap=True)
     for path in [*pictures, out / "report.html"]:

@@ -70,15 +70,22 @@ def _band(panel: Axes, series: list[list[tuple[int, float]]], label: str, style:
 
 
 @AS_TEXT
-def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure:
+def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
     """The way of each arm through the space of rewards, coloured by step, and each reward against the distance.
 
-    Two objectives have one panel for all arms. It shows where the only run of an arm arrived at the front, and the
-    front of the final rewards of several arms. More objectives have parallel coordinates, one panel per arm: a line is
-    a part of the run, and its heights are the rewards, from the lowest (0) to the highest (1) of any arm. A reward is
-    drawn against ``pama/kl_response`` if the runs had a reference model.
+    Two objectives have one panel for all arms, with the front of the final rewards of several arms. More objectives
+    have parallel coordinates, one panel per arm: a line is a part of the run, and its heights are the rewards, from the
+    lowest (0) to the highest (1) of any arm. A reward is drawn against ``pama/kl_response`` if the runs had a reference
+    model. Arms whose runs have no step in common are left out.
+
+    Returns:
+        None if no arm is left.
     """
     paths = {arm: _path(arm_runs, names) for arm, arm_runs in by_arm(runs).items()}
+    paths = {arm: path for arm, path in paths.items() if path[0]}
+    runs = [run for run in runs if run.arm in paths]
+    if not runs:
+        return None
     with_distance = all(run.scalars.get(KL) for run in runs)
     spaces = 1 if len(names) == 2 else len(paths)
     panels_needed = spaces + with_distance * len(names)
@@ -88,6 +95,9 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure:
         rows, columns, figsize=(5 * columns, 4 * rows + 0.5), layout="constrained", squeeze=False
     )
     panels = iter(grid.flat)
+    # The path of an arm with several seeds is their mean, which arrives nowhere.
+    single = {arm: find_front(arm_runs[0]) for arm, arm_runs in by_arm(runs).items() if len(arm_runs) == 1}
+    arrivals = {arm: front.step for arm, front in single.items() if front and front.step is not None}
     low = np.min([rewards.min(0) for _, rewards in paths.values()], axis=0)
     high = np.max([rewards.max(0) for _, rewards in paths.values()], axis=0)
     last = max(steps[-1] for steps, _ in paths.values())
@@ -97,14 +107,16 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure:
         panel = space or next(panels)
         shades = [colours(step / last) for step in steps]
         if space is not None:
-            panel.plot(*rewards.T, color=f"C{index % 10}", lw=0.8, label=_label(arm))
+            start = starts(by_arm(runs)[arm], names)
+            panel.plot(*np.vstack([start, rewards]).T, color=f"C{index % 10}", lw=0.8, label=_label(arm))
             panel.scatter(*rewards.T, c=shades, s=14, zorder=2)
-            panel.plot(*rewards[0], "k*", zorder=3)
-            fronts = [front for run in by_arm(runs)[arm] if (front := find_front(run))]
-            if len(fronts) == 1 and fronts[0].step in steps:
-                arrived = rewards[steps.index(fronts[0].step)]
-                panel.plot(*arrived, "o", color="k", mfc="none", ms=11)
-                panel.annotate(f"at the front, step {fronts[0].step}", arrived, (9, 9), textcoords="offset points")
+            panel.plot(*start, "k*", zorder=3)
+            for step, point in zip(steps, rewards):
+                if step == arrivals.get(arm):
+                    panel.plot(*point, "o", color="k", mfc="none", ms=11)
+                    offset, side = ((-9, 7), "right") if point[0] > (low[0] + high[0]) / 2 else ((9, 7), "left")
+                    text = f"at the front, step {step}"
+                    panel.annotate(text, point, offset, textcoords="offset points", ha=side)
         else:
             scaled = (rewards - low) / np.where(high > low, high - low, 1)
             for heights, shade in zip(scaled, shades):
@@ -118,7 +130,8 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure:
         if len(paths) > 1:
             finals = np.array([ends(arm_runs, names).mean(0) for arm_runs in by_arm(runs).values()])
             front = finals[nondominated(finals)]
-            space.plot(*front[front[:, 0].argsort()].T, "k--", lw=0.9, label="front of the final rewards")
+            front = front[front[:, 0].argsort()]
+            space.step(*front.T, "k--", where="pre", lw=0.9, label="front of the final rewards")
     scale = ScalarMappable(Normalize(0, last), colours)
     figure.colorbar(scale, ax=grid.flat[spaces - 1], label="step")
     if with_distance:

@@ -26,7 +26,7 @@ img { max-width: 100% } figure { margin: 1.5rem 0 } .bad { color: #a40 } .wide {
 <h1>{{ title }}</h1>
 {% if alarms %}<h2>Alarms</h2><ul class="bad">{% for line in alarms %}<li>{{ line }}{% endfor %}</ul>{% endif %}
 {% if missing %}<h2>Missing</h2><ul class="bad">{% for line in missing %}<li>{{ line }}{% endfor %}</ul>{% endif %}
-{% if fronts %}<h2>The front</h2><ul>{% for line in fronts %}<li>{{ line }}{% endfor %}</ul>{% endif %}
+{% if front %}<h2>The front</h2><p>{{ front }}</p>{% endif %}
 {% for grid in grids %}<h2>{{ grid.title }}</h2>
 <div class="wide"><table><tr>{% for name in grid.columns %}<th>{{ name }}{% endfor %}</tr>
 {% for row in grid.rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>
@@ -51,18 +51,18 @@ def write_page(
     pictures: Sequence[Path],
     missing: Sequence[str],
     alarms: Sequence[str] = (),
-    fronts: Sequence[str] = (),
+    front: str = "",
     texts: Sequence[tuple[str, Sequence[Exchange]]] = (),
 ) -> None:
     """Write tables, PNG files, alarms and texts to one HTML file, with the pictures embedded.
 
     Args:
-        fronts: whether each run arrived at the front.
+        front: whether the run arrived at the front.
         texts: headings, and the prompts and responses below them.
     """
     encoded = [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in pictures]
     page = Environment(autoescape=True).from_string(PAGE)
     content = page.render(
-        title=title, grids=grids, pictures=encoded, missing=missing, alarms=alarms, fronts=fronts, texts=texts
+        title=title, grids=grids, pictures=encoded, missing=missing, alarms=alarms, front=front, texts=texts
     )
     file.write_text(content, encoding="utf-8")

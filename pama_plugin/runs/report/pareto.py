@@ -16,7 +16,6 @@ from pama_plugin.batch.keys import REWARD
 from pama_plugin.runs.logs import Run, Series
 
 FIFTH = 0.2
-SMOOTH = 5  # steps in a moving average
 
 
 class Interval(NamedTuple):
@@ -59,22 +58,24 @@ def fifth(series: Series, *, last: bool) -> float:
 
 
 def moving_average(series: Sequence[Series]) -> tuple[list[int], np.ndarray]:
-    """Moving averages over 5 steps, fewer in a run of fewer than 25, because a rollout batch is a noisy sample.
+    """Moving averages, because a rollout batch is a noisy sample.
+
+    They are over 5 steps, over 3 if there are fewer than 25, and over 1 if there are fewer than 6.
 
     Returns:
         The steps in the middle of the averages, of those steps that all series have, and (series, steps) averages.
 
-    >>> moving_average([[(step, float(step)) for step in range(1, 11)]])[0]
-    [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    >>> moving_average([[(1, 1.0), (2, 2.0), (3, 6.0), (4, 4.0), (5, 5.0), (6, 6.0)]])
+    ([2, 3, 4, 5], array([[3., 4., 5., 5.]]))
     """
     by_step = [dict(points) for points in series]
     steps = sorted(set.intersection(*(set(values) for values in by_step)))
     if not steps:
         return [], np.empty((len(series), 0))
-    width = min(SMOOTH, max(len(steps) // 5, 1))
+    width = 5 if len(steps) >= 25 else 3 if len(steps) >= 6 else 1
     window = np.ones(width) / width
     values = np.array([np.convolve([values[step] for step in steps], window, "valid") for values in by_step])
-    return steps[(width - 1) // 2 : (width - 1) // 2 + values.shape[1]], values
+    return steps[width // 2 : width // 2 + values.shape[1]], values
 
 
 class Indicators(NamedTuple):

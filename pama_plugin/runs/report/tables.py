@@ -10,6 +10,7 @@ from rich.table import Table
 from pama_plugin.batch.keys import COEFFICIENT, COSINE, GAIN, PAMA, REWARD, REWARD_STD
 from pama_plugin.errors import ConfigError
 from pama_plugin.runs.logs import Run, Series
+from pama_plugin.runs.report.front import find_front
 from pama_plugin.runs.report.pareto import (
     Interval,
     by_arm,
@@ -59,20 +60,26 @@ def objectives_table(runs: Sequence[Run]) -> Grid:
 
 
 def arms_table(runs: Sequence[Run]) -> Grid:
-    """Arm × metrics of the run: active fraction, conflict rate, effective objectives, KL, length, entropy."""
+    """Arm × metrics of the run: active fraction, conflict rate, effective objectives, KL, length, entropy, front."""
+    columns = ["arm", "runs", "steps", *(key.replace("_", " ") for key in WHOLE_RUN), *OF_THE_HOST.values()]
+    caption = (
+        "Active fraction, conflict rate, effective objectives: mean over the run. Others: mean over its last fifth. "
+        "KL: kl as OpenRLHF logs it, by --algo.kl.estimator."
+    )
     rows = []
     for arm, arm_runs in by_arm(runs).items():
         row = [arm, str(len(arm_runs)), str(min(run.steps for run in arm_runs))]
         row += [_mean(arm_runs, f"{PAMA}{key}") for key in WHOLE_RUN]
         rows.append(row + [_over(arm_runs, tag, last=True) for tag in OF_THE_HOST])
-    columns = ["arm", "runs", "steps", *(key.replace("_", " ") for key in WHOLE_RUN), *OF_THE_HOST.values()]
-    return Grid(
-        "runs",
-        columns,
-        rows,
-        "Active fraction, conflict rate, effective objectives: mean over the run. Others: mean over its last fifth. "
-        "KL: kl as OpenRLHF logs it, by --algo.kl.estimator.",
-    )
+    fronts = [find_front(run) for run in runs]
+    if any(fronts):
+        columns.append("at front")
+        caption += " At front: runs that were there at the end, and since which step."
+        for row in rows:
+            steps = [front.step for run, front in zip(runs, fronts) if front and run.arm == row[0]]
+            arrived = [str(step) for step in steps if step is not None]
+            row.append(f"{len(arrived)} of {len(steps)}{':' * bool(arrived)} {', '.join(arrived)}".rstrip())
+    return Grid("runs", columns, rows, caption)
 
 
 def front_table(runs: Sequence[Run], names: Sequence[str], reference: Sequence[float]) -> Grid:

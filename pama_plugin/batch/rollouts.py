@@ -83,13 +83,13 @@ def _number(value: float) -> float | None:
 
 
 def step_line(config: PamaConfig, step: int, steps: int | None, metrics: Mapping[str, float], *, colours: bool) -> str:
-    """One line about a step, for people: rewards with the shares of the objectives, conflict, distance, fluency.
+    """One line about a step, for people: rewards with the shares of the objectives, conflict, distance.
 
     >>> from pama_plugin.settings.run import load_config
     >>> config = load_config("pama", ["a=builtin:length"], None, None, None, default_level="token")
     >>> metrics = {"reward/a": 1.25, "pama/coefficient/a": 1.0, "pama/kl_response": 0.5, "pama/reference_nll": 3.125}
     >>> step_line(config, 3, 50, metrics, colours=False)
-    'PAMA step 3/50  a 1.25 (100 %)  0.5 nats  fluency 3.12'
+    'PAMA step 3/50  a 1.25 (100 %)  0.5 nats  reference nll 3.12'
     """
     bold, dim, plain = ("\x1b[1m", "\x1b[2m", "\x1b[0m") if colours else ("", "", "")
     parts = [f"{dim}PAMA step {step}{plain}" if steps is None else f"{dim}PAMA step {step}/{steps}{plain}"]
@@ -102,7 +102,7 @@ def step_line(config: PamaConfig, step: int, steps: int | None, metrics: Mapping
         for word, key in (("conflict", CONFLICT), ("active", ACTIVE)):
             if key in metrics:
                 parts.append(f"{word} {100 * metrics[key]:.0f} %")
-    for form, key in (("{:.2g} nats", KL), ("fluency {:.3g}", REFERENCE_NLL)):
+    for form, key in (("{:.2g} nats", KL), ("reference nll {:.3g}", REFERENCE_NLL)):
         if key in metrics:
             parts.append(form.format(metrics[key]))
     return "  ".join(parts)

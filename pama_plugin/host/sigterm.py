@@ -26,7 +26,8 @@ def end_on_sigterm(args: Any) -> None:
         at_the_latest.start()
         try:
             saved = describe_saved(Path(args.ckpt.path), with_critic=args.algo.advantage.estimator == "gae")
-            print(f"PAMA: ended by SIGTERM; {saved}", flush=True)  # fails if nobody reads any more
+            # Not print, which fails if the signal came while this thread was printing.
+            os.write(1, f"PAMA: ended by SIGTERM; {saved}\n".encode())  # fails if nobody reads any more
         finally:
             try:
                 ray.shutdown()

@@ -145,7 +145,7 @@ def print_rollout(console: "Console", rollout: Rollout) -> None:
     if rollout.nats is not None:
         parts.append(f"{rollout.nats:.2g} nats")
     if rollout.reference_nll is not None:
-        parts.append(f"fluency {rollout.reference_nll:.3g}")
+        parts.append(f"reference nll {rollout.reference_nll:.3g}")
     if rollout.advantage is not None:
         parts.append(f"advantage {rollout.advantage:+.2g}")
     console.print("  ".join(parts), style="cyan")

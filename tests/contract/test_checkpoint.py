@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -323,18 +324,22 @@ ckpt = SimpleNamespace(path=sys.argv[2])
 end_on_sigterm(SimpleNamespace(ckpt=ckpt, algo=SimpleNamespace(advantage=SimpleNamespace(estimator="gae"))))
 actor = Actor.remote()
 print("waiting", flush=True)
-ray.get(actor.wait.remote())
 """
+WAIT, PRINT = "ray.get(actor.wait.remote())", "while True: print('step', flush=True)"  # until the pipe is full
 
 
-def test_sigterm_ends_the_run_and_says_what_was_saved(configure, save, tmp_path) -> None:
+@pytest.mark.parametrize("meanwhile", [WAIT, PRINT])
+def test_sigterm_ends_the_run_and_says_what_was_saved(meanwhile, configure, save, tmp_path) -> None:
     """With Ray's own handler the process aborts, status 134, and prints addresses of C++ functions."""
     save(3, state_of(configure(*TWO)))
     with tempfile.TemporaryDirectory(prefix="pama-") as folder:  # short: Ray keeps sockets in it
-        command = [sys.executable, "-c", DRIVER, folder, str(tmp_path)]
-        driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [sys.executable, "-c", DRIVER + meanwhile, folder, str(tmp_path)]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             assert any(line == "waiting\n" for line in driver.stdout)
+            if meanwhile == PRINT:
+                time.sleep(1)
             driver.terminate()
             with suppress(ProcessLookupError):  # a second one must not wait for the locks of the first
                 time.sleep(0.2)

@@ -218,7 +218,7 @@ def test_every_step_has_a_line_its_responses_are_logged_and_alarms_are_raised_on
         ours.train_step([nll], step)
     printed = capfd.readouterr().out.splitlines()
     assert logged == [[0], [1], [2], [3], [4]]
-    assert printed[0] == "PAMA step 1  a 0.5 (100 %)  b – (–)  2 nats  fluency 2"
+    assert printed[0] == "PAMA step 1  a 0.5 (100 %)  b – (–)  2 nats  reference nll 2"
     assert [line for line in printed if "alarm" in line] == [line for line in printed[4:5]]
     assert printed[4].startswith("PAMA alarm, step 4: the responses may no longer be language")
     assert ours.state.first_nll == 2.0 and len(printed) == 6

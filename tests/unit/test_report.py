@@ -403,7 +403,9 @@ def test_the_report_says_when_a_run_arrived(tmp_path, capsys) -> None:
     series["pama/group_correlation/a/b"] = 20 * [0.0] + 20 * [-0.8]
     series |= {"pama/conflict_rate": 20 * [0.5] + 20 * [0.9], "pama/active_fraction": 20 * [0.5] + 20 * [0.1]}
     report_runs([write_metrics(tmp_path / "mine" / "logs", **series)], tmp_path / "out")
-    line = "mine: at the front from step 22 on: at step 40 the rewards a and b correlate by -0.80 within a"
+    line = (
+        "mine: at the front from step 22 on: in moving averages until step 40, the rewards a and b correlate by -0.80"
+    )
     page, printed = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
     assert f"front: {line}" in printed and page.index(line) < page.index("<table>")
     assert "front.png" not in printed and "1 of 1: 22" in page  # one arm has no front of its own

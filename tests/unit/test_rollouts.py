@@ -71,7 +71,8 @@ def test_the_line_of_a_step() -> None:
     }
     line = step_line(CONFIG, 12, 50, metrics, colours=False)
     assert line == (
-        "PAMA step 12/50  a -0.47 (49 %)  b – (51 %)  m 12 (monitor)  conflict 38 %  active 61 %  1.4 nats  fluency 3.1"
+        "PAMA step 12/50  a -0.47 (49 %)  b – (51 %)  m 12 (monitor)  conflict 38 %  active 61 %  1.4 nats  "
+        "reference nll 3.1"
     )
     coloured = step_line(CONFIG, 12, None, metrics, colours=True)
     assert "\x1b[1m-0.47\x1b[0m" in coloured and "step 12\x1b" in coloured
@@ -156,7 +157,7 @@ def test_what_is_shown_of_a_response(logged, capsys) -> None:
     assert show(logged) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "high\\x1b[2J\nline [bold]two\n" in out
-    assert "a 3 (25 %)  b 1 (75 %)  1.5 nats  fluency 3  advantage +0.5" in out
+    assert "a 3 (25 %)  b 1 (75 %)  1.5 nats  reference nll 3  advantage +0.5" in out
     assert "b: HTTP 502" in out and "4 of 4 responses of step 2; logged steps: 1-2" in out
 
 

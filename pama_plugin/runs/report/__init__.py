@@ -1,5 +1,6 @@
 """``pama report``: tables, figures and an HTML page from the logs of runs."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pama_plugin.runs.report.tables import (
     front_table,
     objectives_table,
     shared_objectives,
+    without_empty_columns,
 )
 from pama_plugin.runs.report.texts import Exchange, best_and_worst, early_and_late
 from pama_plugin.runs.rollouts import FILE, read_rollouts
@@ -45,6 +47,8 @@ def report_runs(
     out = out or folders[0]
     out.mkdir(parents=True, exist_ok=True)
     console = Console(markup=False, emoji=False)  # names of rules and folders are text: pama[soft=4]
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 120  # rich would take 80, too narrow for the tables
     grids, names = [objectives_table(runs), arms_table(runs)], shared_objectives(runs)
     comparable = len(names) > 1 and len(by_arm(runs)) > 1
     if comparable:
@@ -54,6 +58,7 @@ def report_runs(
         if not names:
             raise ConfigError("--baseline needs an objective that all runs train, found none")
         grids.append(differences_table(runs, names, baseline))
+    grids = [without_empty_columns(grid) for grid in grids]
     figures = {"curves": draw_curves(runs)}
     if len(names) > 1 and (paths := draw_paths(runs, names)):
         figures["paths"] = paths

@@ -101,11 +101,11 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
     low = np.min([rewards.min(0) for _, rewards in paths.values()], axis=0)
     high = np.max([rewards.max(0) for _, rewards in paths.values()], axis=0)
     last = max(steps[-1] for steps, _ in paths.values())
-    colours = pyplot.get_cmap("viridis")
+    colours, shade = pyplot.get_cmap("viridis"), Normalize(1, last)
     space = next(panels) if len(names) == 2 else None
     for index, (arm, (steps, rewards)) in enumerate(paths.items()):
         panel = space or next(panels)
-        shades = [colours(step / last) for step in steps]
+        shades = [colours(shade(step)) for step in steps]
         if space is not None:
             start = starts(by_arm(runs)[arm], names)
             panel.plot(*np.vstack([start, rewards]).T, color=f"C{index % 10}", lw=0.8, label=_label(arm))
@@ -126,32 +126,28 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
     if space is not None:
         space.set_xlabel(names[0])
         space.set_ylabel(names[1])
-        space.set_title("way through the rewards, from * on")
+        space.set_title("way through the rewards: step 1 (*), then moving averages")
         if len(paths) > 1:
             finals = np.array([ends(arm_runs, names).mean(0) for arm_runs in by_arm(runs).values()])
             front = finals[nondominated(finals)]
             front = front[front[:, 0].argsort()]
             space.step(*front.T, "k--", where="pre", lw=0.9, label="front of the final rewards")
-    scale = ScalarMappable(Normalize(0, last), colours)
-    figure.colorbar(scale, ax=grid.flat[spaces - 1], label="step")
+    figure.colorbar(ScalarMappable(shade, colours), ax=grid.flat[spaces - 1], label="step")
     if with_distance:
-        for position, name in enumerate(names):
+        for name in names:
             panel = next(panels)
             for index, (arm, arm_runs) in enumerate(by_arm(runs).items()):
-                _, distances = _path(arm_runs, [name], KL)
-                panel.plot(distances[:, 1], distances[:, 0], color=f"C{index % 10}", label=_label(arm))
+                steps, distances = _path(arm_runs, [name], KL)
+                panel.plot(distances[:, 1], distances[:, 0], color=f"C{index % 10}", lw=0.8, label=_label(arm))
+                panel.scatter(distances[:, 1], distances[:, 0], c=[colours(shade(step)) for step in steps], s=14)
             panel.set_xlabel("nats from the reference, per response")
             panel.set_ylabel(name)
-            if not position:
-                panel.set_title("rewards against distance")
+            panel.set_title(f"{name} against distance")
     for panel in panels:
         panel.remove()
-    figure.legend(
-        *(space or grid.flat[-1]).get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=2 * columns,
-        frameon=False,
-    )
+    if len(paths) > 1:
+        handles = (space or grid.flat[-1]).get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=2 * columns, frameon=False)
     return figure
 
 

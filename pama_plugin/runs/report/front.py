@@ -44,7 +44,7 @@ class Front(NamedTuple):
             for change in (self.conflict, self.active)
         )
         return (
-            f"{where}: at step {self.last} the rewards {' and '.join(self.pair)} correlate by "
+            f"{where}: in moving averages until step {self.last}, the rewards {' and '.join(self.pair)} correlate by "
             f"{self.correlation.end:.2f} within a prompt's responses (at the start {self.correlation.start:.2f}), "
             f"objectives conflict on {conflict}, and {active} have an advantage"
         )

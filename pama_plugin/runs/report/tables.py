@@ -196,6 +196,17 @@ def shared_objectives(runs: Sequence[Run]) -> list[str]:
     return sorted(common)
 
 
+def without_empty_columns(grid: Grid) -> Grid:
+    """The table without columns of which no row has a value.
+
+    >>> without_empty_columns(Grid("t", ["arm", "cosine"], [["a", "–"], ["b", "–"]])).columns
+    ['arm']
+    """
+    kept = [index for index in range(len(grid.columns)) if any(row[index] != "–" for row in grid.rows)]
+    rows = [[row[index] for index in kept] for row in grid.rows]
+    return grid._replace(columns=[grid.columns[index] for index in kept], rows=rows)
+
+
 def draw_table(grid: Grid) -> Table:
     """The table for the console."""
     table = Table(title=grid.title, caption=grid.caption, padding=(0, 1, 0, 0))

@@ -437,3 +437,12 @@ def test_runs_of_an_arm_without_a_step_in_common_have_no_path(tmp_path) -> None:
             result["scalars"][f"reward/{name}"] = [[step, 1.0] for step in range(first, 11, 2)]
         (folder / "result.json").write_text(json.dumps(result))
     assert draw_paths(find_runs([tmp_path])[0], list(NAMES)) is None
+
+
+def test_the_paths_of_three_objectives_and_their_distances(tmp_path) -> None:
+    series = {"pama/coefficient/c": [0.1], "pama/kl_response": [0.1 * step for step in range(40)]}
+    series |= {f"reward/{name}": [0.1 * step for step in range(40)] for name in "abc"}
+    figure = draw_paths([read_run(write_metrics(tmp_path / "run", **series))], ["a", "b", "c"])
+    assert [panel.get_title() for panel in figure.axes if panel.get_title()] == [
+        "run", "a against distance", "b against distance", "c against distance"
+    ]  # fmt: skip

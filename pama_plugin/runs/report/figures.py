@@ -101,11 +101,11 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
     low = np.min([rewards.min(0) for _, rewards in paths.values()], axis=0)
     high = np.max([rewards.max(0) for _, rewards in paths.values()], axis=0)
     last = max(steps[-1] for steps, _ in paths.values())
-    colours, shade = pyplot.get_cmap("viridis"), Normalize(1, last)
+    colours, scale = pyplot.get_cmap("viridis"), Normalize(1, last)
     space = next(panels) if len(names) == 2 else None
     for index, (arm, (steps, rewards)) in enumerate(paths.items()):
         panel = space or next(panels)
-        shades = [colours(shade(step)) for step in steps]
+        shades = [colours(scale(step)) for step in steps]
         if space is not None:
             start = starts(by_arm(runs)[arm], names)
             panel.plot(*np.vstack([start, rewards]).T, color=f"C{index % 10}", lw=0.8, label=_label(arm))
@@ -132,14 +132,14 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
             front = finals[nondominated(finals)]
             front = front[front[:, 0].argsort()]
             space.step(*front.T, "k--", where="pre", lw=0.9, label="front of the final rewards")
-    figure.colorbar(ScalarMappable(shade, colours), ax=grid.flat[spaces - 1], label="step")
+    figure.colorbar(ScalarMappable(scale, colours), ax=grid.flat[spaces - 1], label="step")
     if with_distance:
         for name in names:
             panel = next(panels)
             for index, (arm, arm_runs) in enumerate(by_arm(runs).items()):
                 steps, distances = _path(arm_runs, [name], KL)
                 panel.plot(distances[:, 1], distances[:, 0], color=f"C{index % 10}", lw=0.8, label=_label(arm))
-                panel.scatter(distances[:, 1], distances[:, 0], c=[colours(shade(step)) for step in steps], s=14)
+                panel.scatter(distances[:, 1], distances[:, 0], c=[colours(scale(step)) for step in steps], s=14)
             panel.set_xlabel("nats from the reference, per response")
             panel.set_ylabel(name)
             panel.set_title(f"{name} against distance")

@@ -26,7 +26,7 @@ def text_of(error: BaseException) -> str:
     """``str(error)``, which the class of an error may define, in a reward file or in the code of a model."""
     try:
         return str(error)
-    except Exception:  # of that class, so of any type; what is reported is the first error, by its own type
+    except Exception:  # __str__ is foreign code and may raise anything; the error is still reported, by its type
         return "(its text cannot be read)"
 
 

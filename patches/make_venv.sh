@@ -24,7 +24,7 @@ if [ ! -e "$stack" ]; then
     headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
     [ -e "$headers/Python.h" ] || need "Python's headers (python3.11-dev): no Python.h in $headers"
 
-    echo "== making .venv (about four minutes; 3 GB of disk)"
+    echo "== making .venv (about four minutes; 5 GB of disk)"
     .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
     echo "-- $torch"
     # PyPI has the CUDA build only, so the CPU build is from PyTorch's index, unless pip is configured to find it.

@@ -446,3 +446,11 @@ def test_the_paths_of_three_objectives_and_their_distances(tmp_path) -> None:
     assert [panel.get_title() for panel in figure.axes if panel.get_title()] == [
         "run", "a against distance", "b against distance", "c against distance"
     ]  # fmt: skip
+
+
+def test_tables_are_not_folded_in_a_log(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    name = "a-run-whose-name-takes-more-than-a-quarter-of-eighty-columns"
+    report_runs([write_metrics(tmp_path / name, **{"reward/a": 40 * [1.0], "reward/b": 40 * [1.0]})], tmp_path)
+    assert f"│{name} │        a │      1.000 │" in capsys.readouterr().out
+    assert "<th>cosine" not in (tmp_path / "report.html").read_text()  # no run has a value

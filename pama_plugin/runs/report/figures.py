@@ -83,10 +83,10 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
     """
     paths = {arm: _path(arm_runs, names) for arm, arm_runs in by_arm(runs).items()}
     paths = {arm: path for arm, path in paths.items() if path[0]}
-    runs = [run for run in runs if run.arm in paths]
-    if not runs:
+    arms = {arm: arm_runs for arm, arm_runs in by_arm(runs).items() if arm in paths}
+    if not arms:
         return None
-    with_distance = all(run.scalars.get(KL) for run in runs)
+    with_distance = all(run.scalars.get(KL) for arm_runs in arms.values() for run in arm_runs)
     spaces = 1 if len(names) == 2 else len(paths)
     panels_needed = spaces + with_distance * len(names)
     columns = min(panels_needed, 3)
@@ -96,7 +96,7 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
     )
     panels = iter(grid.flat)
     # The path of an arm with several seeds is their mean, which arrives nowhere.
-    single = {arm: find_front(arm_runs[0]) for arm, arm_runs in by_arm(runs).items() if len(arm_runs) == 1}
+    single = {arm: find_front(arm_runs[0]) for arm, arm_runs in arms.items() if len(arm_runs) == 1}
     arrivals = {arm: front.step for arm, front in single.items() if front and front.step is not None}
     low = np.min([rewards.min(0) for _, rewards in paths.values()], axis=0)
     high = np.max([rewards.max(0) for _, rewards in paths.values()], axis=0)
@@ -107,7 +107,7 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
         panel = space or next(panels)
         shades = [colours(scale(step)) for step in steps]
         if space is not None:
-            start = starts(by_arm(runs)[arm], names)
+            start = starts(arms[arm], names)
             panel.plot(*np.vstack([start, rewards]).T, color=f"C{index % 10}", lw=0.8, label=_label(arm))
             panel.scatter(*rewards.T, c=shades, s=14, zorder=2)
             panel.plot(*start, "k*", zorder=3)
@@ -128,7 +128,7 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
         space.set_ylabel(names[1])
         space.set_title("way through the rewards: step 1 (*), then moving averages")
         if len(paths) > 1:
-            finals = np.array([ends(arm_runs, names).mean(0) for arm_runs in by_arm(runs).values()])
+            finals = np.array([ends(arm_runs, names).mean(0) for arm_runs in arms.values()])
             front = finals[nondominated(finals)]
             front = front[front[:, 0].argsort()]
             space.step(*front.T, "k--", where="pre", lw=0.9, label="front of the final rewards")
@@ -136,7 +136,7 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
     if with_distance:
         for name in names:
             panel = next(panels)
-            for index, (arm, arm_runs) in enumerate(by_arm(runs).items()):
+            for index, (arm, arm_runs) in enumerate(arms.items()):
                 steps, distances = _path(arm_runs, [name], KL)
                 panel.plot(distances[:, 1], distances[:, 0], color=f"C{index % 10}", lw=0.8, label=_label(arm))
                 panel.scatter(distances[:, 1], distances[:, 0], c=[colours(scale(step)) for step in steps], s=14)

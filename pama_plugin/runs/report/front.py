@@ -21,13 +21,15 @@ class Change(NamedTuple):
 
 
 class Front(NamedTuple):
-    """Attributes:
-    pair: the two objectives whose rewards disagree most at the end.
-    step: the step from which on the run was at the front; None if it was not there at the end.
-    last: the last step that logged all metrics.
-    correlation: of the rewards of the pair, within the responses to a prompt.
-    conflict: share of tokens that one objective wants and another does not, over all objectives.
-    active: share of tokens with an advantage.
+    """Whether a run is at the front at its end, and the metrics that say so.
+
+    Attributes:
+        pair: the two objectives whose rewards disagree most at the end.
+        step: the step from which on the run was at the front; None if it was not there at the end.
+        last: the last step that logged all metrics.
+        correlation: of the rewards of the pair, within the responses to a prompt.
+        conflict: share of tokens that one objective wants and another does not, over all objectives.
+        active: share of tokens with an advantage.
     """
 
     pair: tuple[str, str]

@@ -1,4 +1,4 @@
-"""The command ``pama``: train, doctor, enable, disable, report, rollouts, sweep and score."""
+"""The command ``pama``: train, doctor, enable, disable, report, rollouts, sweep, score and stationarity."""
 
 import argparse
 import sys
@@ -99,10 +99,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Prints a table and writes the lines with their rewards. Exit code 1 if an objective scored no response.",
     )
     score.add_argument("file", type=Path, help='JSONL: {"prompt": text or messages, "response": text, "label": text}')
-    if arguments[:1] == ["score"]:  # imports the kinds of other packages, to list them
+    stationarity = commands.add_parser(
+        "stationarity",
+        help="measure the true gradients of the objectives at saved policies: is some combination of them 0?",
+        description="Sample responses of each policy, score them with the objectives, and measure the policy gradient "
+        "of each objective, with the advantages of OpenRLHF's reinforce_baseline. Prints the squared lengths of the "
+        "gradients, their cosines, and the squared length of their shortest convex combination, which is 0 at a "
+        "Pareto-stationary point, with standard errors and a 95 % interval. Needs memory for a policy in float32, its "
+        "gradient, and a batch.",
+    )
+    stationarity.add_argument("policy", type=Path, nargs="+", help="folder of a policy that transformers loads")
+    stationarity.add_argument(
+        "--prompts", type=Path, required=True, help='JSONL: {"prompt": text or messages, "label": text}'
+    )
+    for flag, default, what in (
+        ("responses", 512, "responses to measure with; the error falls with their number"),
+        ("per_prompt", 4, "responses to each prompt"),
+        ("max_new_tokens", 64, "tokens of a response, as in training"),
+        ("batch_size", 16, "responses in a forward pass"),
+        ("seed", 0, "of the responses"),
+    ):
+        stationarity.add_argument(
+            f"--{flag}", type=int, default=default, metavar="N", help=f"{what} (default: {default})"
+        )
+    stationarity.add_argument("--temperature", type=float, default=1.0, help="as in training (default: 1)")
+    stationarity.add_argument(
+        "--out", type=Path, default=Path("stationarity.json"), help="output file (default: stationarity.json)"
+    )
+    if arguments[:1] in (["score"], ["stationarity"]):  # imports the kinds of other packages, to list them
         from pama_plugin.settings.flags import add_objective_flags
 
-        add_objective_flags(score)
+        add_objective_flags(score if arguments[0] == "score" else stationarity)
     score.add_argument(
         "--out", type=Path, help="output file: the lines with their rewards (default: FILE.scored.jsonl)"
     )
@@ -121,6 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from pama_plugin.score import score_file
 
             sys.exit(score_file(options))
+        if options.command == "stationarity":
+            from pama_plugin.stationarity import measure_stationarity
+
+            sys.exit(measure_stationarity(options))
         if options.command == "rollouts":
             from pama_plugin.runs.rollouts import show_rollouts
 

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -46,12 +46,11 @@ def score_file(options: argparse.Namespace) -> int:
 
     flags = vars(options)
     objectives = load_objectives(flags["pama.objective"], flags["pama.config"])
-    if agents := [objective.name for objective in objectives if objective.reward_kind.scored_in == "agent"]:
-        raise ConfigError(f"pama score cannot score kind agent, which needs rollouts, found objective {agents[0]!r}")
+    _refuse_agents(objectives)
     out = options.out or options.file.with_suffix(".scored.jsonl")
     if not out.parent.is_dir() or out.is_dir() or out.resolve() == options.file.resolve():
         raise ConfigError(f"--out must be a file other than {options.file}, in an existing folder, found {out}")
-    numbered = _read(options.file)
+    numbered = load_rows(options.file)
     rows = list(numbered.values())
     tokenizer = _load_tokenizer(options.tokenizer, objectives)
     responses = [_as_response(row, tokenizer, f"{options.file}, line {line}") for line, row in numbered.items()]
@@ -73,8 +72,26 @@ def score_file(options: argparse.Namespace) -> int:
     return int(any(all(outcome.problem for outcome in outcomes) for outcomes in results.values()))
 
 
-def _read(path: Path) -> dict[int, Row]:
-    """Line number → row, for lines that are not empty."""
+def score_rows(objectives: Sequence[Objective], rows: list[Row], tokenizer: Any) -> dict[str, list[Outcome]]:
+    """Score rows with a prompt and a response with every objective, with progress. Raises as ``score_file``."""
+    from tqdm import tqdm
+
+    _refuse_agents(objectives)
+    responses = [_as_response(row, tokenizer, f"response {index}") for index, row in enumerate(rows)]
+    results = {}
+    for objective in objectives:
+        with tqdm(total=len(rows), desc=objective.name, unit="response") as bar:
+            results[objective.name] = _score(objective, rows, responses, tokenizer, bar.update)
+    return results
+
+
+def _refuse_agents(objectives: Sequence[Objective]) -> None:
+    if agents := [objective.name for objective in objectives if objective.reward_kind.scored_in == "agent"]:
+        raise ConfigError(f"kind agent needs rollouts and cannot be scored here, found objective {agents[0]!r}")
+
+
+def load_rows(path: Path, *, response: bool = True) -> dict[int, Row]:
+    """Line number → row, for lines that are not empty; with ``response=False``, rows need no response."""
     try:
         with path.open(encoding="utf-8") as file:  # splitlines would also split at U+2028 in a text
             lines = list(file)
@@ -88,11 +105,10 @@ def _read(path: Path) -> dict[int, Row]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}, line {number} must be JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("response"), str) or not _is_prompt(row.get("prompt")):
-            raise ConfigError(
-                f"{path}, line {number} must have a prompt (text or messages) and a response (text), found "
-                f"{line[:80]!r}"
-            )
+        whole = isinstance(row, dict) and _is_prompt(row.get("prompt"))
+        if not whole or (response and not isinstance(row.get("response"), str)):
+            needs = "a prompt (text or messages)" + " and a response (text)" * response
+            raise ConfigError(f"{path}, line {number} must have {needs}, found {line[:80]!r}")
         if not isinstance(row.get("rewards", {}), dict):  # those of an earlier call are kept
             raise ConfigError(
                 f"{path}, line {number}: rewards must map names to rewards, which are added, found {row['rewards']!r}"

@@ -64,6 +64,13 @@ def cases(
 Call = Callable[[Case], Aggregation]
 
 
+def as_rewards(case: Case) -> Tensor:
+    """(K, B) float64 rewards, for rules that need them: the mean advantage of each response; NaN where missing."""
+    tokens_B = case.mask_BA.sum(-1)
+    means_KB = case.advantages_KBA.double().masked_fill(~case.mask_BA, 0).sum(-1) / tokens_B.clamp(min=1)
+    return means_KB.masked_fill(~case.present_KB | (tokens_B == 0), math.nan)
+
+
 def _inputs_are_not_modified(call: Call, case: Case) -> None:
     before = [tensor.clone() for tensor in case]
     call(case)
@@ -217,8 +224,9 @@ def _metrics_are_what_they_say(call: Call, case: Case) -> None:
     out_N, tokens = result.advantages[case.mask_BA], int(case.mask_BA.sum())
     counted = [(case.mask_BA & present_B.unsqueeze(-1))[case.mask_BA] for present_B in case.present_KB]
     rows = [row_BA[case.mask_BA] for row_BA in case.advantages_KBA]
-    above = torch.stack([(row > 0) & valid for row, valid in zip(rows, counted)]).any(0)
-    below = torch.stack([(row < 0) & valid for row, valid in zip(rows, counted)]).any(0)
+    active = [pair for index, pair in enumerate(zip(rows, counted)) if not result.metrics[f"inactive/{index}"]]
+    above = torch.stack([(row > 0) & valid for row, valid in active]).any(0)
+    below = torch.stack([(row < 0) & valid for row, valid in active]).any(0)
     expected = {
         "active_fraction": float((out_N != 0).sum()) / tokens,
         "conflict_rate": float((above & below).sum()) / tokens,
@@ -261,7 +269,8 @@ def check_rule(rule: str, name: str, **options: Any) -> None:
 
     Args:
         rule: name of a registered rule.
-        name: name of the property. A rule need not have all: ``linear``, for example, keeps inactive objectives.
+        name: name of the property. A rule need not have all: ``tchebycheff``, for example, may have an option with
+            the unit of the rewards.
         options: arguments for every call of ``aggregate``. K differs between cases, so pass a function of K instead of
             a list with one entry per objective; the properties on order do not permute the list that it returns.
 
@@ -276,6 +285,8 @@ def check_rule(rule: str, name: str, **options: Any) -> None:
 
     def call(case: Case) -> Aggregation:
         arguments = {key: value(len(case.weights_K)) if callable(value) else value for key, value in options.items()}
+        if "rewards_KB" in get_rule(rule).parameters:
+            arguments["rewards_KB"] = as_rewards(case)
         return aggregate(
             rule,
             case.advantages_KBA,

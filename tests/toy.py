@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pama_plugin import Aggregation, aggregate
+from pama_plugin.aggregation import get_rule
 
 PROMPTS, ANSWERS = 12, 12
 GROUPS, SAMPLES = 16, 4  # per step: 16 prompts with four responses each
@@ -121,7 +122,9 @@ def by(rule: str, **options) -> Combine:
 
     def combine(advantages_KB: Tensor, groups_B: Tensor, _: torch.Generator) -> Tensor:
         column = advantages_KB.unsqueeze(-1)
-        result: Aggregation = aggregate(rule, column, torch.ones(len(groups_B), 1), groups_B=groups_B, **options)
+        named = {"rewards_KB": advantages_KB + 3} if "rewards_KB" in get_rule(rule).parameters else {}
+        same = dict(groups_B=groups_B, **named, **options)
+        result: Aggregation = aggregate(rule, column, torch.ones(len(groups_B), 1), **same)
         return result.advantages.squeeze(-1)
 
     return combine

@@ -1,7 +1,7 @@
 """``aggregate``: the interface to every rule. K advantages per token in, one advantage per token and metrics out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from pama_plugin.aggregation.diagnostics import describe, effective_objectives, 
 from pama_plugin.aggregation.registry import CONTEXT_PARAMETERS, Combination, check_options, get_rule
 
 LEVELS = ("token", "sequence", "batch")
+RESCALES = ("auto", "none", "unit")
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,23 @@ class Aggregation:
         metrics: name → value:
 
             - ``active_fraction``: share of the valid tokens with an advantage other than 0;
-            - ``conflict_rate``: share of the valid tokens where one objective is positive and another negative;
+            - ``conflict_rate``: share of the valid tokens where one active objective is positive and another negative,
+              at the sequence level in the mean over its response;
             - ``rms``: root mean square of the advantages over the valid tokens;
             - ``gain/<i>``: mean of ``A_i · advantage`` over the valid tokens for which objective i has a reward: its
               first-order improvement under the update if token gradients are orthogonal and of equal norm;
-            - ``inactive/<i>``: 1 if objective i is inactive, else 0; each rule documents whether it is excluded;
+            - ``inactive/<i>``: 1 if objective i is inactive, and so excluded, else 0;
+            - ``scale``: the constant by which ``rescale`` multiplied, as mean over the valid tokens, if it did;
             - ``effective_objectives``: ``1 / Σ_i c_i²`` of the coefficients: 1 if one objective has all, K if all are
               equal, 0 if all are 0;
-            - metrics of the rule: ``scale`` for ``pama``, ``multiplier/<i>`` for ``lagrangian``.
+            - metrics of the rule, such as ``multiplier/<i>`` for ``lagrangian``.
+        memory_K: what rules with a memory need in the next step, for each objective.
     """
 
     advantages: Tensor
     coefficients: Tensor
     metrics: dict[str, float]
+    memory_K: tuple[dict[str, float], ...] = ()
 
 
 def aggregate(
@@ -47,6 +52,7 @@ def aggregate(
     mask_BA: Tensor | Sequence[Any],
     *,
     level: str = "token",
+    rescale: str = "auto",
     noon: bool | None = None,
     weights: Sequence[float] | Tensor | None = None,
     whiten: bool = False,
@@ -65,27 +71,37 @@ def aggregate(
         advantages_KBA: (K, B, A) advantages of K objectives, B responses, A action tokens. Not modified. A rule that
             combines rewards (``morlhf``, ``tchebycheff``) takes (K, B, 1) rewards and returns one reward per response.
         mask_BA: (B, A), true at action tokens. Values at other positions are ignored, including NaN.
-        level: ``token``, ``sequence`` or ``batch``: the unit that ``pama`` projects. Other rules ignore it.
+        level: what is combined: the advantages of every ``token``, or their means over each response (``sequence``),
+            which all its tokens get. Rules with ``groups_B`` combine means at either level, and rules that combine
+            rewards one number per response. ``batch`` is for ``pama`` only.
+        rescale: ``unit`` divides the result by the root mean square that it has, with these weights, if the objectives
+            are independent and their advantages standard normal: by √K for a sum with weights of 1, for example. So
+            learning rate, clip and KL coefficient mean the same for all rules and numbers of objectives. The factor is
+            a constant, so objectives that agree give a larger result, and objectives that conflict a smaller one.
+            ``none`` returns what the rule defines. ``auto`` is ``none`` for rules that combine rewards, which the
+            estimator scales, for ``pama`` at batch level, and for rules that do not state their size; else ``unit``.
         noon: keep only positive advantages ("No Negative", arXiv 2508.07768, Eq. 5). Default: true for ``pama`` with
             ``level="batch"``, false otherwise. Only ``pama`` and ``min_norm`` use it.
         weights: K positive preference weights, 1 each by default. Each rule documents their meaning.
-        whiten: subtract from each objective's advantages their mean over its valid tokens and divide by their standard
-            deviation before combining. Use it with estimators that do not whiten, so that no objective dominates by its
-            scale. The metrics then describe the whitened advantages.
+        whiten: subtract from each objective's advantages, or their means at the sequence level, the mean over its valid
+            tokens and divide by the standard deviation before combining. Use it with estimators that do not whiten, so
+            that no objective dominates by its scale. The metrics then describe the whitened advantages.
         active: K flags, false for an objective that is known to be inactive, such as one whose reward is constant.
-            Objectives whose advantages spread over less than a millionth of the largest are detected automatically. If
-            no objective is active, all are kept.
+            Objectives whose advantages spread over less than a millionth of the largest are detected automatically.
+            Inactive objectives do not affect the result. If no objective is active, all are kept.
         present_KB: (K, B), false where an objective has no reward for a response: the objective is excluded from the
             combination for that response only. All true by default.
-        groups_B: (B,) integers, equal for the responses to one prompt. Required by ``gdpo``, ``gd2po`` and ``rvpo``.
-        options: options of the rule, and ``violations_K`` and ``multipliers_K`` for ``lagrangian``.
+        groups_B: (B,) integers, equal for the responses to one prompt. Required by rules that compare these.
+        options: options of the rule, and what else it names of ``log_ratio_BA``, ``rewards_KB``, ``violations_K`` and
+            ``memory_K``, as ``register_rule`` describes them.
 
     Raises:
-        ValueError: a shape, weight, level, rule or option is invalid, or a valid token is not finite.
+        ValueError: a shape, weight, level, rule or option is invalid, a valid token is not finite, or the rule has no
+            unit size.
 
     >>> import torch
     >>> advantages = torch.tensor([[[1.0, -0.5, -1.2, 0.7]], [[0.4, 0.8, -0.6, -0.6]]])
-    >>> result = aggregate("pama", advantages, torch.ones(1, 4, dtype=torch.bool), rescale=False)
+    >>> result = aggregate("pama", advantages, torch.ones(1, 4, dtype=torch.bool), rescale="none")
     >>> result.advantages
     tensor([[ 0.4000,  0.0000, -0.6000,  0.0000]])
     >>> result.metrics["conflict_rate"]
@@ -99,11 +115,14 @@ def aggregate(
             f"advantages must be (K, B, A) with K ≥ 1 and the mask (B, A), "
             f"found {tuple(advantages_KBA.shape)} and {tuple(mask_BA.shape)}"
         )
-    if level not in LEVELS:
-        raise ValueError(f"level must be one of {', '.join(LEVELS)}, found {level!r}")
+    for name, value, choices in (("level", level, LEVELS), ("rescale", rescale, RESCALES)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, found {value!r}")
     if not isinstance(noon, bool | None) or not isinstance(whiten, bool):
         raise ValueError(f"noon and whiten must be true or false, found {noon!r} and {whiten!r}")
     chosen = get_rule(rule)
+    if level == "batch" and "level" not in chosen.parameters:
+        raise ValueError(f"level=batch needs a rule that has it, such as pama, found {rule!r}")
     if chosen.combines == "rewards" and mask_BA.shape[1] != 1:
         raise ValueError(f"rule {rule!r} combines rewards, (K, B, 1), found {tuple(advantages_KBA.shape)}")
     advantages_KBA = advantages_KBA.detach().to(torch.promote_types(advantages_KBA.dtype, torch.float32))
@@ -117,40 +136,102 @@ def aggregate(
     context: dict[str, Any] = {"level": level, "noon": noon, "groups_B": groups_B}
     context |= {key: options.pop(key) for key in CONTEXT_PARAMETERS if key in options}
     options = check_options(rule, options)
-    for key in ("violations_K", "multipliers_K"):
-        if key in chosen.parameters and not _is_list(context.get(key), len(advantages_KBA)):
-            raise ValueError(
-                f"rule {rule!r} needs {key}, a list of {len(advantages_KBA)} finite numbers or None, "
-                f"found {context.get(key)!r}"
-            )
-    if "groups_B" in chosen.parameters:
-        if groups_B is None:
-            raise ValueError(f"rule {rule!r} needs groups_B, the prompt index of each response, found none")
-        context["groups_B"] = groups_B = _as_tensor("groups_B", groups_B, device)
-        if groups_B.shape != mask_BA.shape[:1] or groups_B.is_floating_point():
-            raise ValueError(
-                f"groups_B must be (B,) = {tuple(mask_BA.shape[:1])} integers, "
-                f"found {tuple(groups_B.shape)} of {groups_B.dtype}"
-            )
+    context = {key: value for key, value in context.items() if key in chosen.parameters and value is not None}
+    context |= _check_context(rule, context, shape_KB, mask_BA)
 
     weights_K = _check_weights(weights, advantages_KBA)
     active_K = _find_active(active, advantages_KBA, mask_BA, present_KB)
+    if level == "sequence":
+        advantages_KBA = _means(advantages_KBA, mask_BA)
     if whiten:
         advantages_KBA = _whiten(advantages_KBA, mask_BA, present_KB)
-    context = {key: value for key, value in context.items() if key in chosen.parameters and value is not None}
     combination = chosen.combine(advantages_KBA, mask_BA, weights_K, active_K, present_KB, **context, **options)
 
     _check_combination(rule, combination, weights_K, mask_BA)
     combined_BA = combination.advantages_BA.masked_fill(~mask_BA, 0)  # a copy: a rule may return a view
     if not bool(combined_BA.isfinite().all()):
         raise ValueError(f"rule {rule!r} returned NaN or inf at a valid token")
-    metrics = describe(advantages_KBA, mask_BA, present_KB, combined_BA)
+    scale: dict[str, float] = {}
+    known = combination.unit_rms is not None
+    if rescale == "unit" and not known:
+        raise ValueError(f"rescale=unit: the size of rule {rule!r} is not known with these settings")
+    if rescale == "unit" or (rescale == "auto" and known and level != "batch"):
+        scale["scale"] = _to_unit(combined_BA, combination.unit_rms, mask_BA)
+    metrics = describe(advantages_KBA, mask_BA, present_KB, active_K, combined_BA) | scale
     metrics |= {f"inactive/{index}": float(not is_active) for index, is_active in enumerate(active_K.tolist())}
     coefficients_K = combination.coefficients_K * bool(metrics["active_fraction"])
     metrics["effective_objectives"] = effective_objectives(coefficients_K)
     if taken := sorted(metrics.keys() & combination.metrics.keys()):
         raise ValueError(f"rule {rule!r} returned reserved metric names: {', '.join(taken)}; rename them")
-    return Aggregation(combined_BA, coefficients_K, metrics | dict(combination.metrics))
+    memory_K: tuple[dict[str, float], ...] = tuple({} for _ in weights_K)
+    for key, metric in combination.metrics.items():
+        stem, _, index = key.partition("/")
+        if index.isdecimal() and int(index) < len(memory_K):
+            memory_K[int(index)][stem] = metric
+    return Aggregation(combined_BA, coefficients_K, metrics | dict(combination.metrics), memory_K)
+
+
+def _check_context(rule: str, context: dict[str, Any], shape_KB: torch.Size, mask_BA: Tensor) -> dict[str, Any]:
+    """Validate the arguments, besides advantages, that the rule names."""
+    named, (objectives, responses), device = get_rule(rule).parameters, shape_KB, mask_BA.device
+    checked: dict[str, Any] = {}
+    if "groups_B" in named:
+        if "groups_B" not in context:
+            raise ValueError(f"rule {rule!r} needs groups_B, the prompt index of each response, found none")
+        groups_B = checked["groups_B"] = _as_tensor("groups_B", context["groups_B"], device)
+        if groups_B.shape != (responses,) or groups_B.is_floating_point():
+            raise ValueError(
+                f"groups_B must be (B,) = ({responses},) integers, found {tuple(groups_B.shape)} of {groups_B.dtype}"
+            )
+    if "log_ratio_BA" in context:
+        log_ratio_BA = checked["log_ratio_BA"] = _as_tensor("log_ratio_BA", context["log_ratio_BA"], device)
+        if log_ratio_BA.shape != mask_BA.shape or not bool(log_ratio_BA[mask_BA].isfinite().all()):
+            raise ValueError(
+                f"log_ratio_BA must be (B, A) = {tuple(mask_BA.shape)} numbers, finite at every valid token, found "
+                f"{tuple(log_ratio_BA.shape)}"
+            )
+    if "rewards_KB" in named:
+        if "rewards_KB" not in context:
+            raise ValueError(f"rule {rule!r} needs rewards_KB, the rewards as they were scored, found none")
+        rewards_KB = checked["rewards_KB"] = _as_tensor("rewards_KB", context["rewards_KB"], device).double()
+        if rewards_KB.shape != shape_KB or rewards_KB.isinf().any():
+            raise ValueError(
+                f"rewards_KB must be (K, B) = {tuple(shape_KB)} numbers, NaN where missing, found "
+                f"{tuple(rewards_KB.shape)}{', some infinite' * bool(rewards_KB.isinf().any())}"
+            )
+    if "violations_K" in named and not _is_list(context.get("violations_K"), objectives):
+        raise ValueError(
+            f"rule {rule!r} needs violations_K, a list of {objectives} finite numbers or None, found "
+            f"{context.get('violations_K')!r}"
+        )
+    if "memory_K" in named:
+        memory_K = checked["memory_K"] = context.get("memory_K") or [{}] * objectives
+        if not (
+            _is_list([None] * len(memory_K), objectives)
+            and all(isinstance(memory, Mapping) and _is_list([*memory.values()], len(memory)) for memory in memory_K)
+        ):
+            raise ValueError(
+                f"memory_K must be a list of {objectives} mappings from names to finite numbers, found {memory_K!r}"
+            )
+    return checked
+
+
+def _to_unit(combined_BA: Tensor, unit_rms: float | Tensor | None, mask_BA: Tensor) -> float:
+    """Divide ``combined_BA``, in place, by the size that the rule states; return the mean factor over the tokens."""
+    size_B = torch.as_tensor(unit_rms, dtype=torch.float64, device=mask_BA.device).expand(len(mask_BA))
+    factor_B = torch.where(size_B > 0, 1 / size_B, 0)
+    combined_BA *= factor_B.to(combined_BA.dtype).unsqueeze(-1)
+    tokens_B = tokens_per_response(mask_BA) * (size_B > 0)
+    return float((factor_B * tokens_B).sum() / tokens_B.sum().clamp(min=1))
+
+
+def _means(advantages_KBA: Tensor, mask_BA: Tensor) -> Tensor:
+    """(K, B, A) the mean of the advantages of each response over its valid tokens, at all its positions (a view)."""
+    means_KB1 = advantages_KBA.new_empty(*advantages_KBA.shape[:2], 1)
+    for rows in blocks(advantages_KBA):
+        sums_Kb1 = advantages_KBA[:, rows].masked_fill(~mask_BA[rows], 0).sum(-1, keepdim=True)
+        means_KB1[:, rows] = sums_Kb1 / mask_BA[rows].sum(-1, keepdim=True).clamp(min=1)
+    return means_KB1.expand_as(advantages_KBA)
 
 
 def _check_combination(rule: str, result: object, weights_K: Tensor, mask_BA: Tensor) -> None:
@@ -166,6 +247,10 @@ def _check_combination(rule: str, result: object, weights_K: Tensor, mask_BA: Te
         raise ValueError(f"rule {rule!r} must return shapes (B, A) and (K,), {expected}, found {shapes}")
     if not bool(result.coefficients_K.isfinite().all()):
         raise ValueError(f"rule {rule!r} must return finite coefficients, found {result.coefficients_K.tolist()}")
+    if result.unit_rms is not None:
+        size = torch.as_tensor(result.unit_rms)
+        if tuple(size.shape) not in ((), expected[0][:1]) or not bool((size.isfinite() & (size >= 0)).all()):
+            raise ValueError(f"rule {rule!r} must return unit_rms as a finite number or (B,), found {size}")
 
 
 def _as_tensor(name: str, values: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:

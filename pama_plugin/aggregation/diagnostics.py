@@ -10,16 +10,19 @@ from pama_plugin.aggregation.blocks import blocks, tokens_per_response, valid_at
 INACTIVE_SPREAD = 1e-6
 
 
-def describe(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, combined_BA: Tensor) -> dict[str, float]:
+def describe(
+    advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, active_K: Tensor, combined_BA: Tensor
+) -> dict[str, float]:
     """Metrics as in ``Aggregation``, for advantages combined by any method."""
-    count = int(mask_BA.count_nonzero())
+    count, everything = int(mask_BA.count_nonzero()), bool(active_K.all())
     conflicts = active = squares = torch.zeros((), dtype=torch.float64, device=mask_BA.device)
     gains_K = torch.zeros(len(advantages_KBA), dtype=torch.float64, device=mask_BA.device)
     for rows in blocks(advantages_KBA):
         valid_KbA = valid_at(rows, mask_BA, present_KB)
         counted_KbA = torch.where(valid_KbA, advantages_KBA[:, rows], 0)
         combined_bA = combined_BA[rows]
-        conflicts = conflicts + ((counted_KbA.amin(0) < 0) & (counted_KbA.amax(0) > 0)).sum()
+        compared_KbA = counted_KbA if everything else counted_KbA[active_K]
+        conflicts = conflicts + ((compared_KbA.amin(0) < 0) & (compared_KbA.amax(0) > 0)).sum()
         active = active + (combined_bA != 0).sum()
         squares = squares + combined_bA.square().sum(dtype=torch.float64)
         gains_K += counted_KbA.mul_(combined_bA).sum((1, 2), dtype=torch.float64)

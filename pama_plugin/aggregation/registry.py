@@ -12,15 +12,25 @@ from torch import Tensor
 from pama_plugin.registry import Registry
 
 # Keyword-only parameters of a rule that are not options: ``aggregate`` passes them to the rules that name them.
-CONTEXT_PARAMETERS = ("level", "noon", "groups_B", "violations_K", "multipliers_K")
+CONTEXT_PARAMETERS = ("level", "noon", "groups_B", "log_ratio_BA", "rewards_KB", "violations_K", "memory_K")
 
 
 class Combination(NamedTuple):
-    """Return value of a rule: one advantage per token, the share of each objective in it, and metrics of the rule."""
+    """Return value of a rule.
+
+    Attributes:
+        advantages_BA: one advantage per token.
+        coefficients_K: the share of each objective in it.
+        metrics: metrics of the rule, by name.
+        unit_rms: the root mean square that the advantages have, with these weights, if the objectives are independent
+            and their advantages standard normal: a number, or (B,) if responses differ in it. It must not depend on the
+            values of the advantages. None if it is not known: the result then cannot be scaled to unit size.
+    """
 
     advantages_BA: Tensor
     coefficients_K: Tensor
     metrics: Mapping[str, float] = {}
+    unit_rms: float | Tensor | None = None
 
 
 class Rule(NamedTuple):
@@ -59,8 +69,16 @@ def register_rule(
     """Register ``rule(advantages_KBA, mask_BA, weights_K, active_K, present_KB, *, …)`` under ``name``.
 
     The rule returns a ``Combination``. Its keyword-only parameters are its options; pydantic validates their
-    annotations. ``level``, ``noon``, ``groups_B``, ``violations_K`` and ``multipliers_K`` are not options: they are
-    passed to a rule that names them.
+    annotations. Parameters with these names are not options; a rule that names one is given it:
+
+    - ``level`` and ``noon``, as in ``aggregate``;
+    - ``groups_B``: the prompt of each response, as an index;
+    - ``log_ratio_BA``: log π − log π_ref at every token, where there is a reference policy;
+    - ``rewards_KB``: the rewards as they were scored, NaN where missing;
+    - ``violations_K``: threshold minus mean reward of each constraint, None for other objectives;
+    - ``memory_K``: for each objective, the metrics of the previous step that the rule returned with the index of this
+      objective, ``{"multiplier": 2.0}`` for ``multiplier/1``; empty before the first step. They are saved in
+      checkpoints.
 
     Advantages are finite where ``mask_BA`` is true and arbitrary elsewhere. Weights are positive. ``active_K`` is true
     for objectives that vary over the batch. ``present_KB`` is true where an objective has a reward for a response; the
@@ -68,8 +86,7 @@ def register_rule(
 
     With ``of="rewards"`` the rule gets rewards (K, B, 1), with missing ones filled in and ``present_KB`` all true. It
     works with a critic only if it is ``linear``, a weighted sum, whose value is the weighted sum of the value heads. A
-    ``constrained`` rule needs objectives with ``role=constraint``, and gets ``violations_K`` and ``multipliers_K`` as
-    ``lagrangian`` documents them.
+    ``constrained`` rule needs objectives with ``role=constraint``, and gets ``violations_K``.
 
     ``metrics`` are logged as ``pama/<key>``; in a key ``<stem>/<i>``, the index i is replaced by the name of the
     objective. In training, every process that reads the configuration needs the rule, so a package should declare the
@@ -117,8 +134,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: an unknown rule or option (the error lists the known ones), a value of the wrong type, or no value
             for an option without a default.
 
-    >>> check_options("pama", {"soft": "4", "rescale": "true"})
-    {'soft': 4.0, 'rescale': True}
+    >>> check_options("gdpo", {"whiten_sum": "true"})
+    {'whiten_sum': True}
     """
     known = {key: value for key, value in get_rule(name).parameters.items() if key not in CONTEXT_PARAMETERS}
     unknown = sorted(set(options) - set(known))

@@ -7,14 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, variance
 
-from pama_plugin.batch.keys import ACTIVE, EXPLAINED, REFERENCE_NLL, REWARD, SPREAD, UNIFORM
+from pama_plugin.batch.keys import ACTIVE, AT_BEST, EXPLAINED, REFERENCE_NLL, REWARD, SPREAD, UNIFORM
 
 LITTLE_SPREAD = 0.2  # of the standard deviation of the first step
+MANY_AT_BEST = 0.9  # share of the responses with the highest reward
 LESS_FLUENT = 1.5  # times the reference's negative log-likelihood of the first step
 HARDLY_ACTIVE = 0.02  # share of tokens with an advantage
 WINDOW = 5  # steps, to compare the end with the start
 CLEAR = 3.0  # standard errors
-PATIENCE = {"spread": 3, "fluency": 3, "critic": 20, "active": 10}  # steps in a row
+PATIENCE = {"spread": 3, "saturated": 3, "fluency": 3, "critic": 20, "active": 10}  # steps in a row
 
 
 class Alarms:
@@ -45,6 +46,12 @@ class Alarms:
                 found[f"spread/{name}"] = (
                     f"objective {name!r} hardly varies any more: the standard deviation of its rewards is "
                     f"{_percent(spread)} of that of the first step"
+                )
+            at_best = metrics.get(f"{AT_BEST}{name}", math.nan)
+            if self._lasts(f"saturated/{name}", at_best >= MANY_AT_BEST):
+                found[f"saturated/{name}"] = (
+                    f"objective {name!r} is saturated: {_percent(at_best)} of the responses have the highest reward of "
+                    "the step"
                 )
             explained = metrics.get(f"{EXPLAINED}{name}", math.nan)
             if self._lasts(f"critic/{name}", explained <= 0):

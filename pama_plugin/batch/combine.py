@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from pama_plugin.aggregation import Aggregation, describe
@@ -19,18 +20,20 @@ def combine(
     present_KB: Tensor,
     steps_done: int,
     active: list[bool] | None = None,
+    log_ratio_BA: Tensor | None = None,
 ) -> Aggregation:
-    """Apply the rule to the values, with all context that rules use, and store the new multipliers in ``state``.
+    """Apply the rule to the values, with all context that rules use, and store the rule's memory in ``state``.
 
     Args:
         config: the rule and its options.
-        state: contains the multipliers of constraints. Modified.
+        state: contains the memory of the rule. Modified.
         table: the rewards, for the violations of constraints, and the prompt of each response.
         values_KBA: advantages of the trained objectives, or their rewards (K, B, 1) for a rule that combines rewards.
         mask_BA: true at valid tokens.
         present_KB: true where an objective has a reward for a response.
         steps_done: number of steps done, for the weights.
         active: for each objective, whether its rewards differ between responses, if known.
+        log_ratio_BA: log π − log π_ref at every token, if there is a reference policy.
     """
     result = config.combine(
         values_KBA,
@@ -38,17 +41,19 @@ def combine(
         steps_done=steps_done,
         active=active,
         present_KB=present_KB,
+        log_ratio_BA=log_ratio_BA,
         groups_B=table.groups_B,
-        violations=_violations(config, table),
-        multipliers=[state.objectives[name].multiplier for name in config.trained_names],
+        rewards_KB=torch.stack([table.row(name) for name in config.trained_names]),
+        violations=_violations(config, state, table),
+        memory=[state.objectives[name].memory for name in config.trained_names],
     )
-    for index, name in enumerate(config.trained_names):
-        state.objectives[name].multiplier = result.metrics.get(f"multiplier/{index}")
+    for name, memory in zip(config.trained_names, result.memory_K):
+        state.objectives[name].memory = memory
     return result
 
 
-def _violations(config: PamaConfig, table: RewardTable) -> list[float | None]:
-    """Threshold minus mean reward of each constraint; None for other objectives."""
+def _violations(config: PamaConfig, state: RunState, table: RewardTable) -> list[float | None]:
+    """Threshold minus mean reward of each constraint, in standard deviations of its rewards so far; None for others."""
     violations: list[float | None] = []
     for objective in config.trained:
         if objective.threshold is None:
@@ -56,7 +61,8 @@ def _violations(config: PamaConfig, table: RewardTable) -> list[float | None]:
             continue
         mean = table.row(objective.name).float().nanmean().item()
         # Without any reward, a violation of 0 keeps the multiplier.
-        violations.append(0.0 if math.isnan(mean) else objective.threshold - mean)
+        std = state.objectives[objective.name].rewards.std
+        violations.append(0.0 if math.isnan(mean) else (objective.threshold - mean) / (std if std > 0 else 1.0))
     return violations
 
 
@@ -64,9 +70,16 @@ def estimated(
     of_rewards: Aggregation, estimate_BA: Tensor, advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor
 ) -> Aggregation:
     """A combination of rewards, with its estimated advantages, and metrics computed from advantages."""
+    active_K = active_flags(of_rewards)
     estimate_BA = estimate_BA.masked_fill(~(mask_BA & present_KB.any(0).unsqueeze(-1)), 0)
-    metrics = describe(advantages_KBA, mask_BA, present_KB, estimate_BA)
+    metrics = describe(advantages_KBA, mask_BA, present_KB, active_K, estimate_BA)
     return Aggregation(estimate_BA, of_rewards.coefficients, of_rewards.metrics | metrics)
+
+
+def active_flags(result: Aggregation) -> Tensor:
+    """(K,) true for the objectives that were active."""
+    flags = [result.metrics[f"inactive/{index}"] == 0 for index in range(len(result.coefficients))]
+    return torch.tensor(flags, device=result.coefficients.device)
 
 
 def tells_responses_apart(rewards_GN: Tensor, present_GN: Tensor, *, by_group: bool) -> bool:

@@ -8,7 +8,8 @@ OUR_COLUMNS = (REWARD, SECONDS, PAMA, EXPLAINED)
 # Keys and prefixes of metrics that are no columns.
 ACTIVE, CONFLICT, STEPS_AT_FRONT = f"{PAMA}active_fraction", f"{PAMA}conflict_rate", f"{PAMA}steps_at_front"
 KL, REFERENCE_NLL, UNIFORM = f"{PAMA}kl_response", f"{PAMA}reference_nll", f"{PAMA}uniform_prompts"
-SPREAD, GROUP_CORRELATION = f"{PAMA}spread/", f"{PAMA}group_correlation/"
+SPREAD, AT_BEST, GROUP_CORRELATION = f"{PAMA}spread/", f"{PAMA}at_best/", f"{PAMA}group_correlation/"
 COEFFICIENT, GAIN = f"{PAMA}coefficient/", f"{PAMA}gain/"
-COSINE, REWARD_MEAN, REWARD_STD = f"{PAMA}gradient_cosine/", "reward_mean/", "reward_std/"
+GRADIENT, REWARD_MEAN, REWARD_STD = f"{PAMA}gradient_", "reward_mean/", "reward_std/"
+COSINE = f"{GRADIENT}cosine/"
 CRITIC_LOSS, REWARD_TIMING = "critic_loss/", "timing/reward/"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pama_plugin.aggregation import Aggregation
-from pama_plugin.batch.keys import COEFFICIENT, FAILURES, GROUP_CORRELATION, PAMA, REWARD
+from pama_plugin.batch.gradient_gram import cosines, jackknife, min_norm, unbiased_gram
+from pama_plugin.batch.keys import COEFFICIENT, FAILURES, GRADIENT, GROUP_CORRELATION, PAMA, REWARD
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.settings.run import PamaConfig
 
@@ -54,6 +55,16 @@ def group_correlations(table: RewardTable, names: Sequence[str]) -> dict[str, fl
     return {key: correlation for key, correlation in found.items() if not math.isnan(correlation)}
 
 
+def share_at_best(rewards_B: Tensor) -> float:
+    """The share of the responses that have the highest reward of the batch, of those with a reward; NaN without any.
+
+    >>> share_at_best(torch.tensor([1.0, 0.5, 1.0, torch.nan]))
+    0.6666666666666666
+    """
+    rewards_B = rewards_B[rewards_B.isfinite()]
+    return float((rewards_B == rewards_B.max()).double().mean()) if len(rewards_B) else math.nan
+
+
 def correlate(one_B: Tensor, other_B: Tensor) -> float:
     """Pearson correlation over the responses that have both rewards; NaN if one of them is constant.
 
@@ -65,6 +76,24 @@ def correlate(one_B: Tensor, other_B: Tensor) -> float:
     if pairs_2N.shape[1] < 2 or (pairs_2N.amin(1) == pairs_2N.amax(1)).any():
         return math.nan
     return float(torch.corrcoef(pairs_2N)[0, 1])
+
+
+def describe_gradients(products_MJMJ: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """What ``--pama.probe_gradients`` logs: see "What it logs" in runs/README.md. What is undefined is left out.
+
+    Args:
+        products_MJMJ: products of gradients in M blocks; gradient 0 of J = K + 1 is that of the combination.
+        names: of the K objectives.
+    """
+    found: dict[str, float] = {}
+    for name, cosine in zip(names, jackknife(products_MJMJ, cosines), strict=True):
+        found |= {f"cosine/{name}": cosine.value, f"cosine_error/{name}": cosine.error}
+    gram_JJ = unbiased_gram(products_MJMJ)
+    for (i, one), (j, other) in itertools.combinations_with_replacement(enumerate(names, 1), 2):
+        found[f"gram/{one}" if i == j else f"gram/{one}/{other}"] = float(gram_JJ[i, j])
+    least = min_norm(products_MJMJ[:, 1:, :, 1:])
+    found |= {"min_norm": least.value, "min_norm_floor": least.floor}
+    return {f"{GRADIENT}{key}": value for key, value in found.items() if not math.isnan(value)}
 
 
 def explained_variance(returns_N: Tensor, values_N: Tensor) -> float:

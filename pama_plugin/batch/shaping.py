@@ -96,6 +96,29 @@ def spreads(objectives: Sequence[Objective], table: RewardTable, state: RunState
     return found
 
 
+def speaks(objective: Objective, rewards_GN: Tensor, state: RunState, *, share: float, by_group: bool) -> bool:
+    """Whether the rewards of a step spread over at least ``share`` of what they do in a step on average.
+
+    An estimator that whitens gives an objective full advantages however little its rewards spread, and these are noise
+    if all responses are nearly the same to it.
+
+    Args:
+        objective: an objective of ``state``, whose average is updated.
+        rewards_GN: rewards of G prompts with N responses each, NaN if missing.
+        share: of the mean, over the steps so far and this one, of the standard deviation of a step.
+        by_group: whether the estimator compares the responses to one prompt, or those of the whole batch.
+    """
+    exact_GN = rewards_GN.double()
+    if by_group:
+        exact_GN = exact_GN - exact_GN.nanmean(1, keepdim=True)
+    present = exact_GN[exact_GN.isfinite()]
+    if len(present) < 2:
+        return True
+    usual, std = state.objectives[objective.name].spread, present.std()
+    usual.update(std.reshape(1))
+    return bool(std >= share * usual.mean)
+
+
 def fill_in(objective: Objective, moments: Moments, table: RewardTable) -> Tensor:
     """(B,) rewards, with missing ones imputed, or NaN where the objective is excluded from the combination."""
     rewards_B = table.row(objective.name)

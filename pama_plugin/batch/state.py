@@ -1,8 +1,9 @@
 """The state of a run that is saved, as JSON, in OpenRLHF's checkpoint, for resuming."""
 
 import math
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from pama_plugin.settings.run import PamaConfig
@@ -48,9 +49,20 @@ class ObjectiveState(BaseModel):
     scorer: str
     rewards: Moments = Moments()
     steps: int = 0  # number of steps in ``rewards``
+    spread: Moments = Moments()  # of the standard deviation of the rewards of a step, as the estimator compares them
     first_std: float | None = None  # standard deviation of the rewards of the first step in which they varied
     first_evaluation: tuple[float, float] | None = None  # mean and standard deviation over prompts
-    multiplier: float | None = None  # for a constraint, after the first step
+    memory: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}  # of the rule, such as a multiplier
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, saved: Any) -> Any:
+        """Read the multiplier of an older checkpoint."""
+        if isinstance(saved, dict) and "multiplier" in saved:
+            saved = dict(saved)
+            multiplier = saved.pop("multiplier")
+            saved["memory"] = {} if multiplier is None else {"multiplier": multiplier}
+        return saved
 
 
 class RunState(BaseModel):
@@ -60,6 +72,7 @@ class RunState(BaseModel):
 
     objectives: dict[str, ObjectiveState]
     heads: tuple[str, ...]  # names of the trained objectives, in the order of the critic's heads
+    rule: dict[str, Any] = {}  # the rule and its settings; older checkpoints do not have it
     front: str = ""  # settings for which steps_at_front was counted
     steps_at_front: int = 0  # consecutive steps at the front, for --pama.stop_at_front
     first_nll: float | None = None  # mean negative log-likelihood by the reference in the first step
@@ -72,12 +85,13 @@ class RunState(BaseModel):
             objective.name: ObjectiveState(scorer=objective.identity(agent)) for objective in config.objectives
         }
         weights = ", ".join(f"{objective.name} {objective.weight}" for objective in config.trained)
-        rule = (config.loss, config.level, config.noon, config.whiten, config.options, config.stop_at_front)
+        rule = config.rule_settings()
         return cls(
             objectives=objectives,
             heads=config.trained_names,
+            rule=rule,
             rating=f"{config.best or 'min'} of {weights}",
-            front=f"{' '.join(map(str, rule))} of {weights}",
+            front=f"{rule} {config.stop_at_front} of {weights}",
         )
 
     def swapped(self, saved: "RunState") -> list[str]:
@@ -94,6 +108,9 @@ class RunState(BaseModel):
         self.objectives |= {
             name: state for name, state in saved.objectives.items() if name in self.objectives and name not in swapped
         }
+        if saved.rule not in ({}, self.rule):
+            for name, state in self.objectives.items():
+                self.objectives[name] = state.model_copy(update={"memory": {}})
         self.first_nll = saved.first_nll
         if self.front == saved.front and not swapped:
             self.steps_at_front = saved.steps_at_front

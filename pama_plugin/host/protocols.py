@@ -26,6 +26,7 @@ class Experience(Protocol):
     advantages: Tensor  # (b, A)
     action_log_probs: Tensor  # (b, A)
     base_action_log_probs: Tensor | None  # (b, A) by the reference, for a KL loss
+    kl: Tensor  # (b, A) to the reference, by --algo.kl.estimator; 0 with a KL loss
     prompts: list[str]
     labels: list[str]
     info: dict[str, Any]  # columns (b,) for the logs

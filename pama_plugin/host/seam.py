@@ -34,6 +34,8 @@ from pama_plugin.settings.run import PamaConfig, dump_config, load_config, warn_
 
 logger = logging.getLogger(__name__)
 
+PERMISSIONS = ("unsupported_host", "other_objectives", "other_rule", "waiting")  # --pama.allow_…
+
 
 def install(args: argparse.Namespace) -> argparse.Namespace:
     """Turn the parsed flags into a ``PamaConfig`` at ``args.pama`` and replace OpenRLHF's classes with ours.
@@ -44,7 +46,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         ConfigError: the run cannot work; nothing has been replaced.
     """
     flags = {key.removeprefix("pama."): vars(args).pop(key) for key in list(vars(args)) if key.startswith("pama.")}
-    allowed = {name: flags.pop(f"allow_{name}") for name in ("unsupported_host", "other_objectives", "waiting")}
+    allowed = {name: flags.pop(f"allow_{name}") for name in PERMISSIONS}
     objectives, file, loss, plan_for = (flags.pop(name) for name in ("objective", "config", "loss", "plan"))
     any_flag = objectives or file or plan_for is not None or any(value not in (None, []) for value in flags.values())
     if loss == STOCK or not (loss or file):
@@ -67,7 +69,12 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         print(f"{format_plan(plan, cluster)}\n\n{dump_config(config)}", end="")
         check_cluster(plan, cluster)
         sys.exit()
-    config, resume = prepare_resume(args, config, allow_other_objectives=allowed["other_objectives"])
+    config, resume = prepare_resume(
+        args,
+        config,
+        allow_other_objectives=allowed["other_objectives"],
+        allow_other_rule=allowed["other_rule"],
+    )
 
     args.pama, args.pama_terminal = config, sys.stdout.isatty()
     if scored_by_models := config.scored_in("ranks", "replicas"):

@@ -14,7 +14,7 @@ from pama_plugin.errors import ConfigError, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-FILE = "rollouts.jsonl"
+FILE, SETTINGS = "rollouts.jsonl", "pama.yaml"  # what a run writes, beside its TensorBoard logs if it has any
 
 
 class Rollout(BaseModel):

@@ -17,9 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pama_plugin import __version__
 from pama_plugin.errors import ConfigError
 from pama_plugin.runs.logs import RESULT, SPEC, read_result, read_scalars
+from pama_plugin.runs.rollouts import SETTINGS
 from pama_plugin.runs.sweep_file import Job, load_sweep
 from pama_plugin.settings.flags import load_flags
 
@@ -52,6 +55,13 @@ def run_sweep(options: argparse.Namespace) -> int:
     for result in [out / job.folder / RESULT for job in waiting if (out / job.folder / RESULT).exists()]:
         print(f"{result} is not whole: the run is repeated", flush=True)
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done; logs and results: {out}", flush=True)
+    if waiting and any(_is_done(out / job.folder) and not _has_settings(out / job.folder) for job in jobs):
+        print(
+            "Runs of an older version are among them. It scaled the result of pama only, and whitened the sums of "
+            "gdpo, gd2po and rvpo: repeat such arms (another --out), or give the other rules --pama.rescale none or "
+            "--pama.option whiten_sum=true",
+            flush=True,
+        )
     outcomes: dict[str, list[str]] = {"done": [], "failed": [], "running elsewhere": []}
     steps: dict[str, int] = {}
     _stopping.clear()
@@ -95,6 +105,10 @@ def _is_done(folder: Path) -> bool:
     except (FileNotFoundError, ConfigError):
         return False
     return True
+
+
+def _has_settings(folder: Path) -> bool:
+    return "settings" in json.loads((folder / RESULT).read_text())
 
 
 _running: set[int] = set()  # process groups
@@ -184,7 +198,9 @@ def _write_result(folder: Path, spec: dict[str, Any], seconds: float) -> None:
         tag: [[step, float(f"{value:.6g}")] for step, value in series]
         for tag, series in sorted(read_scalars(folder / "logs").items())
     }
-    result = spec | {"version": __version__, "seconds": round(seconds, 1), "scalars": scalars}
+    settings = folder / "logs" / SETTINGS
+    recorded = {"settings": yaml.safe_load(settings.read_text())} if settings.exists() else {}
+    result = spec | {"version": __version__, "seconds": round(seconds, 1)} | recorded | {"scalars": scalars}
     partial = folder / f"{RESULT}.partial"
     partial.write_text(json.dumps(result) + "\n")
     partial.replace(folder / RESULT)

@@ -82,7 +82,17 @@ def add_flags(parser: argparse.ArgumentParser, rules: Mapping[str, Sequence[str]
     group.add_argument(
         "--pama.level",
         metavar="LEVEL",
-        help="unit that pama projects: token, sequence or batch (default: token with gae, else sequence)",
+        help="what the rule combines: the advantages of every token, their means over each response (sequence), or, "
+        "with pama, one mean of the batch (default: token; for pama without gae, and for rules that compare the "
+        "responses to a prompt, sequence)",
+    )
+    group.add_argument(
+        "--pama.rescale",
+        metavar="MODE",
+        help="unit: multiply the result by a constant, for each rule and number of objectives, that gives independent "
+        "whitened objectives the root mean square of one, so that learning rate, clip and KL coefficient mean the same "
+        "for all; none: the rule as it is (for pama, as in the paper) (default, auto: unit, but none with "
+        "--pama.level batch and for rules that combine rewards)",
     )
     noon = group.add_mutually_exclusive_group()
     noon.add_argument(
@@ -104,6 +114,13 @@ def add_flags(parser: argparse.ArgumentParser, rules: Mapping[str, Sequence[str]
         action="store_const",
         const=True,
         help="whiten the advantages of each objective over the batch before combining, for estimators that do not",
+    )
+    group.add_argument(
+        "--pama.inactive_below",
+        metavar="SHARE",
+        help="leave an objective out of the combination in steps in which the standard deviation of its rewards is "
+        "below SHARE of its mean over the steps so far: whitening would amplify its noise (default: 0.05; 0: only if "
+        "all its rewards are equal)",
     )
     group.add_argument(
         "--pama.option",
@@ -165,6 +182,12 @@ def add_flags(parser: argparse.ArgumentParser, rules: Mapping[str, Sequence[str]
         "whose critic has one value head per objective",
     )
     group.add_argument(
+        "--pama.allow_other_rule",
+        action="store_true",
+        help="resume from a checkpoint that was trained with another rule, or other settings of it; its memory, such "
+        "as the multipliers of constraints, starts anew",
+    )
+    group.add_argument(
         "--pama.allow_unsupported_host",
         action="store_true",
         help="run on an OpenRLHF release with which this version of the plugin was not tested",
@@ -218,7 +241,7 @@ def load_flags(arguments: Sequence[str]) -> "PamaConfig | None":
     from pama_plugin.settings.run import load_config
 
     keys = ["level", "noon", "best", "probe", "whiten", "option", "probe_gradients", "stop_at_front", "filter_by"]
-    keys += ["log_rollouts", "stop_at_kl"]
+    keys += ["log_rollouts", "stop_at_kl", "rescale", "inactive_below"]
     settings = {key: flags[f"pama.{key}"] for key in keys}
     return load_config(loss, flags["pama.objective"], file, **settings, default_level="token")
 

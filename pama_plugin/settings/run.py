@@ -15,7 +15,7 @@ functions that read and write objectives and YAML (``load_objectives``, ``dump_c
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -32,16 +32,25 @@ from pydantic import (
     model_validator,
 )
 
-from pama_plugin.aggregation import LEVELS, Aggregation, aggregate, available_rules, check_options, get_rule
+from pama_plugin.aggregation import LEVELS, RESCALES, Aggregation, aggregate, available_rules, check_options, get_rule
 from pama_plugin.errors import ConfigError
 from pama_plugin.settings.names import BEST_RULES, PROBE_MODES, STOCK
 from pama_plugin.settings.objective import Objective, describe_error, make_objective, parse_objective
 from pama_plugin.settings.yaml_text import load_yaml
 
-CHOICES: dict[str, tuple[str, ...]] = {"level": LEVELS, "best": BEST_RULES, "probe": PROBE_MODES}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "level": LEVELS,
+    "rescale": RESCALES,
+    "best": BEST_RULES,
+    "probe": PROBE_MODES,
+}
 
 # The value of --pama.filter_by that stands for the sum of rewards times weights.
 WEIGHTED_SUM = "sum"
+
+# Share of its usual spread below which an objective is inactive. Whitening then amplifies its noise twentyfold. A
+# reward of 0 or 1 is never so quiet: if one response of 64 differs, it has a quarter of its largest spread.
+INACTIVE_BELOW = 0.05
 
 # Number of objectives from which pama warns: independent objectives agree on a share of 2^(1−K), 3 % for six.
 MANY_OBJECTIVES = 6
@@ -80,8 +89,10 @@ class PamaConfig(BaseModel):
     loss: str
     objectives: tuple[Objective, ...]
     level: Literal["token", "sequence", "batch"] = "token"
+    rescale: Literal["auto", "none", "unit"] = "auto"
     noon: bool | None = None  # None becomes the default of the rule, if the rule has Noon
     whiten: bool = False
+    inactive_below: float = INACTIVE_BELOW
     options: dict[str, Any] = {}
     best: Literal["min", "weighted", "hypervolume"] | None = None
     probe: Literal["off", "warn", "strict"] = "warn"
@@ -120,6 +131,14 @@ class PamaConfig(BaseModel):
             raise ValueError(f"--pama.log_rollouts must be a number of responses per step, or all, found {count!r}")
         return count if count == "all" else int(count)
 
+    @field_validator("inactive_below", mode="before")
+    @classmethod
+    def _is_a_share(cls, share: Any) -> Any:
+        with suppress(TypeError, ValueError):
+            if not isinstance(share, bool) and 0 <= float(share) < 1:
+                return share
+        raise ValueError(f"--pama.inactive_below must be a share, 0 or more and below 1, found {share!r}")
+
     @field_validator("stop_at_kl", mode="before")
     @classmethod
     def _is_a_distance(cls, nats: Any) -> Any:
@@ -146,6 +165,8 @@ class PamaConfig(BaseModel):
         if not isinstance(settings, dict) or settings.get("loss") not in available_rules():
             return settings
         rule, noon = get_rule(settings["loss"]), settings.get("noon")
+        if "rescale" in settings.get("options", {}) and "rescale" not in rule.parameters:
+            raise ValueError("--pama.option rescale=false is now --pama.rescale none, and rescale=true is unit")
         try:
             options = check_options(settings["loss"], settings.get("options", {}))
         except ValueError as error:
@@ -173,6 +194,11 @@ class PamaConfig(BaseModel):
             raise ValueError(
                 f"role=constraint needs a rule with constraints, such as lagrangian, found {constraints} with --loss "
                 f"{self.loss}"
+            )
+        if self.level == "token" and "groups_B" in rule.parameters:
+            raise ValueError(
+                f"--pama.level must be sequence with --loss {self.loss}, which compares the responses to a prompt, "
+                "found token"
             )
         if self.noon is not None and "noon" not in rule.parameters:
             flag = "noon" if self.noon else "no_noon"
@@ -221,6 +247,10 @@ class PamaConfig(BaseModel):
         """The weights of the trained objectives for the next step, after ``steps_done`` steps."""
         return tuple(objective.weight.at(steps_done) for objective in self.trained)
 
+    def rule_settings(self) -> dict[str, Any]:
+        """What the combined advantages depend on besides the objectives."""
+        return self.model_dump(include={"loss", "level", "rescale", "noon", "whiten", "inactive_below", "options"})
+
     def combine(
         self,
         values_KBA: torch.Tensor,
@@ -228,18 +258,22 @@ class PamaConfig(BaseModel):
         *,
         steps_done: int,
         groups_B: torch.Tensor,
-        violations: list[float | None],
-        multipliers: list[float | None],
+        rewards_KB: torch.Tensor,
+        violations: Sequence[float | None],
+        memory: Sequence[Mapping[str, float]],
+        log_ratio_BA: torch.Tensor | None = None,
         active: list[bool] | None = None,
         present_KB: torch.Tensor | None = None,
     ) -> Aggregation:
         """Call the rule with the settings of the run and the context that it uses, in training and at start."""
-        duals = {"violations_K": violations, "multipliers_K": multipliers}
+        context: dict[str, Any] = {"rewards_KB": rewards_KB, "violations_K": violations, "memory_K": memory}
+        context["log_ratio_BA"] = log_ratio_BA
         return aggregate(
             self.loss,
             values_KBA,
             mask_BA,
             level=self.level,
+            rescale=self.rescale,
             noon=self.noon,
             weights=self.weights_at(steps_done),
             whiten=self.whiten,
@@ -247,7 +281,7 @@ class PamaConfig(BaseModel):
             present_KB=present_KB,
             groups_B=groups_B,
             **self.options,
-            **{key: values for key, values in duals.items() if key in get_rule(self.loss).parameters},
+            **{key: values for key, values in context.items() if key in get_rule(self.loss).parameters},
         )
 
     def scored_in(self, *places: str) -> tuple[Objective, ...]:
@@ -270,10 +304,17 @@ def load_config(
     filter_by: str | None = None,
     log_rollouts: int | str | None = None,
     stop_at_kl: float | str | None = None,
+    rescale: str | None = None,
+    inactive_below: float | str | None = None,
     *,
     default_level: str,
 ) -> PamaConfig:
     """Merge flags and file. A flag replaces the setting of the file, an objective the one of the same name.
+
+    ``rescale`` is resolved: ``auto`` becomes ``unit`` or ``none``, so that what is saved does not depend on defaults.
+
+    ``default_level`` is that of ``pama``. Rules that compare the responses to a prompt have one level, ``sequence``;
+    the default of all others is ``token``.
 
     Raises:
         ConfigError: a setting is invalid. The message names the flag or file, the requirement and the value.
@@ -291,6 +332,8 @@ def load_config(
         "filter_by": filter_by,
         "log_rollouts": log_rollouts,
         "stop_at_kl": stop_at_kl,
+        "rescale": rescale,
+        "inactive_below": inactive_below,
     }
     listed = {key: value for key, value in content.items() if value is not None or key == "probe"}
     settings = listed | {key: value for key, value in flags.items() if value is not None}
@@ -299,13 +342,18 @@ def load_config(
     if not settings.get("probe", True):  # YAML reads off as false, and an empty value as None
         settings["probe"] = "off"
     if (name := settings.setdefault("loss", "")) in available_rules():
-        for key in ("level", "noon"):  # checked here, because PamaConfig always has a level
-            if settings.get(key) is not None and key not in get_rule(name).parameters:
-                flag = "no_noon" if settings[key] is False else key
-                raise ConfigError(f"--pama.{flag} has no effect with --loss {name}: remove it")
+        rule = get_rule(name)
+        if settings.get("level") is not None and rule.combines == "rewards":  # PamaConfig always has a level
+            raise ConfigError(f"--pama.level has no effect with --loss {name}, which combines rewards: remove it")
+        if "groups_B" in rule.parameters:
+            default_level = "sequence"
+        elif "level" not in rule.parameters:
+            default_level = "token"
     settings.setdefault("level", default_level)
     try:
-        return PamaConfig.model_validate(settings)
+        config = PamaConfig.model_validate(settings)
+        scaled = "scale" in _combine(config, torch.zeros(len(config.trained), 2, 1)).metrics
+        return config.model_copy(update={"rescale": "unit" if scaled else "none"})
     except ValidationError as error:
         raise ConfigError(describe_error(error)) from error
 
@@ -325,7 +373,7 @@ def _check_stop_at_front(config: PamaConfig, stop: StopAtFront) -> None:
         raise ValueError("--pama.stop_at_front needs at least 2 trained objectives, found 1")
     disagreeing_KB1 = torch.tensor([[2.0, -1.0, 1.0, -1e-3]] + [[-1.0, 3.0, -1e-3, 1.0]] * (count - 1)).unsqueeze(-1)
     if _combine(config, disagreeing_KB1).metrics["active_fraction"] > 0:
-        how = f" --pama.level {config.level}" if "level" in get_rule(config.loss).parameters else ""
+        how = f" --pama.level {config.level}" if get_rule(config.loss).combines == "advantages" else ""
         raise ValueError(
             "--pama.stop_at_front needs a rule that gives no advantage where objectives disagree, such as pama at "
             f"token or sequence level without soft, found --loss {config.loss}{how}"
@@ -365,7 +413,9 @@ def _combine(config: PamaConfig, values_KB1: torch.Tensor) -> Aggregation:
         steps_done=0,
         groups_B=torch.zeros(values_KB1.shape[1], dtype=torch.long),
         violations=[0.0 if objective.role == "constraint" else None for objective in config.trained],
-        multipliers=[None] * len(config.trained),
+        rewards_KB=values_KB1.squeeze(-1),
+        log_ratio_BA=torch.zeros(values_KB1.shape[1:]),
+        memory=[{}] * len(config.trained),
     )
 
 
@@ -376,8 +426,8 @@ def load_objectives(objectives: Iterable[str], file: str | None) -> tuple[Object
 
 def as_settings(config: PamaConfig) -> dict[str, Any]:
     """The configuration as plain values."""
-    # The loader refuses a level or noon that the rule does not have.
-    without_effect = {"level", "noon"} - set(get_rule(config.loss).parameters)
+    rule = get_rule(config.loss)  # the loader refuses what has no effect
+    without_effect = {"noon"} - set(rule.parameters) | ({"level"} if rule.combines == "rewards" else set())
     settings = config.model_dump(exclude={"objectives", *without_effect}, exclude_none=True)
     settings["objectives"] = {objective.name: objective.dump() for objective in config.objectives}
     return settings

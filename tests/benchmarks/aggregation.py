@@ -73,9 +73,9 @@ def calls_of_every_rule(objectives: int, device: str) -> dict[str, Callable[[], 
         variants: list[dict[str, Any]] = [{}]
         if rule == "pama":
             variants = [dict(level=level) for level in ("token", "sequence", "batch")]
-            variants += [dict(soft=4.0), dict(rescale=False), dict(noon=True, rescale=False)]
+            variants += [dict(soft=4.0), dict(rescale="none"), dict(noon=True, rescale="none")]
         elif get_rule(rule).constrained:
-            variants = [dict(violations_K=[*constraint, 0.1], multipliers_K=[*constraint, 1.0])]
+            variants = [dict(violations_K=[*constraint, 0.1])]
         advantages_KBA, mask_BA = narrow if get_rule(rule).combines == "rewards" else whole
         for options in variants:
             words = [f"{key}={value}" for key, value in options.items() if not key.endswith("_K")]

@@ -80,7 +80,7 @@ def main() -> None:
             MGDAWeighting()(gram_KK)
 
         def pama(advantages_KBA: torch.Tensor = advantages_KBA) -> None:
-            aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale=False)  # as in the paper
+            aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale="none")  # as in the paper
 
         times: dict[str, list[float]] = {"pama": [], "exact": []}
         for round in range(options.rounds + 1):

@@ -58,11 +58,13 @@ def save(tmp_path):
     return write
 
 
-def resume(tmp_path, config, estimator="gae", allow=False, load=True, universal=False, start=True):
+def resume(tmp_path, config, estimator="gae", allow=False, load=True, universal=False, start=True, other_rule=False):
     flags = {"ckpt.load_enable": load, "ckpt.path": str(tmp_path), "algo.advantage.estimator": estimator}
     flags["ds.use_universal_ckpt"] = universal
     flags.setdefault("train.agent_func_path", None)
-    config, found = prepare_resume(argparse.Namespace(**flags), config, allow_other_objectives=allow)
+    config, found = prepare_resume(
+        argparse.Namespace(**flags), config, allow_other_objectives=allow, allow_other_rule=other_rule
+    )
     if start and found is not None:
         found.point()
     return config
@@ -125,6 +127,47 @@ def test_other_objectives_are_refused_unless_asked_for(configure, save, tmp_path
         resume(tmp_path, three, allow=True)
     with pytest.raises(ConfigError, match="--ckpt.load_enable: .*value heads.*, helpful, length, found helpful$"):
         resume(tmp_path, configure(TWO[0]), allow=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(loss="linear"), "found loss linear instead of pama"),
+        (dict(level="sequence"), "found level sequence instead of token"),
+        (dict(rescale="none"), "found rescale none instead of unit"),
+        (dict(options={"soft": 4.0}), r"found options \{'soft': 4.0\} instead of \{\}"),
+        (dict(inactive_below=0.5), "found inactive_below 0.5 instead of 0.05"),
+    ],
+)
+def test_another_rule_is_refused_unless_asked_for(changed, message, configure, save, tmp_path, capsys) -> None:
+    old = configure(*TWO)
+    save(3, state_of(old))
+    other = old.model_copy(update=changed)
+    with pytest.raises(ConfigError, match=f"the rule must be that of .*{message}; --pama.allow_other_rule resumes"):
+        resume(tmp_path, other)
+    assert resume(tmp_path, other, other_rule=True).names == ("helpful", "length")
+    assert re.search(
+        f"resuming with another rule than that of .*{message.removeprefix('found ')}", capsys.readouterr().out
+    )
+
+
+def test_another_rule_does_not_inherit_the_memory_of_the_old_one(configure) -> None:
+    saved = RunState.start(configure(*TWO))
+    saved.objectives["length"].memory = {"multiplier": 3.0}
+    saved.objectives["length"].rewards.update(torch.tensor([2.0]))
+    for changed, memory in (({}, {"multiplier": 3.0}), ({"level": "sequence"}, {})):
+        state = RunState.start(configure(*TWO).model_copy(update=changed))
+        state.resume(RunState.model_validate_json(saved.model_dump_json()))
+        assert state.objectives["length"].memory == memory and state.objectives["length"].rewards.mean == 2.0
+
+
+def test_an_older_checkpoint_does_not_say_its_rule(configure, save, tmp_path, capsys) -> None:
+    config = configure(*TWO)
+    content = json.loads(state_of(config))
+    del content["rule"]
+    save(3, json.dumps(content))
+    resume(tmp_path, config)
+    assert "does not say with which rule it was trained; going on with --loss pama" in capsys.readouterr().out
 
 
 def test_a_stock_checkpoint_resumes_with_a_critic_of_one_head(configure, save, tmp_path, capsys) -> None:
@@ -216,7 +259,7 @@ def test_a_first_save_that_was_cut_off_starts_from_the_beginning(saved, configur
     before = files(tmp_path)
     args = argparse.Namespace(**{"ckpt.load_enable": True, "ckpt.path": str(tmp_path), "ds.use_universal_ckpt": False})
     vars(args)["algo.advantage.estimator"] = "gae"
-    assert prepare_resume(args, config, allow_other_objectives=False) == (config, None)
+    assert prepare_resume(args, config, allow_other_objectives=False, allow_other_rule=False) == (config, None)
     assert not getattr(args, "ckpt.load_enable") and files(tmp_path) == before
     assert f"no save in {tmp_path} was completed; the run starts from the beginning" in capsys.readouterr().out
 

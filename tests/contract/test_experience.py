@@ -1,6 +1,7 @@
 """K objectives through the whole experience maker: what reaches the actor, what is logged, and what stops the run."""
 
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,7 +89,8 @@ def test_a_rule_of_rewards_gets_what_it_asks_for(groups, monkeypatch) -> None:
         return Combination(rewards_KB1.sum(0), weights_K / weights_K.sum())
 
     build(groups, loss="grouped").make_experience_batch(make_rollout(8, names=COLUMNS))
-    assert seen == [[0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]
+    *at_start, in_training = seen
+    assert in_training == [0, 0, 0, 0, 1, 1, 1, 1] and all(groups_B == [0, 0] for groups_B in at_start)
 
 
 PAIRS = ("helpful/harmless", "helpful/length", "harmless/length")
@@ -102,7 +104,15 @@ def test_the_metric_keys_are_frozen(groups) -> None:
     per_objective = {
         f"{stem}/{n}"
         for n in ("helpful", "harmless", "length")
-        for stem in ("reward", "pama/coefficient", "pama/failures", "pama/gain", "pama/inactive", "pama/spread")
+        for stem in (
+            "reward",
+            "pama/coefficient",
+            "pama/failures",
+            "pama/gain",
+            "pama/inactive",
+            "pama/spread",
+            "pama/at_best",
+        )
     }
     of_models = {f"seconds/{name}" for name in MODELS}  # the rollout sends those of the others
     assert ours == per_objective | of_models | {
@@ -227,6 +237,78 @@ def columns(values_BA: torch.Tensor, name: str) -> torch.Tensor:
     return values_BA * (3.0 if name == "harmless" else 1.0)
 
 
+def give_value_heads(maker: Any, critic: Any, names: Sequence[str]) -> None:
+    """Let the maker see (b, A, K) values, as of a critic with one head for each of the K objectives."""
+    maker.critic_model_group = critic
+    dispatch, critic_refs = maker._flatten_results, None
+
+    def with_columns(refs, copies):
+        results = dispatch(refs, copies)
+        if refs is critic_refs:
+            results = [torch.stack([columns(own, name) for name in names], -1).squeeze(-1) for own in results]
+        return results
+
+    def dispatch_forward(group, *args, **kwargs):
+        nonlocal critic_refs
+        refs = type(maker)._dispatch_forward(maker, group, *args, **kwargs)
+        critic_refs = refs if group is critic else critic_refs
+        return refs
+
+    maker._flatten_results, maker._dispatch_forward = with_columns, dispatch_forward
+
+
+@pytest.mark.parametrize("reference_clip", [None, 0.2])
+def test_the_recipe_of_the_papers_code_base(reference_clip, groups) -> None:
+    """KL in every reward, GAE, advantages whitened over the batch before Noon, the smallest of them: by loops."""
+    gamma, lambd, coefficient = 1.0, 0.95, 0.2
+    flags = ("--algo.advantage.estimator", "gae", "--algo.advantage.gamma", "1", "--algo.advantage.lambd", "0.95")
+    flags += ("--algo.kl.init_coef", "0.2", "--algo.kl.target", "3", "--algo.kl.estimator", "k1")
+    flags += ("--rollout.n_samples_per_prompt", "1", "--rollout.micro_batch_size", "8")
+    maker = build(groups, *flags, objectives=("helpful=rm:org/a", "harmless=rm:org/b"), models=MODELS)
+    options = {} if reference_clip is None else {"reference_clip": reference_clip}
+    settings = {"level": "token", "noon": True, "rescale": "none", "options": options}
+    maker.config = maker.config.model_copy(update=settings)
+    give_value_heads(maker, groups["critic"], MODELS)
+    assert maker.kl_ctl.value == coefficient
+    (found,) = maker.make_experience_batch(make_rollout(8))
+
+    heads = found.values.unflatten(1, (found.action_mask.shape[1], 2))
+    whitened = []
+    for head, name in enumerate(MODELS):
+        raw = {}
+        for row, mask in enumerate(found.action_mask.tolist()):
+            tokens = [token for token, ours in enumerate(mask) if ours]
+            kl = (found.action_log_probs - base_log_probs(groups, found))[row]
+            advantage, following = 0.0, 0.0
+            for token in reversed(tokens):
+                reward = -coefficient * float(kl[token])
+                if token == tokens[-1]:
+                    reward += min(max(float(found.info[f"reward/{name}"][row]), -10.0), 10.0)
+                value = float(heads[row, token, head])
+                advantage = reward + gamma * following - value + gamma * lambd * advantage
+                raw[row, token], following = advantage, value
+        mean = sum(raw.values()) / len(raw)
+        std = math.sqrt(sum((each - mean) ** 2 for each in raw.values()) / len(raw))
+        whitened.append({place: (each - mean) / std for place, each in raw.items()})
+    ratios = (found.action_log_probs - base_log_probs(groups, found)).exp()
+    muted = 0
+    for row, token in whitened[0]:
+        expected = min(max(own[row, token], 0.0) for own in whitened)
+        if reference_clip is not None and float(ratios[row, token]) > 1 + reference_clip:
+            muted += expected > 0
+            expected = 0.0
+        assert float(found.advantages[row, token]) == pytest.approx(expected, abs=1e-4), (row, token)
+    assert (muted > 0) == (reference_clip is not None)
+
+
+def base_log_probs(groups: dict[str, Any], experience: Any) -> torch.Tensor:
+    """What the reference gives for the tokens of the experience."""
+    import ray
+
+    columns = (experience.sequences, experience.action_mask, experience.attention_mask)
+    return ray.get(groups["reference"]._actor_handlers[0].forward.remote(*columns))
+
+
 def test_with_value_heads_each_objective_is_the_stock_run_with_its_own_values(groups) -> None:
     """values (B, A, 2) in, advantages (B, A) and returns (B, A·2) out; each column what the objective alone gets."""
     flags = ("--algo.advantage.estimator", "gae", "--rollout.n_samples_per_prompt", "1")
@@ -234,23 +316,7 @@ def test_with_value_heads_each_objective_is_the_stock_run_with_its_own_values(gr
 
     def make(objectives, models, loss="pama"):
         maker = build(groups, *flags, objectives=objectives, models=models, loss=loss)
-        maker.critic_model_group = groups["critic"]
-        dispatch = maker._flatten_results
-
-        def with_columns(refs, copies):  # what the critic's heads would give
-            results = dispatch(refs, copies)
-            if refs is critic_refs:
-                results = [torch.stack([columns(own, name) for name in models], -1).squeeze(-1) for own in results]
-            return results
-
-        def dispatch_forward(group, *args, **kwargs):
-            nonlocal critic_refs
-            refs = type(maker)._dispatch_forward(maker, group, *args, **kwargs)
-            critic_refs = refs if group is groups["critic"] else critic_refs
-            return refs
-
-        critic_refs = None
-        maker._flatten_results, maker._dispatch_forward = with_columns, dispatch_forward
+        give_value_heads(maker, groups["critic"], models)
         return maker.make_experience_batch(make_rollout(8))
 
     both = make(OBJECTIVES[:2], MODELS)
@@ -310,7 +376,7 @@ def test_a_combined_reward_that_the_host_clips_is_pointed_out(groups) -> None:
     flags = ("--algo.advantage.estimator", "reinforce", "--rollout.micro_batch_size", "8")
     rollout = make_rollout(8, names=("a", "b"))
     for sample in rollout:
-        sample.info |= {"reward/a": torch.tensor([9.0]), "reward/b": sample.info["reward/b"] + 8}
+        sample.info |= {name: sample.info[name] + 8 for name in ("reward/a", "reward/b")}
     objectives = ("a=builtin:length", "b=builtin:length")
     maker = build(groups, *flags, objectives=objectives, loss="morlhf", models=())
     maker.make_experience_batch(rollout)
@@ -386,11 +452,12 @@ def test_a_constraint_that_is_violated_gains_weight_and_its_multiplier_is_resume
     flags = ("--rollout.micro_batch_size", "8")
     settings = dict(objectives=objectives_for("lagrangian"), loss="lagrangian", models=())
     maker = build(groups, *flags, **settings)
-    mean = torch.cat([sample.info["reward/c"] for sample in make_rollout(8, names=BUILTINS)]).mean().item()
+    rewards = torch.cat([sample.info["reward/c"] for sample in make_rollout(8, names=BUILTINS)])
     expected = 1.0
-    for _ in range(2):
+    for step in range(2):
         (found,) = maker.make_experience_batch(make_rollout(8, names=BUILTINS))
-        expected *= math.exp(0.1 * expected * (0.5 - mean))
+        so_far = torch.cat([rewards] * (step + 1))
+        expected += 0.5 * (0.5 - rewards.mean().item()) / so_far.std().item()
         assert found.info["pama/multiplier/c"].unique().item() == pytest.approx(expected, rel=1e-5)
     assert expected > 1 and "pama/multiplier/a" not in found.info
 
@@ -399,6 +466,22 @@ def test_a_constraint_that_is_violated_gains_weight_and_its_multiplier_is_resume
     (after,) = resumed.make_experience_batch(make_rollout(8, names=BUILTINS))
     (going_on,) = maker.make_experience_batch(make_rollout(8, names=BUILTINS))
     assert torch.equal(after.advantages, going_on.advantages)
+
+
+@pytest.mark.parametrize(("share", "inactive"), [("0.05", 1), ("0", 0)])
+def test_an_objective_whose_rewards_hardly_spread_any_more_leaves_the_combination(share, inactive, groups) -> None:
+    """Whitening would give it full advantages, with which it would veto the others."""
+    maker = build(groups, "--rollout.micro_batch_size", "8", objectives=BUILTIN_OBJECTIVES[:2], models=())
+    maker.config = maker.config.model_copy(update={"inactive_below": float(share)})
+    (first,) = maker.make_experience_batch(make_rollout(8, names=BUILTINS[:2]))
+    assert first.info["pama/inactive/b"].unique() == 0
+    rollout = make_rollout(8, names=BUILTINS[:2])
+    for sample in rollout:
+        sample.info["reward/b"] = 3.0 + 1e-3 * sample.info["reward/b"]
+    (quiet,) = maker.make_experience_batch(rollout)
+    assert quiet.info["pama/inactive/b"].unique() == inactive
+    alone = quiet.info["pama/active_fraction"].unique() == 1  # a single objective agrees with itself
+    assert bool(alone) == bool(inactive)
 
 
 def test_a_constraint_without_any_reward_keeps_its_multiplier(groups) -> None:

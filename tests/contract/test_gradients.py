@@ -1,7 +1,6 @@
 """The gradient probe against gradients taken token by token, with the host's own policy class."""
 
 import copy
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -27,16 +26,17 @@ def rank():
     return SimpleNamespace(actor=actor)
 
 
-def make_part(rows: int, advantages: int, seed: int):
+def make_part(rows: int, advantages: int, seed: int, block: int = 0):
     from pama_plugin.host.actors.gradients import Part
 
     generator = torch.Generator().manual_seed(seed)
-    action_mask = (torch.rand(rows, 9, generator=generator) < 0.7).long()
+    action_mask = (torch.rand(rows, 11, generator=generator) < 0.7).long()
     return Part(
+        block,
         torch.randint(2, 40, (rows, 12), generator=generator),
         torch.ones(rows, 12, dtype=torch.long),
         action_mask,
-        torch.randn(advantages, rows, 9, generator=generator),
+        torch.randn(advantages, rows, 11, generator=generator),
     )
 
 
@@ -46,37 +46,41 @@ def without_dropout(rank) -> None:
             module.p = 0.0
 
 
-def test_cosines_equal_those_of_gradients_taken_token_by_token(rank) -> None:
-    from pama_plugin.host.actors.gradients import cosines_on_rank
+def test_products_equal_those_of_gradients_taken_token_by_token(rank) -> None:
+    from pama_plugin.host.actors.gradients import products_on_rank
 
     without_dropout(rank)
-    parts = [make_part(2, 4, seed=1), make_part(1, 4, seed=2)]
-    found = cosines_on_rank(rank, parts)
+    parts = [make_part(2, 3, seed=1), make_part(1, 3, seed=2), make_part(2, 3, seed=3, block=1)]
+    found = products_on_rank(rank, parts)
 
     actor = copy.deepcopy(rank.actor)
     actor.model = actor.model.module
-    totals = [0.0] * 4
+    totals = [[0.0] * 3 for _ in range(2)]
     for part in parts:
         log_probs = actor(part.sequences, part.action_mask, attention_mask=part.attention_mask)
         for row, token in part.action_mask.nonzero().tolist():
             grads = torch.autograd.grad(log_probs[row, token], list(actor.parameters()), retain_graph=True)
             flat = torch.cat([grad.flatten() for grad in grads]).double()
-            totals = [total + flat * part.advantages_JbA[j, row, token] for j, total in enumerate(totals)]
-    expected = [torch.cosine_similarity(totals[0], own, dim=0).item() for own in totals[1:]]
-    assert found == pytest.approx(expected, abs=1e-5) and len(set(found)) == 3
+            own = totals[part.block]
+            own[:] = [total + flat * part.advantages_JbA[j, row, token] for j, total in enumerate(own)]
+    gradients = torch.stack([torch.stack(own) for own in totals])
+    expected = torch.einsum("aiw,bjw->aibj", gradients, gradients)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_same_advantages_agree_in_spite_of_dropout_and_opposite_ones_disagree(rank) -> None:
-    from pama_plugin.host.actors.gradients import cosines_on_rank
+def test_gradients_of_the_same_responses_have_the_same_dropout(rank) -> None:
+    from pama_plugin.host.actors.gradients import products_on_rank
 
     part = make_part(3, 1, seed=3)
-    rows = torch.cat([part.advantages_JbA, 2 * part.advantages_JbA, -part.advantages_JbA, 0 * part.advantages_JbA])
-    *cosines, nothing = cosines_on_rank(rank, [part._replace(advantages_JbA=rows)])
-    assert cosines == pytest.approx([1, -1], abs=1e-6) and math.isnan(nothing)
+    rows = torch.cat([part.advantages_JbA, 2 * part.advantages_JbA, 0 * part.advantages_JbA])
+    products = products_on_rank(rank, [part._replace(advantages_JbA=rows)])[0, :, 0]
+    square = float(products[0, 0])
+    expected = torch.tensor([[1.0, 2.0, 0.0], [2.0, 4.0, 0.0], [0.0, 0.0, 0.0]]) * square
+    torch.testing.assert_close(products, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_policy_is_left_as_it_was(rank) -> None:
-    from pama_plugin.host.actors.gradients import cosines_on_rank
+    from pama_plugin.host.actors.gradients import products_on_rank
 
     engine, state = rank.actor.model, copy.deepcopy(rank.actor.state_dict())
     for mask in (None, 1):  # no failure leaves it half changed either
@@ -84,9 +88,9 @@ def test_the_policy_is_left_as_it_was(rank) -> None:
         before = torch.random.get_rng_state()
         if mask is None:
             with pytest.raises((RuntimeError, IndexError)):
-                cosines_on_rank(rank, [part._replace(advantages_JbA=part.advantages_JbA[..., :2])])
+                products_on_rank(rank, [part._replace(advantages_JbA=part.advantages_JbA[..., :2])])
         else:
-            cosines_on_rank(rank, [part])
+            products_on_rank(rank, [part])
         assert rank.actor.model is engine
         assert torch.equal(before, torch.random.get_rng_state())
         assert all(parameter.grad is None for parameter in rank.actor.parameters())
@@ -95,67 +99,74 @@ def test_the_policy_is_left_as_it_was(rank) -> None:
 
 def test_a_policy_that_reads_images_is_refused(rank) -> None:
     from pama_plugin.errors import PamaError
-    from pama_plugin.host.actors.gradients import cosines_on_rank
+    from pama_plugin.host.actors.gradients import products_on_rank
 
     rank.actor.is_vlm = True
     with pytest.raises(PamaError, match="images"):
-        cosines_on_rank(rank, [make_part(1, 2, seed=5)])
+        products_on_rank(rank, [make_part(1, 2, seed=5)])
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [([4] * 8, [0, 2, 4, 6]), ([3, 2], [0, 1]), ([32, 32, 5], [0]), ([1, 16], [0, 1]), ([4] * 7, [0, 1, 3, 5])],
+    ("prompts", "responses", "size", "expected"),
+    [
+        (8, 4, 4, [[0], [2], [4], [6]]),  # four blocks of one prompt have 16 responses
+        (32, 4, 16, [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19], [24, 25, 26, 27]]),  # as many as fit
+        (8, 1, 16, [[0, 1], [2, 3], [4, 5], [6, 7]]),  # four blocks, however small the rollout
+        (8, 8, 2, [[0], [2], [4], [6]]),  # a prompt is not divided
+        (32, 2, 2, [[0], [4], [8], [12], [16], [20], [24], [28]]),  # at least 16 responses
+        (3, 4, 4, [[0], [1], [2]]),
+    ],
 )
-def test_micro_batches_are_spread_over_the_rollout(sizes, expected, groups) -> None:
-    """Which ones, and that each comes with its own advantages, cut to what the policy trains on at once."""
+def test_blocks_have_whole_prompts_from_all_over_the_rollout(prompts, responses, size, expected) -> None:
+    from pama_plugin.host.actors.gradients import choose_blocks
+
+    rows_GN = torch.randperm(prompts * responses).reshape(prompts, responses)
+    found = [sorted(rows.tolist()) for rows in choose_blocks(rows_GN, size)]
+    assert found == [sorted(rows_GN[block].flatten().tolist()) for block in expected]
+
+
+@pytest.mark.parametrize("mean_per_response", [False, True])
+def test_each_response_comes_with_its_own_advantages(mean_per_response, groups) -> None:
+    """In forward passes of at most two responses, with the weight that it has in the loss."""
     import ray
     from openrlhf.trainer.ppo_utils.experience import Experience
 
-    from pama_plugin.host.actors.gradients import gradient_cosines
+    from pama_plugin.host.actors.gradients import gradient_products
 
+    lengths = [3, 5, 3, 4]
     experiences = [
         Experience(
-            sequences=torch.full((size, 5), index),
-            attention_mask=torch.ones(size, 5, dtype=torch.long),
-            action_mask=torch.ones(size, 3 + index % 2, dtype=torch.long),
+            sequences=torch.full((2, length + 1), index + 1),
+            attention_mask=torch.ones(2, length + 1, dtype=torch.long),
+            action_mask=torch.ones(2, length, dtype=torch.long),
         )
-        for index, size in enumerate(sizes)
+        for index, length in enumerate(lengths)
     ]
-    owner_B = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     seen = []
 
     def call(_, parts):
         seen.extend(parts)
-        return ray.put([0.5, math.nan])
+        return ray.put(torch.zeros(2, 2, 2, 2))
 
     group = SimpleNamespace(_actor_handlers=[SimpleNamespace(__ray_call__=SimpleNamespace(remote=call))] * 2)
-    advantages = owner_B.float()[None, :, None].expand(2, -1, 4)
-    cosines = gradient_cosines(
-        group, experiences, advantages, advantages[0], 2, mean_per_response=False, all_ranks=False
+    advantages_1BA = torch.arange(1.0, 5).repeat_interleave(2)[None, :, None].expand(1, -1, 5)
+    rows_GN = torch.tensor([[0, 2, 4, 6], [1, 3, 5, 7]])  # one response of each micro-batch to each prompt
+    gradient_products(
+        group,
+        experiences,
+        advantages_1BA,
+        10 * advantages_1BA[0],
+        rows_GN,
+        2,
+        mean_per_response=mean_per_response,
+        all_ranks=False,
     )
-    assert cosines[0] == 0.5 and math.isnan(cosines[1])
-    assert sorted({int(part.sequences[0, 0]) for part in seen}) == expected
-    assert sum(len(part.sequences) for part in seen) == sum(sizes[index] for index in expected)
+    assert [part.block for part in seen] == [0, 0, 1, 1] and all(len(part.sequences) == 2 for part in seen)
     for part in seen:
-        assert len(part.sequences) <= 2 and part.advantages_JbA.shape == (3, *part.action_mask.shape)
-        assert (part.advantages_JbA == part.sequences[0, 0]).all()
-
-
-def test_a_loss_that_is_a_mean_of_means_counts_every_response_once(groups) -> None:
-    import ray
-    from openrlhf.trainer.ppo_utils.experience import Experience
-
-    from pama_plugin.host.actors.gradients import gradient_cosines
-
-    action_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    columns = {"sequences": torch.ones(2, 5), "attention_mask": torch.ones(2, 5), "action_mask": action_mask}
-    seen = []
-
-    def call(_, parts):
-        seen.extend(parts)
-        return ray.put([1.0])
-
-    group = SimpleNamespace(_actor_handlers=[SimpleNamespace(__ray_call__=SimpleNamespace(remote=call))])
-    ones = torch.ones(1, 2, 4)
-    gradient_cosines(group, [Experience(**columns)], ones, ones[0], 2, mean_per_response=True, all_ranks=False)
-    assert seen[0].advantages_JbA[0].tolist() == [[0.25] * 4, [0.5] * 4]
+        for sequence, mask, advantages_JA in zip(part.sequences, part.action_mask, part.advantages_JbA.unbind(1)):
+            index = int(sequence[0])
+            length = lengths[index - 1]
+            assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+            each = 1 / (4 * length) if mean_per_response else 1 / sum(lengths)
+            expected = torch.tensor([10.0, 1.0])[:, None] * index * each * mask
+            torch.testing.assert_close(advantages_JA, expected)

@@ -35,7 +35,7 @@ OTHER_COMMANDS = [words for words in COMMANDS if words[0] == "pama" and words[1]
 
 def test_the_readme_has_what_is_tested_below() -> None:
     assert {"score", "rollouts", "report"} <= {command[1] for command in OTHER_COMMANDS}
-    assert len(HOST_RUNS) == 4 and {"examples/quickstart.sh", "tests/run.sh"} <= {command[0] for command in COMMANDS}
+    assert len(HOST_RUNS) == 5 and {"examples/quickstart.sh", "tests/run.sh"} <= {command[0] for command in COMMANDS}
 
 
 def test_the_first_page_is_short() -> None:
@@ -75,7 +75,8 @@ def test_host_commands_parse_and_install(command, tmp_path, monkeypatch) -> None
     if "--algo.advantage.estimator" not in flags:
         flags += ["--algo.advantage.estimator", "reinforce"]
     # The models of the README are not there to be looked at.
-    with mock.patch.object(seam, "_swap"), mock.patch(VOCABULARIES, return_value=[]):
+    heads = mock.patch("pama_plugin.host.actors.critic.load_value_heads")
+    with mock.patch.object(seam, "_swap"), mock.patch(VOCABULARIES, return_value=[]), heads:
         args = seam.install(parse_host_flags(*flags, extend=add_flags))
     assert args.pama.loss == "pama"
 

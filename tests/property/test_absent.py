@@ -34,7 +34,7 @@ def test_an_absent_objective_does_not_affect_the_others(case, noon, level) -> No
     advantages_KBA, mask_BA, present_KB, weights = case
     K, B, A = advantages_KBA.shape
     all_on = torch.ones(K, dtype=torch.bool)
-    options = dict(level=level, noon=noon, rescale=False, weights=weights, active=all_on, present_KB=present_KB)
+    options = dict(level=level, noon=noon, rescale="none", weights=weights, active=all_on, present_KB=present_KB)
     result = aggregate("pama", advantages_KBA, mask_BA, **options)
     inactive = [result.metrics[f"inactive/{index}"] for index in range(K)]
     for b in range(B):
@@ -56,11 +56,13 @@ def test_batch_means_are_over_the_responses_that_have_a_reward() -> None:
 
 
 def test_linear_sums_the_present_objectives() -> None:
-    advantages_KBA = torch.tensor([[[2.0], [4.0]], [[3.0], [5.0]]])
-    present_KB = torch.tensor([[True, False], [True, True]])
-    result = aggregate("linear", advantages_KBA, torch.ones(2, 1), weights=[2.0, 1.0], present_KB=present_KB)
-    assert result.advantages.flatten().tolist() == [7.0, 5.0]
-    assert result.metrics["gain/0"] == 14.0  # over the one token with a reward
+    advantages_KBA = torch.tensor([[[2.0], [4.0], [-1.0]], [[3.0], [5.0], [1.0]]])
+    present_KB = torch.tensor([[True, False, True], [True, True, True]])
+    result = aggregate(
+        "linear", advantages_KBA, torch.ones(3, 1), weights=[2.0, 1.0], present_KB=present_KB, rescale="none"
+    )
+    assert result.advantages.flatten().tolist() == [7.0, 5.0, -1.0]
+    assert result.metrics["gain/0"] == 7.5  # over the two tokens with a reward
 
 
 def test_an_objective_without_any_reward_is_excluded() -> None:

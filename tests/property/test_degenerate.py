@@ -22,7 +22,9 @@ def run(rule: str, advantages_KBA: Tensor, mask_BA: Tensor = MASK, **more: Any) 
     if get_rule(rule).combines == "rewards":
         advantages_KBA, mask_BA = advantages_KBA[..., :1], mask_BA[:, :1]
     if get_rule(rule).constrained:
-        more |= dict(violations_K=[None, None, 0.5], multipliers_K=[None] * 3)
+        more |= dict(violations_K=[None, None, 0.5])
+    if "rewards_KB" in get_rule(rule).parameters:
+        more |= dict(rewards_KB=advantages_KBA.double().nan_to_num(posinf=0, neginf=0).mean(-1))
     result = aggregate(rule, advantages_KBA, mask_BA, groups_B=torch.arange(len(mask_BA)) // 2, **more)
     assert result.advantages.isfinite().all() and result.coefficients.isfinite().all()
     assert all(math.isfinite(value) for value in result.metrics.values())

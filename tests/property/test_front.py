@@ -12,6 +12,7 @@ import torch
 from toy import Combine, Optimizer, Walk, by, by_reward, independent, noise_like, on_the_front, to_unit_rms, train
 
 from pama_plugin import aggregate, available_rules
+from pama_plugin.aggregation import get_rule
 from pama_plugin.aggregation.rules.gram import WEIGHTINGS
 
 pytestmark = pytest.mark.property
@@ -73,9 +74,15 @@ ON_THE_FRONT = {
     "min_norm, Noon": (by("min_norm", noon=True), "remains", "remains"),
     "morlhf": (by_reward("morlhf"), "remains", "remains"),
     "tchebycheff": (by_reward("tchebycheff"), "remains", "remains"),
-    "gdpo": (by("gdpo"), "remains", "remains"),
+    "gdpo": (by("gdpo"), "vanishes", "remains"),
+    "gdpo, as published": (by("gdpo", whiten_sum=True), "remains", "remains"),
     "gd2po": (by("gd2po"), "vanishes", "vanishes"),
+    "gd2po, as published": (by("gd2po", whiten_sum=True), "vanishes", "vanishes"),
     "rvpo": (by("rvpo"), "remains", "remains"),
+    "dvao": (by("dvao"), "vanishes", "remains"),
+    "saw": (by("saw"), "vanishes", "remains"),
+    "ctwa": (by("ctwa"), "vanishes", "remains"),
+    "pareto_rank": (by("pareto_rank"), "remains", "remains"),
     "gram:upgrad": (by("gram:upgrad"), "vanishes", "vanishes"),
     "gram:cagrad": (by("gram:cagrad"), "vanishes", "remains"),
     "gram:pcgrad": (by("gram:pcgrad"), "vanishes", "remains"),
@@ -102,17 +109,18 @@ def test_combined_advantages_on_the_front(objectives, rule) -> None:
     assert behaviour == expected[objectives - 2], (rms, rms_with_little_noise)
 
 
-WHITENED = {"gdpo", "gd2po", "rvpo"}  # as published they whiten their result
+WHITENED = {"gdpo", "gd2po", "rvpo", "saw", "dvao"}  # they whiten within the group
 
 
 @pytest.mark.parametrize(
-    "rule", ["pama", "linear", "min_norm", *(f"gram:{name}" for name in WEIGHTINGS), *sorted(WHITENED)]
+    "rule", ["pama", "linear", "ctwa", "min_norm", *(f"gram:{name}" for name in WEIGHTINGS), *sorted(WHITENED)]
 )
 def test_a_group_that_barely_agrees(rule) -> None:
     """In one of sixteen groups the two objectives agree, at a few thousandths; in the others they are opposed."""
     rows_GN = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
     opposed_2B = torch.tensor([[1.0], [-1.0]]) * (rows_GN - rows_GN.mean(-1, keepdim=True)).flatten()
     opposed_2B[:, 8:12] = torch.tensor([1e-3, 2e-3, 3e-3, 4e-3])
-    result = aggregate(rule, opposed_2B.unsqueeze(-1), torch.ones(64, 1), groups_B=torch.arange(64) // 4)
+    named = {"rewards_KB": opposed_2B + 3} if "rewards_KB" in get_rule(rule).parameters else {}
+    result = aggregate(rule, opposed_2B.unsqueeze(-1), torch.ones(64, 1), groups_B=torch.arange(64) // 4, **named)
     largest = float(result.advantages[8:12].abs().max())
     assert (largest > 1) if rule in WHITENED else (largest < 5 * 4e-3)

@@ -36,7 +36,7 @@ def test_gradient_equals_that_of_the_hosts_policy_loss(case, spread) -> None:
     old = -torch.rand(mask_BA.shape, generator=generator) - 0.5
     drift = spread * torch.randn(mask_BA.shape, generator=generator)  # tokens on both sides of the clip, and at u = 1
     gradients = []
-    result = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale=False)
+    result = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale="none")
     live_KBA = advantages_KBA[[not result.metrics[f"inactive/{k}"] for k in range(len(advantages_KBA))]]
     for loss in (
         lambda log_probs: paper_loss(log_probs, old, live_KBA, mask_BA),
@@ -55,7 +55,7 @@ def test_the_clip_is_exercised() -> None:
     mask_BA = torch.ones(1, 3, dtype=torch.bool)
     advantages_KBA = torch.tensor([[[1.0, 0.8, 1.0]], [[2.0, 2.0, 0.5]]])
     log_probs = torch.log(torch.tensor([[1.5, 0.5, 1.0]])).requires_grad_()
-    result = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale=False)
+    result = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale="none")
     loss = PolicyLoss(CLIP, CLIP)(log_probs, torch.zeros(1, 3), result.advantages, action_mask=mask_BA)[0]
     loss.backward()
     # d/dlogp of -u·s*/3: no gradient above the clip (u = 1.5); a gradient below it (u = .5), because A > 0

@@ -25,7 +25,7 @@ def search(values_K: list[float], steps: int = 40) -> float:
 @given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=3))
 def test_token_value_is_the_minimum_over_the_simplex(values_K: list[float]) -> None:
     column = torch.tensor(values_K).reshape(-1, 1, 1)
-    value = aggregate("pama", column, ONE_TOKEN, rescale=False).advantages.item()
+    value = aggregate("pama", column, ONE_TOKEN, rescale="none").advantages.item()
     spread = max(values_K) - min(values_K)
     assert abs(value) <= abs(search(values_K)) + 1e-6  # the closed form is at least as good as any grid point
     assert abs(abs(search(values_K)) - abs(value)) <= spread / 40 + 1e-6  # the resolution of the grid
@@ -36,7 +36,7 @@ def test_every_objective_gains_in_proportion_to_its_weight_at_least(case, weight
     """``s*·A_i ≥ w_i·s*²`` for every i, token by token: the variational inequality of the projection."""
     advantages_KBA, mask_BA = case
     weights_K = torch.linspace(0.5, 2, len(advantages_KBA)) if weighted else torch.ones(len(advantages_KBA))
-    result = aggregate("pama", advantages_KBA, mask_BA, noon=noon, rescale=False, weights=weights_K)
+    result = aggregate("pama", advantages_KBA, mask_BA, noon=noon, rescale="none", weights=weights_K)
     kept = [index for index in range(len(advantages_KBA)) if not result.metrics[f"inactive/{index}"]]
     for index in kept:
         bound = weights_K[index] / weights_K[kept].mean() * result.advantages**2
@@ -47,7 +47,7 @@ def test_every_objective_gains_in_proportion_to_its_weight_at_least(case, weight
 @given(advantages(min_objectives=2))
 def test_noon_is_the_minimum_of_the_positive_parts(case) -> None:
     advantages_KBA, mask_BA = case
-    result = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale=False)
+    result = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale="none")
     kept_K = [not result.metrics[f"inactive/{index}"] for index in range(len(advantages_KBA))]
     expected = advantages_KBA[kept_K].clamp(min=0).amin(0)
     assert torch.equal(result.advantages, torch.where(mask_BA, expected, 0))
@@ -56,7 +56,7 @@ def test_noon_is_the_minimum_of_the_positive_parts(case) -> None:
 @given(advantages())
 def test_sequence_level_is_token_level_of_the_means(case) -> None:
     advantages_KBA, mask_BA = case
-    result = aggregate("pama", advantages_KBA, mask_BA, level="sequence", rescale=False)
+    result = aggregate("pama", advantages_KBA, mask_BA, level="sequence", rescale="none")
     for row in range(len(mask_BA)):
         valid = mask_BA[row]
         if not valid.any():
@@ -72,7 +72,7 @@ def test_sequence_level_is_token_level_of_the_means(case) -> None:
 @given(advantages())
 def test_the_batch_level_alone_is_the_papers_by_default(case) -> None:
     for level, paper in (("token", False), ("sequence", False), ("batch", True)):
-        explicit = aggregate("pama", *case, level=level, noon=paper, rescale=not paper)
+        explicit = aggregate("pama", *case, level=level, noon=paper, rescale="none" if paper else "unit")
         assert torch.equal(aggregate("pama", *case, level=level).advantages, explicit.advantages)
 
 

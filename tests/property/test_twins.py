@@ -117,16 +117,26 @@ def whitened(values: list[float]) -> list[float]:
     return [(value - mean) / spread if spread > 1e-6 * largest else 0.0 for value in values]
 
 
-def check_twin(rule: str, case: Case, combine, counts) -> None:
-    """The rule equals ``combine([(w, Z), …])`` per token, whitened over responses where ``counts``, 0 elsewhere."""
+def centred(values: list[float]) -> list[float]:
+    return [value - statistics.fmean(values) for value in values]
+
+
+def unchanged(values: list[float]) -> list[float]:
+    return values
+
+
+def check_twin(rule: str, case: Case, combine, counts, then, **options) -> None:
+    """The rule equals ``combine([(w, Z), …])`` per token, ``then`` over responses where ``counts``, 0 elsewhere."""
     result = aggregate(
         rule,
         case.advantages_KBA,
         case.mask_BA,
+        rescale="none",
         weights=case.weights_K,
         present_KB=case.present_KB,
         groups_B=case.groups_B,
         active=[True] * len(case.weights_K),
+        **options,
     )
     kept = [k for k in range(len(case.weights_K)) if not result.metrics[f"inactive/{k}"]]
     z = scores(case)
@@ -140,7 +150,7 @@ def check_twin(rule: str, case: Case, combine, counts) -> None:
         raw = [
             combine([(case.weights_K[k].item(), z[k][b][t]) for k in kept if case.present_KB[k, b]]) for b, t in tokens
         ]
-        for (b, t), value in zip(tokens, whitened(raw)):
+        for (b, t), value in zip(tokens, then(raw)):
             expected[b, t] = value
     torch.testing.assert_close(result.advantages, expected, atol=1e-4, rtol=1e-3)
 
@@ -149,22 +159,23 @@ def everyone(*_) -> bool:
     return True
 
 
-@given(cases())
-def test_gdpo(case: Case) -> None:
-    check_twin("gdpo", case, lambda scored: sum(w * z for w, z in scored), everyone)
+@given(cases(), st.booleans())
+def test_gdpo(case: Case, as_published: bool) -> None:
+    then = whitened if as_published else unchanged
+    check_twin("gdpo", case, lambda scored: sum(w * z for w, z in scored), everyone, then, whiten_sum=as_published)
 
 
-@given(cases())
-def test_rvpo(case: Case) -> None:
+@given(cases(), st.booleans())
+def test_rvpo(case: Case, whiten_sum: bool) -> None:
     def soft_minimum(scored):
         total = sum(w for w, _ in scored)
         return -math.log(sum(w / total * math.exp(-z) for w, z in scored))
 
-    check_twin("rvpo", case, soft_minimum, everyone)
+    check_twin("rvpo", case, soft_minimum, everyone, whitened if whiten_sum else centred, whiten_sum=whiten_sum)
 
 
-@given(cases())
-def test_gd2po(case: Case) -> None:
+@given(cases(), st.booleans())
+def test_gd2po(case: Case, as_published: bool) -> None:
     present_KB = case.present_KB
 
     def agrees(b: int, kept: list[int], z) -> bool:
@@ -174,19 +185,22 @@ def test_gd2po(case: Case) -> None:
                 signs.add((z[k][b][0] > 0) - (z[k][b][0] < 0))
         return not {-1, 1} <= signs
 
-    check_twin("gd2po", case, lambda scored: sum(w * z for w, z in scored), agrees)
+    then = whitened if as_published else unchanged
+    check_twin("gd2po", case, lambda scored: sum(w * z for w, z in scored), agrees, then, whiten_sum=as_published)
 
 
 @given(cases(tokens=1, complete=True), st.sampled_from([None, 0.5]), st.sampled_from([0.0, 0.3]))
 def test_tchebycheff(case: Case, smooth, augment) -> None:
     rewards_KB1, mask_B1, present_KB, _, weights_K = case
     options = dict(ideal=[0.5] * len(weights_K), smooth=smooth, augment=augment)
-    combined_B1 = aggregate("tchebycheff", rewards_KB1, mask_B1, weights=weights_K, **options).advantages
+    result = aggregate("tchebycheff", rewards_KB1, mask_B1, weights=weights_K, **options)
+    kept = [k for k in range(len(weights_K)) if not result.metrics[f"inactive/{k}"]]
     for b in mask_B1.flatten().nonzero().flatten().tolist():
-        behind = [w * (0.5 - r) for w, r in zip(weights_K.tolist(), rewards_KB1[:, b, 0].tolist())]
+        pairs = [(weights_K[k].item(), rewards_KB1[k, b, 0].item()) for k in kept]
+        behind = [w * (0.5 - r) for w, r in pairs]
         worst = max(behind) if smooth is None else smooth * math.log(sum(math.exp(x / smooth) for x in behind))
-        total = sum(w * r for w, r in zip(weights_K.tolist(), rewards_KB1[:, b, 0].tolist()))
-        assert combined_B1[b].item() == pytest.approx(-worst + augment * total, abs=1e-4)
+        expected = -worst + augment * sum(w * r for w, r in pairs)
+        assert result.advantages[b].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_default_ideal_of_tchebycheff_is_the_best_reward_of_the_batch() -> None:
@@ -199,7 +213,7 @@ def test_soft_pama(case: Case, soft: float) -> None:
     """The value at each token is a softmax mean, between the minimum and the mean of the positive parts."""
     advantages_KBA, mask_BA, _, _, _ = case
     arguments = dict(active=[True] * len(advantages_KBA))
-    values = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale=False, soft=soft, **arguments)
+    values = aggregate("pama", advantages_KBA, mask_BA, noon=True, rescale="none", soft=soft, **arguments)
     kept = [not values.metrics[f"inactive/{k}"] for k in range(len(advantages_KBA))]
     for b, t in mask_BA.nonzero().tolist():
         a = [max(x, 0.0) for x in advantages_KBA[kept, b, t].tolist()]
@@ -213,7 +227,7 @@ def test_soft_pama(case: Case, soft: float) -> None:
 @given(cases())
 def test_leak_is_between_noon_and_signed(case: Case) -> None:
     arguments = (case.advantages_KBA, case.mask_BA)
-    same = dict(present_KB=case.present_KB, weights=case.weights_K, rescale=False)
+    same = dict(present_KB=case.present_KB, weights=case.weights_K, rescale="none")
     leaky = {leak: aggregate("pama", *arguments, noon=True, leak=leak, **same).advantages for leak in (0.0, 0.5, 1.0)}
     assert torch.equal(leaky[0.0], aggregate("pama", *arguments, noon=True, **same).advantages)
     assert torch.equal(leaky[1.0], aggregate("pama", *arguments, noon=False, **same).advantages)
@@ -230,29 +244,48 @@ def test_rescale_does_not_amplify_rounding() -> None:
 @given(cases(min_objectives=2))
 def test_lagrangian(case: Case) -> None:
     K = len(case.weights_K)
-    duals = dict(violations_K=[None] * (K - 1) + [-0.4], multipliers_K=[None] * (K - 1) + [2.0])
-    result = aggregate("lagrangian", case.advantages_KBA, case.mask_BA, weights=case.weights_K, rate=0.5, **duals)
-    multiplier = 2.0 * math.exp(0.5 * 2.0 * -0.4)
-    assert result.metrics[f"multiplier/{K - 1}"] == pytest.approx(multiplier)
-    w, A = case.weights_K[:, None, None], case.advantages_KBA
-    main = (w[:-1] * A[:-1]).sum(0) / w[:-1].sum()
+    duals = dict(violations_K=[None] * (K - 1) + [-0.4], memory_K=[{}] * (K - 1) + [{"multiplier": 2.0}])
+    same = dict(weights=case.weights_K, active=[True] * K, rescale="none")
+    result = aggregate("lagrangian", case.advantages_KBA, case.mask_BA, rate=0.5, **same, **duals)
+    multiplier = 2.0 + 0.5 * -0.4
+    assert result.memory_K == ({},) * (K - 1) + ({"multiplier": pytest.approx(multiplier)},)
+    kept_K = torch.tensor([not result.metrics[f"inactive/{k}"] for k in range(K)])
+    w, A = (case.weights_K * kept_K)[:, None, None], case.advantages_KBA
+    main = (w[:-1] * A[:-1]).sum(0) / w[:-1].sum().clamp(min=1e-30)
     expected = (main + multiplier * w[-1] * A[-1]) / (1 + multiplier)
     torch.testing.assert_close(result.advantages, expected.masked_fill(~case.mask_BA, 0), atol=1e-5, rtol=1e-4)
 
 
-def test_a_multiplier_moves_at_most_e_fold_and_not_beyond_its_ceiling() -> None:
-    def step(violation: float, **options: float) -> float:
-        duals = dict(violations_K=[None, violation], multipliers_K=[None, 1.0])
-        return aggregate("lagrangian", torch.randn(2, 3, 4), torch.ones(3, 4), **duals, **options).metrics[
-            "multiplier/1"
-        ]
+def step_of_multiplier(now: float, violation: float, **options: float) -> float:
+    duals = dict(violations_K=[None, violation], memory_K=[{}, {"multiplier": now}])
+    result = aggregate("lagrangian", torch.randn(2, 3, 4), torch.ones(3, 4), **duals, **options)
+    return result.memory_K[1]["multiplier"]
 
-    assert step(1e6) == pytest.approx(math.e) and step(-1e6) == pytest.approx(1 / math.e)
-    assert step(1e6, ceiling=1.5) == 1.5 and step(0.0) == 1.0
+
+def test_a_multiplier_stays_within_its_bounds_whatever_an_outlier_does() -> None:
+    assert step_of_multiplier(1.0, 1e6) == pytest.approx(6.0) and step_of_multiplier(1.0, -1e6) == 0.0
+    assert step_of_multiplier(1.0, 1e6, ceiling=1.5) == 1.5 and step_of_multiplier(1.0, 0.0) == 1.0
+
+
+def test_a_multiplier_recovers_from_slack_as_fast_as_it_fell() -> None:
+    """In log λ, as in Safe RLHF, a step is proportional to λ²: after a hundred steps of slack it needs thousands."""
+    multiplier = 1.0
+    for violation in [-1.0] * 100 + [1.0] * 2:
+        multiplier = step_of_multiplier(multiplier, violation)
+    assert multiplier == pytest.approx(1.0)
+
+
+def test_a_constraint_that_all_responses_violate_alike_raises_its_multiplier() -> None:
+    """Its rewards are constant, so it is inactive, and only its multiplier changes."""
+    advantages_KBA = torch.stack([torch.randn(3, 4), torch.zeros(3, 4)])
+    duals = dict(violations_K=[None, 1.0], memory_K=[{}, {"multiplier": 1.0}])
+    result = aggregate("lagrangian", advantages_KBA, torch.ones(3, 4), active=[True, False], **duals)
+    assert result.memory_K[1]["multiplier"] == pytest.approx(1.5)
+    torch.testing.assert_close(result.advantages, advantages_KBA[0])
 
 
 @pytest.mark.parametrize(("violations", "constraints"), [([None, None], 0), ([0.1, 0.1], 2)])
 def test_lagrangian_needs_both_kinds(violations, constraints) -> None:
-    duals = dict(violations_K=violations, multipliers_K=[None, None])
+    duals = dict(violations_K=violations)
     with pytest.raises(ValueError, match=f"lagrangian .*one constraint and one objective.* found {constraints}"):
         aggregate("lagrangian", torch.ones(2, 1, 1), torch.ones(1, 1), **duals)

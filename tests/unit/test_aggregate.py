@@ -7,7 +7,7 @@ from pama_plugin import aggregate
 
 ONES = torch.ones(2, 3, 4)
 MASK = torch.ones(3, 4, dtype=torch.bool)
-DUAL = dict(rule="lagrangian", violations_K=[None, 0.5], multipliers_K=[None, None])
+DUAL = dict(rule="lagrangian", violations_K=[None, 0.5])
 
 
 @pytest.mark.parametrize(
@@ -33,10 +33,13 @@ DUAL = dict(rule="lagrangian", violations_K=[None, 0.5], multipliers_K=[None, No
         (dict(rule="gdpo", groups_B=torch.zeros(3)), r"groups_B .*\(3,\) integers.* found \(3,\) of torch.float32"),
         (dict(rule="lagrangian"), "'lagrangian' needs violations_K, .* 2 finite numbers or None.* found None"),
         (DUAL | dict(violations_K=[None, "x"]), r"violations_K, .* 2 finite numbers or None.* found \[None, 'x'\]"),
-        (DUAL | dict(multipliers_K=[None, float("nan")]), r"multipliers_K, .* finite numbers.* found \[None, nan\]"),
-        (DUAL | dict(multipliers_K=[None, 0.0]), "multipliers_K .*positive.* found 0 for objective 1"),
+        (DUAL | dict(memory_K=[{}, {"multiplier": float("nan")}]), r"memory_K .* finite numbers, found .*nan"),
+        (DUAL | dict(memory_K=[{}]), "memory_K must be a list of 2 mappings"),
+        (DUAL | dict(memory_K=[{}, {"multiplier": -1.0}]), "multiplier must be at least 0, found -1 for objective 1"),
+        (dict(rescale="rms"), "rescale .*auto, none, unit.* found 'rms'"),
+        (dict(rule="linear", level="batch"), "level=batch needs a rule that has it, such as pama, found 'linear'"),
         (DUAL | dict(start=3.0, ceiling=2.0), "start .*at most .*2.* found 3"),
-        (dict(sharpness=2), "'pama' has no option sharpness; .*rescale, soft, leak"),
+        (dict(sharpness=2), "'pama' has no option sharpness; .*soft, leak"),
         (dict(rule="linear", sharpness=2), "'linear' has no option sharpness; .*none"),
     ],
 )
@@ -58,7 +61,7 @@ def test_lists_go_where_the_advantages_are_and_keep_their_precision() -> None:
     with pytest.raises(Exception, match="meta") as raised:  # a device that computes nothing
         aggregate("gdpo", on_meta, [[1], [1]], present_KB=[[True, True], [True, False]], groups_B=[0, 0])
     assert "not on the expected device" not in str(raised.value)
-    exact = aggregate("linear", torch.ones(2, 1, 1, dtype=torch.float64), [[1]], weights=[0.1, 0.2])
+    exact = aggregate("linear", torch.ones(2, 1, 1, dtype=torch.float64), [[1]], weights=[0.1, 0.2], rescale="none")
     assert exact.advantages.item() == pytest.approx(0.3, abs=1e-15)
 
 

@@ -26,6 +26,7 @@ def series(key: str, *values: float) -> list[dict[str, float]]:
             4,
             "objective 'a' hardly varies .* 10 % of that of the first",
         ),
+        (series("pama/at_best/b", 0.2, 0.9, 0.95, 1, 1), 4, "objective 'b' is saturated: 100 % of the responses"),
         (series("pama/reference_nll", 2, 2.9, 3.1, 3.2, 3.3, 9), 5, "no longer be language: .*from 2.00 to 3.30"),
         (series("explained_variance/b", *20 * [0.0]), 20, "critic has learned nothing about 'b'"),
         (series("pama/active_fraction", 0.5, *12 * [0.01]), 11, "less than 2 % of the tokens"),
@@ -47,6 +48,7 @@ def test_what_sets_an_alarm_off(steps, when, said) -> None:
     [
         series("pama/spread/a", 1, 0.15, 0.12, 0.25, 0.1, 0.1, 0.3),  # never three steps in a row
         series("pama/spread/m", 1, *9 * [0.0]),  # a monitor may be constant
+        series("pama/at_best/a", 0.95, 0.95, 0.89, 0.95, 0.95, 0.8),
         series("pama/reference_nll", 2, 2.9, 3.1, 3.2, 2.9, 3.1),
         series("pama/reference_nll", math.nan, 3, 3.2, 4.4, 4.4, 4.4),
         series("explained_variance/a", *19 * [-1.0], 0.1, *19 * [-1.0]),

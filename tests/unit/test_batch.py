@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from pama_plugin.batch.advice import advise
 from pama_plugin.batch.combine import combine
 from pama_plugin.batch.metrics import name_metrics, reduce_columns
 from pama_plugin.batch.outcome import code_of, judge_column
@@ -14,7 +15,7 @@ from pama_plugin.batch.state import Moments, RunState
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.errors import RewardError
 from pama_plugin.settings.objective import parse_objective
-from pama_plugin.settings.run import PamaConfig
+from pama_plugin.settings.run import PamaConfig, load_config
 
 NAN = math.nan
 
@@ -124,11 +125,15 @@ def test_combine_passes_the_context_that_a_rule_uses() -> None:
     state, table = RunState.start(config), make_table([1.0, 2.0, 3.0, 4.0], [1.0, NAN, 0.0, 2.0])
     present_KB = table.values_KB.isfinite()
     result = combine(config, state, table, torch.ones(2, 4, 1), torch.ones(4, 1), present_KB, 0)
-    multiplier = math.exp(0.1 * 1.0 * (2 - 1))  # rate · λ · (threshold − mean)
+    multiplier = 1.0 + 0.5 * (2 - 1)  # start + rate · (threshold − mean)
     assert result.metrics["multiplier/1"] == pytest.approx(multiplier)
-    assert state.objectives["b"].multiplier == pytest.approx(multiplier)
+    assert state.objectives["b"].memory == {"multiplier": pytest.approx(multiplier)}
+    measure(config.objectives, table, state)
+    combine(config, state, table, torch.ones(2, 4, 1), torch.ones(4, 1), present_KB, 0)
+    multiplier += 0.5 * (2 - 1) / state.objectives["b"].rewards.std  # violations are in standard deviations
+    assert state.objectives["b"].memory == {"multiplier": pytest.approx(multiplier)}
     named = name_metrics(config, result, 0)
-    assert named["pama/multiplier/b"] == pytest.approx(multiplier)
+    assert named["pama/multiplier/b"] == pytest.approx(1.5)
     assert set(named) >= {"pama/gain/a", "pama/coefficient/b"}
 
 
@@ -140,3 +145,38 @@ def test_columns_are_reduced_to_metrics() -> None:
     }
     metrics = reduce_columns(columns, ["a", "b"])
     assert metrics == {"reward/a": 2.0, "reward/b": 2.0, "pama/failures/a": 1.0}
+
+
+def load(loss: str, *specs: str):
+    return load_config(loss, specs, None, None, None, default_level="token")
+
+
+SCALES = make_table([0.0, 100.0, 50.0, 10.0], [0.1, 0.2, 0.3, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("loss", "specs", "said"),
+    [
+        ("morlhf", ("", ""), "--loss morlhf follows 'a', .* as those of 'b': set normalize=running .* --loss linear"),
+        ("tchebycheff", ("", ""), "--loss tchebycheff follows 'a'"),
+        ("dvao", ("", ""), "--loss dvao follows 'a'"),
+        ("morlhf", (",weight=0.01", ""), None),  # the weights make up for it
+        ("morlhf", (",normalize=running", ",normalize=running"), None),
+        ("linear", ("", ""), None),
+        ("morlhf", ("", ",role=monitor"), None),
+    ],
+)
+def test_rules_that_follow_the_objective_with_the_largest_scale(loss, specs, said) -> None:
+    config = load(loss, *(f"{name}=builtin:length{spec}" for name, spec in zip("ab", specs)))
+    sentences = advise(config, SCALES)
+    assert (sentences == []) if said is None else re.search(said, *sentences)
+
+
+@pytest.mark.parametrize(("loss", "sign", "warned"), [("pama", -1, True), ("pama", 1, False), ("min_norm", -1, False)])
+def test_pama_with_many_objectives_that_do_not_correlate(loss, sign, warned) -> None:
+    names = tuple("abcdef")
+    config = load(loss, *(f"{name}=builtin:length,scale={index + 1}" for index, name in enumerate(names)))
+    row = torch.tensor([1.0, 2.0, 3.0, 5.0, 0.0, 1.0, 4.0, 2.0])
+    values_KB = torch.stack([row * (sign if index % 2 else 1) for index in range(6)])
+    table = RewardTable(names, values_KB.double(), {}, torch.arange(8), 4, (8,))
+    assert [("do not correlate" in each) for each in advise(config, table)] == [True] * warned

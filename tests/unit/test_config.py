@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from pama_plugin.errors import ConfigError
 from pama_plugin.rewards.options import RmOptions
 from pama_plugin.settings.objective import parse_objective
-from pama_plugin.settings.run import PamaConfig, dump_config, load_config, warn_of_many_objectives
+from pama_plugin.settings.run import PamaConfig, as_settings, dump_config, load_config, warn_of_many_objectives
 from pama_plugin.settings.values import Bounds, OnFailure
 
 LENGTH = "length=builtin:length,scale=140,min=0.5,max=1.5"
@@ -251,7 +252,6 @@ def test_the_error_for_a_bad_objective_has_the_flag_the_limit_and_the_value(text
         (dict(objectives=[LENGTH], loss="pareto"), "--loss .*linear, .*pama, .*ppo .*found 'pareto'"),
         (dict(objectives=[LENGTH, LENGTH]), "--pama.objective .*names must differ.*found 'length' twice"),
         (dict(objectives=[LENGTH], level="word"), "--pama.level .*token, sequence, batch.*found 'word'"),
-        (dict(objectives=[LENGTH], loss="linear", level="token"), "--pama.level .*no effect with --loss linear"),
         (dict(objectives=[LENGTH], loss="linear", noon=False), "--pama.no_noon .*no effect with --loss linear"),
         (dict(objectives=[LENGTH], loss="linear", noon=True), "--pama.noon .*no effect with --loss linear"),
     ],
@@ -273,8 +273,8 @@ BOMB = "a: &a [x]\n" + "".join(
         ("objectives: [a, b]", "--pama.config: .*objectives must map names.*found list"),
         (
             "- a",
-            "--pama.config: .*mapping.*best, filter_by, level, log_rollouts, loss, noon, objectives, options, probe, "
-            "probe_gradients, stop_at_front, stop_at_kl, whiten.*found list",
+            "--pama.config: .*mapping.*best, filter_by, inactive_below, level, log_rollouts, loss, noon, objectives, "
+            "options, probe, probe_gradients, rescale, stop_at_front, stop_at_kl, whiten.*found list",
         ),
         ("objective: {}", "--pama.config: .*mapping.*objectives.*found objective$"),
         ("objectives: {a: 'builtin:length', a: 'builtin:length'}", "--pama.config: .*keys must differ.*found a twice"),
@@ -415,16 +415,24 @@ def test_a_plan_has_no_secret(monkeypatch) -> None:
         ("pama", dict(option=["soft=2"], level="batch"), "--loss pama: soft .*level=batch"),
         ("tchebycheff", dict(option=["ideal=[1, 2]"]), "--loss tchebycheff: ideal .*1 number"),
         ("pama", dict(option=["leak=2"]), "--pama.option: .*'pama'.* leak: .*less than or equal to 1.*found 2"),
-        ("pama", dict(option=["leek=0.1"]), "--pama.option: .*'pama' .*option leek.*rescale, soft, leak"),
+        ("pama", dict(option=["leek=0.1"]), "--pama.option: .*'pama' .*option leek.*soft, leak"),
         ("pama", dict(option=["leak"]), "--pama.option .*KEY=VALUE.*found 'leak'"),
         ("pama", dict(option=["leak=["]), "--pama.option 'leak=\\[': .*not valid YAML"),
         ("morlhf", dict(whiten=True), "--pama.whiten .*advantages.*found --loss morlhf.*rewards"),
         ("lagrangian", {}, "--loss lagrangian .*role=constraint,threshold=NUMBER.*found none"),
         (
             "pama",
-            dict(objectives=[f"a{i}=builtin:length,scale={i + 1}" for i in range(9)], option=["soft=4"]),
-            "--loss pama: soft .*8 objectives.*found 9.*rescale=false",
+            dict(
+                objectives=[f"a{i}=builtin:length,scale={i + 1}" for i in range(9)], option=["soft=4"], rescale="unit"
+            ),
+            "--loss pama: rescale=unit: the size of rule 'pama' is not known",
         ),
+        ("morlhf", dict(rescale="unit"), "--loss morlhf: rescale=unit: the size of rule 'morlhf' is not known"),
+        ("pama", dict(rescale="rms"), "--pama.rescale must be one of auto, none, unit, found 'rms'"),
+        ("pama", dict(option=["rescale=false"]), "--pama.option rescale=false is now --pama.rescale none"),
+        ("linear", dict(level="batch"), "--loss linear: level=batch needs a rule that has it, such as pama"),
+        ("gdpo", dict(level="token"), "--pama.level must be sequence with --loss gdpo, .* found token"),
+        ("morlhf", dict(level="sequence"), "--pama.level has no effect with --loss morlhf, which combines rewards"),
         *(
             ("pama", dict(stop_at_front=text), rf"--pama.stop_at_front .*SHARE\[:STEPS\].*found '{text}'")
             for text in ("", "0", "-1", "1.5", "nan", "a", ":5", "0.1:", "0.1:0", "0.1:2.5", "0.1:5:6")
@@ -436,6 +444,38 @@ def test_options_that_conflict_are_refused_before_anything_starts(loss, flags, m
     settings = dict(level=None, noon=None, objectives=[LENGTH]) | flags
     with pytest.raises(ConfigError, match=message):
         load_config(loss, file=None, **settings, default_level="token")
+
+
+@pytest.mark.parametrize(
+    ("loss", "default", "level"),
+    [
+        ("pama", "token", "token"),
+        ("pama", "sequence", "sequence"),
+        ("linear", "sequence", "token"),
+        ("min_norm", "sequence", "token"),
+        ("gdpo", "token", "sequence"),
+    ],
+)
+def test_the_default_level(loss, default, level) -> None:
+    config = load_config(loss, [LENGTH], None, None, None, default_level=default)
+    assert (config.level, as_settings(config)["level"]) == (level, level)
+
+
+def test_every_rule_has_the_sequence_level() -> None:
+    """The advantages of a response are combined as their mean, by any rule."""
+    for loss in ("linear", "min_norm", "gdpo", "pama"):
+        config = load_config(loss, [LENGTH], None, "sequence", None, default_level="token")
+        values_KBA = torch.tensor([[[1.0, 3.0], [-2.0, -4.0]]])
+        result = config.combine(
+            values_KBA,
+            torch.ones(2, 2),
+            steps_done=0,
+            groups_B=torch.zeros(2, dtype=torch.long),
+            rewards_KB=torch.zeros(1, 2),
+            violations=[None],
+            memory=[{}],
+        )
+        assert torch.equal(result.advantages[:, 0], result.advantages[:, 1]) and result.advantages[0, 0] > 0
 
 
 @pytest.mark.parametrize(
@@ -500,7 +540,7 @@ def test_a_share_near_that_of_independent_objectives_is_refused(objectives, flag
         (5, {}, None),
         (6, {}, "--loss pama .*6 objectives.*3.1% of the responses.* by 22.94"),
         (8, dict(level="token", noon=True), "8 objectives.*0.4% of the tokens.* by 83.41"),
-        (8, dict(option=["rescale=false"]), "8 objectives.*0.8% of the responses[.] "),
+        (8, dict(rescale="none"), "8 objectives.*0.8% of the responses[.] "),
         (8, dict(level="batch"), None),
     ],
 )

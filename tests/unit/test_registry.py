@@ -15,21 +15,22 @@ from pama_plugin.rewards import available_rewards, load_measure, register_reward
 
 def test_the_public_names_are_frozen() -> None:
     assert available_rules() == (
-        *("gd2po", "gdpo", "gram:aligned_mtl", "gram:cagrad", "gram:imtl_g", "gram:pcgrad", "gram:upgrad"),
-        *("lagrangian", "linear", "min_norm", "morlhf", "pama", "rvpo", "tchebycheff"),
+        *("ctwa", "dvao", "gd2po", "gdpo"),
+        *("gram:aligned_mtl", "gram:cagrad", "gram:imtl_g", "gram:pcgrad", "gram:upgrad"),
+        *("lagrangian", "linear", "min_norm", "morlhf", "pama", "pareto_rank", "rvpo", "saw", "tchebycheff"),
     )
     assert available_rewards() == ("json", "length", "regex", "repetition")
 
 
 def test_a_taken_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="rule .*'pama' is taken.*: gd2po, .*tchebycheff"):
+    with pytest.raises(ValueError, match="rule .*'pama' is taken.*: ctwa, .*tchebycheff"):
         register_rule("pama")(lambda: None)
     with pytest.raises(ValueError, match="'length' is taken.*: json, length, regex, repetition"):
         register_reward("length")(lambda: None)
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="unknown rule 'pam'.*: gd2po, .*pama, .*tchebycheff"):
+    with pytest.raises(ValueError, match="unknown rule 'pam'.*: ctwa, .*pama, .*tchebycheff"):
         aggregate("pam", torch.ones(1, 1, 1), torch.ones(1, 1))
     with pytest.raises(ValueError, match="unknown .*reward 'len'.*: json, length, regex, repetition"):
         load_measure("len", {})
@@ -196,7 +197,9 @@ def test_many_blocks_equal_one_block(loss, monkeypatch) -> None:
     mask_BA = torch.rand(24, size, generator=generator) < 0.8
     arguments = {"groups_B": torch.arange(24) // 4, "present_KB": torch.rand(3, 24, generator=generator) < 0.9}
     if get_rule(loss).constrained:
-        arguments |= {"violations_K": [None, None, 0.3], "multipliers_K": [None, None, None]}
+        arguments |= {"violations_K": [None, None, 0.3]}
+    if "rewards_KB" in get_rule(loss).parameters:
+        arguments |= {"rewards_KB": torch.randn(3, 24, generator=generator)}
     results = []
     for numbers in (2**17, 50):
         monkeypatch.setitem(blocks.BLOCK, "cpu", numbers)

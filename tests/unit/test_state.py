@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pama_plugin.batch.state import Moments
+from pama_plugin.batch.state import Moments, ObjectiveState
 from pama_plugin.settings.objective import parse_objective
 
 
@@ -48,6 +48,12 @@ def test_moments_equal_those_of_all_batches_together_after_json(batches, offset)
 def test_the_identity_does_not_contain_a_key(monkeypatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "pa55")
     assert parse_objective("a=http:http://judge/?key=${JUDGE_KEY}").identity() == "http:http://judge/?key=${JUDGE_KEY}"
+
+
+def test_the_multiplier_of_an_older_checkpoint_is_read() -> None:
+    saved = {"scorer": "builtin:length", "multiplier": 1.5}
+    assert ObjectiveState.model_validate(saved).memory == {"multiplier": 1.5}
+    assert ObjectiveState.model_validate(saved | {"multiplier": None}).memory == {}
 
 
 @pytest.mark.parametrize("broken", ['{"mean": NaN}', '{"count": -1}', '{"squares": -1}', '{"mean": 1e999}'])

@@ -88,6 +88,22 @@ def test_everything_runs_once(sweep, capsys) -> None:
     assert "6 runs, 6 of them done" in capsys.readouterr().out
 
 
+def test_a_result_has_the_settings_of_its_run_and_older_ones_are_pointed_out(sweep, capsys) -> None:
+    (sweep / "log" / "pama.yaml").write_text("loss: linear\nrescale: unit\n")
+    assert run(sweep) == 0
+    results = sorted((sweep / "out").glob("*/result.json"))
+    assert all(
+        json.loads(result.read_text())["settings"] == {"loss": "linear", "rescale": "unit"} for result in results
+    )
+    results[0].unlink()
+    assert run(sweep) == 0 and "older version" not in capsys.readouterr().out
+    for result in results[:2]:
+        content = json.loads(result.read_text())
+        result.write_text(json.dumps({key: value for key, value in content.items() if key != "settings"}))
+    results[0].unlink()
+    assert run(sweep) == 0 and "Runs of an older version are among them" in capsys.readouterr().out
+
+
 def test_a_failed_run_has_no_result_and_restarts(sweep, capsys) -> None:
     (sweep / "fail").touch()
     assert run(sweep) == 1

@@ -10,9 +10,14 @@ were published for gradients of losses; with advantages in place of gradients th
 - ``gram:aligned_mtl``: arXiv 2305.19000
 
 A weight scales the advantages of its objective. c may be negative and need not sum to 1; coefficients are the shares
-of ``|c_i|``. Inactive objectives are excluded.
+of ``|c_i|``. Inactive objectives are excluded. The unit size is ``√(c'Mc)`` for the M of independent standard normal
+advantages.
 
-No result is divided by its own size. On a Pareto front it goes to 0 with ``upgrad``, ``imtl_g`` and ``aligned_mtl``,
+The option ``balance`` b divides the advantages of each objective by the power b of their root mean square first. With 0
+an objective has the influence of its scale, with 1 scales do not matter, and in between they matter less. ORPG and GAPO
+balance the norms of the objectives' gradients in this way; here, those of their advantages.
+
+On a Pareto front the result goes to 0 with ``upgrad``, ``imtl_g`` and ``aligned_mtl``,
 and with all weightings for two objectives. With three or more objectives, ``cagrad`` keeps its share of the mean of the
 objectives and ``pcgrad`` a part that depends on its order, so the policy drifts.
 
@@ -20,13 +25,16 @@ These rules need ``pip install 'pama_plugin[gram]'``.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pama_plugin.aggregation.blocks import blocks, valid_at
 from pama_plugin.aggregation.registry import Combination, register_rule
+from pama_plugin.aggregation.unit_scale import normal_gram
 
 # Name of the rule → class in TorchJD, and its arguments.
 WEIGHTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,7 +80,14 @@ def scaled(
 
 
 def _torchjd(
-    name: str, advantages_KBA: Tensor, mask_BA: Tensor, weights_K: Tensor, active_K: Tensor, present_KB: Tensor
+    name: str,
+    advantages_KBA: Tensor,
+    mask_BA: Tensor,
+    weights_K: Tensor,
+    active_K: Tensor,
+    present_KB: Tensor,
+    *,
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.0,
 ) -> Combination:
     """The rule ``gram:<name>``; see the docstring of this module.
 
@@ -87,18 +102,33 @@ def _torchjd(
     except ImportError as error:
         raise ValueError(f"rule 'gram:{name}' needs pip install 'pama_plugin[gram]', found {error}") from error
     scale_K = weights_K * active_K
-    gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0).cpu()
+    gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0)
+    if balance:
+        rms_K = gram_KK.diagonal().sqrt() / weights_K
+        scale_K = torch.where(rms_K > 0, scale_K * rms_K**-balance, 0).to(scale_K.dtype)
+        gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0)
+    c_K = _weigh(weighting, gram_KK.cpu()).to(mask_BA.device)
+    combined_BA = mix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0, c_K)
+    normal_KK = normal_gram((weights_K * active_K).double().cpu())
+    normal_c_K = _weigh(weighting, normal_KK)
+    total = c_K.abs().sum()
+    return Combination(
+        combined_BA,
+        (c_K.abs() / torch.where(total > 0, total, 1)).to(weights_K.dtype),
+        unit_rms=float(normal_c_K @ normal_KK @ normal_c_K) ** 0.5,
+    )
+
+
+def _weigh(weighting: Callable[[Tensor], Tensor], gram_KK: Tensor) -> Tensor:
+    """(K,) float64 c of TorchJD's weighting; 0 for objectives without advantages."""
     kept_K = gram_KK.diagonal() > 1e-40 * gram_KK.diagonal().max()  # some weightings divide by the diagonal
-    gram_KK = gram_KK[kept_K][:, kept_K]
-    c_K = torch.zeros(len(weights_K), dtype=torch.float64)
+    c_K = torch.zeros(len(gram_KK), dtype=torch.float64)
     if kept_K.any():
+        gram_KK = gram_KK[kept_K][:, kept_K]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # PCGrad draws an order: keep it the same
             c_K[kept_K] = weighting(gram_KK / gram_KK.trace()).double()  # scaled, so that no entry is tiny
-    c_K = c_K.to(mask_BA.device)
-    combined_BA = mix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0, c_K)
-    total = c_K.abs().sum()
-    return Combination(combined_BA, (c_K.abs() / torch.where(total > 0, total, 1)).to(weights_K.dtype))
+    return c_K
 
 
 for _name in WEIGHTINGS:

@@ -13,19 +13,28 @@ def linear(
 ) -> Combination:
     """``Σ_i w_i A_i``, with ``A_i`` estimated, and whitened if the estimator whitens, for each objective separately.
 
-    Weights are not normalised. An inactive objective is not excluded. With one objective of weight 1 the result is
-    ``A_1`` bit for bit. The sum for a response is over the objectives that have a reward for it. Coefficients are the
-    shares of the weights.
+    The sum for a response is over the active objectives that have a reward for it. Its unit size is ``√(Σ_i w_i²)``
+    over the same objectives, so only the ratios of the weights matter, unless ``rescale`` is ``none``. With one
+    objective of weight 1 the result is ``A_1`` bit for bit. Coefficients are the shares of the weights.
 
     On a Pareto front it moves towards the point that the weights define. The result goes to 0 only where the weighted
     advantages cancel, as whitened advantages of two opposed objectives of equal weight do.
 
     >>> from pama_plugin import aggregate
-    >>> aggregate("linear", torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]]), torch.ones(1, 2), weights=[2, 1]).advantages
-    tensor([[5., 3.]])
+    >>> advantages_KBA = torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]])
+    >>> aggregate("linear", advantages_KBA, torch.ones(1, 2), weights=[3, 4], rescale="none").advantages
+    tensor([[15.,  2.]])
+    >>> aggregate("linear", advantages_KBA, torch.ones(1, 2), weights=[3, 4]).advantages
+    tensor([[3.0000, 0.4000]])
     """
+    weights_K = weights_K * active_K
     combined_BA = torch.empty_like(advantages_KBA[0])
     for rows in blocks(advantages_KBA):
-        valid_KbA = valid_at(rows, mask_BA, present_KB)
+        valid_KbA = valid_at(rows, mask_BA, present_KB & active_K.unsqueeze(-1))
         combined_BA[rows] = torch.where(valid_KbA, advantages_KBA[:, rows] * weights_K[:, None, None], 0).sum(0)
-    return Combination(combined_BA, weights_K / weights_K.sum())
+    return Combination(combined_BA, weights_K / weights_K.sum(), unit_rms=length(weights_K, present_KB))
+
+
+def length(weights_K: Tensor, present_KB: Tensor) -> Tensor:
+    """(B,) float64 ``√(Σ_i w_i²)`` over the objectives that have a reward for a response."""
+    return (weights_K.double().square() @ present_KB.double()).sqrt()

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pama_plugin.aggregation.registry import Combination, register_rule
 from pama_plugin.aggregation.rules.gram import gram_matrix, mix
+from pama_plugin.aggregation.unit_scale import normal_gram
 
 
 @register_rule("min_norm")
@@ -24,16 +25,19 @@ def min_norm(
     signed advantages of any estimator: every objective gains, ``E_t[A_i · d] ≥ w_i E_t[d²]`` for the result d. For two
     objectives ``c_1 = (M_22 − M_12) / (M_11 + M_22 − 2 M_12)``, clamped to [0, 1]; for more, Wolfe's algorithm, which
     is exact. Cost: O(K² · tokens), no backward pass. Inactive objectives are excluded; ``a_i`` is 0 for a response
-    without a reward. Coefficients are c.
+    without a reward. Coefficients are c. The unit size is ``√(min_c c'Mc)`` for the M of independent standard normal
+    advantages, 1/√K with equal weights.
 
-    On a Pareto front the result goes to 0 with ``min_c c'Mc``, and is not divided by its own size. With ``noon`` it
+    On a Pareto front the result goes to 0 with ``min_c c'Mc``. With ``noon`` it
     does not go to 0, because positive parts cannot cancel.
 
     >>> from pama_plugin import aggregate
     >>> advantages_KBA = torch.tensor([[[1.0, -0.5, -1.2, 0.7]], [[0.4, 0.8, -0.6, -0.6]]])
-    >>> result = aggregate("min_norm", advantages_KBA, torch.ones(1, 4))
+    >>> result = aggregate("min_norm", advantages_KBA, torch.ones(1, 4), rescale="none")
     >>> [round(c, 3) for c in result.coefficients.tolist()]
     [0.298, 0.702]
+    >>> [round(a, 2) for a in result.advantages.flatten().tolist()]
+    [0.58, 0.41, -0.78, -0.21]
     """
     scale_K = weights_K[active_K].mean() / weights_K * active_K
     slope = 0.0 if noon else 1.0
@@ -41,7 +45,10 @@ def min_norm(
     c_K = torch.zeros_like(gram_KK[0])
     c_K[active_K] = min_norm_point(gram_KK[active_K][:, active_K].cpu()).to(c_K.device)
     combined_BA = mix(advantages_KBA, mask_BA, present_KB, scale_K, slope, c_K)
-    return Combination(combined_BA, c_K.to(weights_K.dtype))
+    normal_KK = normal_gram(scale_K[active_K].double().cpu(), slope)
+    normal_c_K = min_norm_point(normal_KK)
+    unit_rms = float(normal_c_K @ normal_KK @ normal_c_K) ** 0.5
+    return Combination(combined_BA, c_K.to(weights_K.dtype), unit_rms=unit_rms)
 
 
 def min_norm_point(gram_KK: Tensor) -> Tensor:

@@ -17,13 +17,14 @@ def morlhf(
     estimator, which whitens each objective separately. Weights are not normalised; coefficients are their shares. With
     a critic the baseline is ``Σ_i w_i V_i`` of the value heads. It is the value of this sum unless the KL is part of
     the rewards: every head then includes the KL, which counts ``Σ w`` times. Use the KL as a loss, or weights that sum
-    to 1.
+    to 1. The estimator sets the size of the result, so ``rescale`` has no unit size for it.
 
     On a Pareto front it moves as ``linear`` does. An estimator that whitens (all but ``rloo``, ``dr_grpo`` and
     ``flash_reinforce``) divides by the standard deviation of the sum: the less the sum varies, the more noise grows.
 
-    An inactive objective is not excluded. A missing reward adds 0 here; training fills it in beforehand, with the mean
-    of the objective's rewards for the same prompt if the estimator compares those, else with the mean of the batch.
+    An inactive objective is excluded, with its value head. A missing reward adds 0 here; training fills it in
+    beforehand, with the mean of the objective's rewards for the same prompt if the estimator compares those, else with
+    the mean of the batch.
 
     >>> import torch
     >>> from pama_plugin import aggregate
@@ -31,4 +32,4 @@ def morlhf(
     >>> aggregate("morlhf", rewards_KB1, torch.ones(2, 1), weights=[1, 0.1]).advantages.flatten()
     tensor([2., 5.])
     """
-    return linear(advantages_KBA, mask_BA, weights_K, active_K, present_KB)
+    return linear(advantages_KBA, mask_BA, weights_K, active_K, present_KB)._replace(unit_rms=None)

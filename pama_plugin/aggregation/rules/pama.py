@@ -1,6 +1,7 @@
 """PAMA: He & Maghsudi, "Pareto Multi-Objective Alignment for Language Models", arXiv 2508.07768, Theorem 1."""
 
 import functools
+import math
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -8,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pama_plugin.aggregation.blocks import blocks, tokens_per_response, valid_at
+from pama_plugin.aggregation.blocks import blocks, valid_at
 from pama_plugin.aggregation.registry import Combination, register_rule
-from pama_plugin.aggregation.unit_scale import sampled_scale, unit_scale
+from pama_plugin.aggregation.unit_scale import by_response, projection_rms, sampled_rms
 
 # The constant of a soft minimum is sampled; more objectives agree too rarely for that.
 LARGEST_SOFT = 8
@@ -26,7 +27,8 @@ def pama(
     *,
     level: str = "token",
     noon: bool | None = None,
-    rescale: bool | None = None,
+    log_ratio_BA: Tensor | None = None,
+    reference_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None,
     soft: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None,
     leak: Annotated[float, Field(ge=0, le=1)] = 0.0,
 ) -> Combination:
@@ -35,12 +37,11 @@ def pama(
     The minimum is ``s* = min_i a_i`` if all are positive, ``max_i a_i`` if all are negative, else 0. ``a_i`` is
     ``A_i / w_i``, with the weights scaled to mean 1 over the combined objectives: an objective with a larger weight
     determines ``s*`` more often, and its gain is at least proportional to it, ``A_i · s* ≥ w_i · s*²``. With Noon ("No
-    Negative", Eq. 5) ``a_i`` is ``max(A_i, 0) / w_i``. ``level`` selects the unit of the projection:
+    Negative", Eq. 5) ``a_i`` is ``max(A_i, 0) / w_i``. ``level`` selects what is projected:
 
-    - ``token``: one projection per token, ``s*[b,t]``. The bound of the paper is exact here, because at one token all
-      objectives share the direction ``∇ log π``.
-    - ``sequence``: one projection per response. ``A_i`` is the mean over its tokens, and Noon and ``leak`` apply to
-      that mean. All tokens of the response get ``s*[b]``.
+    - ``token``: every token, ``s*[b,t]``. The bound of the paper is exact here, because at one token all objectives
+      share the direction ``∇ log π``.
+    - ``sequence``: the means over the tokens of a response, before Noon. All its tokens get ``s*[b]``.
     - ``batch``: one projection of the batch means of ``a_i``, taken after Noon as in Algorithm 1; tokens get
       ``Σ_i c_i a_i``. With Noon, c selects one objective per step. Signed batch means vanish under estimators that
       whiten, and rounding then determines c.
@@ -51,34 +52,41 @@ def pama(
     Args:
         level: see above.
         noon: see above. Default: true with ``level=batch`` only.
-        rescale: multiply the result by ``unit_scale``, the constant that gives K independent standard normal advantages
-            unit root mean square: 2.346 for two signed objectives, 4.555 for three, 8.141 for four, √2 times as much
-            with Noon. K is the number of active objectives with a reward for the response. The constant is a pure
-            number, so advantages that are not whitened keep their unit. The result is at most the constant times the
-            smallest ``|a_i|`` of the token or response, and still goes to 0 where objectives only disagree. This bound
-            does not hold with ``soft`` and ``level=batch``, which have other constants and do not take the smallest.
-            Rewards of ±1 give a root mean square of 1.66 for two objectives and 2.88 for four. The mean of the constant
-            over the tokens is ``metrics["scale"]``. Default: true at token and sequence level.
+        log_ratio_BA: for ``reference_clip``.
+        reference_clip: ε of the paper's ``I(A)``, with the reference policy in the ratio: a positive ``a_i`` counts as
+            0 at tokens whose probability is over 1 + ε times that under the reference policy, at the token level. The
+            paper's text allows this reading. The other one, the ratio to the policy that sampled the responses, is the
+            clip of PPO. Such a token is never made likelier again; but most tokens soon are such ones.
         soft: replace the minimum by ``Σ_i c_i a_i`` with ``c = softmax(−soft · a / σ)``, σ the root mean square of the
             ``a_i`` of the token or response, and the maximum by its mirror image: one noisy objective no longer vetoes
             all others. Large values approach the minimum, small ones the mean. Not with ``level=batch``.
         leak: with Noon, the share of negative advantages that is kept: ``a_i = max(A_i, 0) + leak · min(A_i, 0)``. 1 is
             signed PAMA.
 
+    The unit size is ``projection_rms``, so ``rescale`` multiplies the result by 2.346 for two signed objectives of
+    equal weight, 4.555 for three, 8.141 for four, and √2 times as much with Noon: by a constant, where K counts the
+    active objectives with a reward for the response. The result is at most the constant times the smallest ``|a_i|`` of
+    the token or response, and still goes to 0 where objectives only disagree. This bound does not hold with ``soft``
+    and ``level=batch``, which have other constants and do not take the smallest. Rewards of ±1 give a root mean square
+    of 1.66 for two objectives and 2.88 for four. The size of a soft minimum of more than eight is not known.
+
     Raises:
-        ValueError: ``leak`` without Noon, ``soft`` with ``level=batch``, or ``soft`` rescaled for over 8 objectives.
+        ValueError: ``leak`` without Noon, ``soft`` with ``level=batch``, or ``reference_clip`` without ``log_ratio_BA``
+            or at another level than ``token``.
 
     Differs from the paper in: at token and sequence level, signed advantages (better in examples/paper/RESULTS.md) and
-    ``rescale`` are the default; neither is in the paper, which is ``noon=True, rescale=False``. Only the PPO clip gates
-    the importance ratio, so c is computed once per rollout. ``soft``, ``leak`` and ``level=sequence`` are not in the
-    paper.
+    ``rescale`` are the default; neither is in the paper, which is ``noon=True, rescale="none"``. Only the PPO clip
+    gates the importance ratio, so c is computed once per rollout. ``soft``, ``leak`` and ``level=sequence`` are not in
+    the paper.
     """
     noon = level == "batch" if noon is None else noon
-    rescale = level != "batch" if rescale is None else rescale
     if leak and not noon:
         raise ValueError("leak needs noon: without it all negative advantages are kept")
     if soft is not None and level == "batch":
         raise ValueError("soft has no meaning with level=batch, which has one minimum per batch")
+    if reference_clip is not None and (log_ratio_BA is None or level != "token"):
+        found = f"level={level}" if level != "token" else "no reference policy"
+        raise ValueError(f"reference_clip needs level=token and a reference policy, found {found}")
     slope = leak if noon else 1.0
     present_KB = present_KB[active_K]
     weights_K1 = weights_K[active_K].unsqueeze(-1)
@@ -97,65 +105,59 @@ def pama(
         shares_K = _project_means((_leaky(a_KbA, slope), valid) for a_KbA, valid in map(block, blocks(advantages_KBA)))
     for rows in blocks(advantages_KBA):
         a_KbA, valid_KbA = block(rows)
+        if reference_clip is not None and log_ratio_BA is not None:
+            beyond_bA = log_ratio_BA[rows] > math.log1p(reference_clip)
+            a_KbA = torch.where(beyond_bA & (a_KbA > 0), 0, a_KbA)
         if level == "batch":
             mixed_KbA = _leaky(a_KbA, slope).mul_(shares_K.to(a_KbA.dtype)[:, None, None])
             combined_BA[rows] = mixed_KbA.masked_fill_(~valid_KbA, 0).sum(0)
             continue
-        if level == "sequence":
-            a_KbA, valid_KbA = _mean_over_tokens(a_KbA, valid_KbA)
         projected, c = _project(_leaky(a_KbA, slope), valid_KbA, soft)
         combined_BA[rows] = projected
         shares_K += (c * mask_BA[rows]).sum((1, 2), dtype=torch.float64)
-    metrics = {}
-    if rescale:
-        scale_B = _scale_per_response(level, slope, soft, counted_KB.sum(0))
-        combined_BA *= scale_B.to(combined_BA.dtype).unsqueeze(-1)
-        tokens_B = tokens_per_response(mask_BA) * present_KB.any(0)
-        metrics["scale"] = float((scale_B * tokens_B).sum() / tokens_B.sum().clamp(min=1))
     coefficients_K = torch.zeros_like(weights_K)
     coefficients_K[active_K] = (shares_K / torch.where(shares_K.sum() > 0, shares_K.sum(), 1)).to(weights_K.dtype)
-    return Combination(combined_BA, coefficients_K, metrics)
+    unit_rms = None
+    if soft is None or len(present_KB) <= LARGEST_SOFT:
+        unit_rms = by_response(weights_K1.squeeze(-1), counted_KB, functools.partial(_unit_rms, level, slope, soft))
+    return Combination(combined_BA, coefficients_K, unit_rms=unit_rms)
 
 
-def _scale_per_response(level: str, slope: float, soft: float | None, counts_B: Tensor) -> Tensor:
-    """(B,) float64 constant for the number of objectives that are combined for each response."""
-    counts, which_B = torch.unique(counts_B, return_inverse=True)
-    constants = [_constant(level, slope, soft, max(objectives, 1)) for objectives in counts.tolist()]
-    return torch.tensor(constants, dtype=torch.float64, device=counts_B.device)[which_B]
-
-
-@functools.cache
-def _constant(level: str, slope: float, soft: float | None, objectives: int) -> float:
-    if level == "batch":  # the scale of one objective, smaller where means are mixed
-        return unit_scale(1, slope) * (sampled_scale(objectives, _length_of_c) if slope == 1 else 1.0)
-    if soft is None or objectives == 1:
-        return unit_scale(objectives, slope)
-    if objectives > LARGEST_SOFT:
-        raise ValueError(
-            f"soft has a constant for up to {LARGEST_SOFT} objectives, found {objectives}: give rescale=false as well"
-        )
+@functools.lru_cache(maxsize=1024)
+def _unit_rms(level: str, slope: float, soft: float | None, weights: tuple[float, ...]) -> float:
+    """The root mean square of the rule for independent standard normal advantages, which are combined with weights."""
+    mean = sum(weights) / len(weights)
+    weights = tuple(weight / mean for weight in weights)
+    if len(weights) == 1:
+        return projection_rms(weights, slope)
+    weights_K1 = torch.tensor(weights, dtype=torch.float64).unsqueeze(-1)
+    if level == "batch":
+        if slope < 1:  # c selects the objective with the smallest mean, which is that with the largest weight
+            return projection_rms((1.0,), slope) / max(weights)
+        return sampled_rms(len(weights), lambda normal_KN: _rms_of_mix(normal_KN / weights_K1, weights_K1))
+    if soft is None:
+        return projection_rms(weights, slope)
 
     def project(normal_KN: Tensor) -> Tensor:
-        return _project(_leaky(normal_KN, slope), torch.ones_like(normal_KN, dtype=torch.bool), soft)[0]
+        a_KN = _leaky(normal_KN / weights_K1, slope)
+        return _project(a_KN, torch.ones_like(a_KN, dtype=torch.bool), soft)[0]
 
-    return sampled_scale(objectives, project)
+    return sampled_rms(len(weights), project)
 
 
-def _length_of_c(means_KN: Tensor) -> Tensor:
-    """``√Σ c_i²`` of ``_project_means`` for N batches: the root mean square of a mix of independent objectives."""
-    low_N, high_N = means_KN.amin(0), means_KN.amax(0)
-    mixed_N = low_N.hypot(high_N) / (high_N - low_N).clamp(min=1e-300)
-    return torch.where((low_N < 0) & (high_N > 0), mixed_N, 1)
+def _rms_of_mix(means_KN: Tensor, weights_K1: Tensor) -> Tensor:
+    """``√Σ (c_i / w_i)²`` with the c of ``_project_means`` for N batches: the size of the mix."""
+    (low_N, at_low_N), (high_N, at_high_N) = means_KN.min(0), means_KN.max(0)
+    spread_N = (high_N - low_N).clamp(min=1e-300)
+    c_low_N = torch.where(high_N > low_N, (high_N / spread_N).clamp(0, 1), 0.5)
+    parts = ((c_low_N, at_low_N), (1 - c_low_N, at_high_N))
+    low_part_N, high_part_N = (c_N / weights_K1.squeeze(-1)[index_N] for c_N, index_N in parts)
+    return low_part_N.hypot(high_part_N)
 
 
 def _leaky(a: Tensor, slope: float) -> Tensor:
     """``max(a, 0) + slope · min(a, 0)``: Noon with slope 0."""
     return a.clamp_(min=0) if slope == 0 else a if slope == 1 else torch.where(a < 0, a * slope, a)
-
-
-def _mean_over_tokens(a_KbA: Tensor, valid_KbA: Tensor) -> tuple[Tensor, Tensor]:
-    tokens_Kb1 = valid_KbA.sum(-1, keepdim=True)
-    return a_KbA.masked_fill(~valid_KbA, 0).sum(-1, keepdim=True) / tokens_Kb1.clamp(min=1), tokens_Kb1 > 0
 
 
 def _project(a_KU: Tensor, valid_KU: Tensor, soft: float | None) -> tuple[Tensor, Tensor]:

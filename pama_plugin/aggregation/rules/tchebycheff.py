@@ -28,8 +28,9 @@ def tchebycheff(
     from the result as from any reward. No value head predicts it, so it does not work with ``gae``. It depends on the
     scale of every reward, unless ``normalize=`` is set for the objectives. An objective with a larger weight is kept
     closer to its ideal. Coefficients are the shares of responses in which an objective is the worst, or the means of
-    the softmax weights with ``smooth``. An inactive objective is not excluded. A missing reward is excluded from the
-    maximum; training fills it in beforehand, as for ``morlhf``.
+    the softmax weights with ``smooth``. An inactive objective is excluded. A missing reward is excluded from the
+    maximum; training fills it in beforehand, as for ``morlhf``. The estimator sets the size of the result, so
+    ``rescale`` has no unit size for it.
 
     On a Pareto front the policy drifts towards responses at equal distance from the ideal in all objectives; an
     estimator that whitens amplifies the remaining variation of the result to full steps.
@@ -47,7 +48,7 @@ def tchebycheff(
     >>> aggregate("tchebycheff", rewards_KB1, torch.ones(2, 1), ideal=[1, 1]).advantages.flatten()
     tensor([-0.8000, -1.0000])
     """
-    absent_KB1 = ~present_KB.unsqueeze(-1) | ~mask_BA
+    absent_KB1 = ~(present_KB & active_K.unsqueeze(-1)).unsqueeze(-1) | ~mask_BA
     rewards_KB1 = advantages_KBA.masked_fill(absent_KB1, 0)
     if ideal is None:
         ideal_K11 = advantages_KBA.masked_fill(absent_KB1, -torch.inf).amax((1, 2), keepdim=True).nan_to_num(neginf=0.0)

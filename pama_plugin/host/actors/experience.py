@@ -1,7 +1,6 @@
 """OpenRLHF's experience maker for K rewards per response: one estimator run each, one combined advantage per token."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,20 +13,21 @@ from torch import Tensor
 
 from pama_plugin.aggregation import Aggregation, get_rule
 from pama_plugin.batch.behaviour import distance
-from pama_plugin.batch.combine import combine, estimated
-from pama_plugin.batch.keys import COSINE, EXPLAINED, KL, REFERENCE_NLL, SPREAD, UNIFORM
-from pama_plugin.batch.metrics import group_correlations, name_metrics
+from pama_plugin.batch.combine import active_flags, combine, estimated
+from pama_plugin.batch.keys import AT_BEST, EXPLAINED, KL, REFERENCE_NLL, SPREAD, UNIFORM
+from pama_plugin.batch.metrics import describe_gradients, group_correlations, name_metrics, share_at_best
 from pama_plugin.batch.rollouts import Row, choose_responses, describe_responses
-from pama_plugin.batch.shaping import measure, shape_trained, spreads
+from pama_plugin.batch.shaping import measure, shape_trained, speaks, spreads
 from pama_plugin.batch.state import RunState
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.host.actors.collector import RewardCollector
 from pama_plugin.host.actors.estimators import Estimator
-from pama_plugin.host.actors.gradients import gradient_cosines
+from pama_plugin.host.actors.gradients import gradient_products
 from pama_plugin.host.actors.probe import probe_rollout
 from pama_plugin.host.actors.rollout_log import add_texts
 from pama_plugin.host.actors.write_back import explain_variance, join, weighted_sum, write_back
 from pama_plugin.host.protocols import Experience
+from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
 
 logger = init_logger(__name__)
@@ -97,14 +97,14 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             # Missing rewards were replaced by a mean; a response without any reward is excluded below.
             one_B1, all_KB = mask_BA.new_ones(len(mask_BA), 1), torch.ones_like(present_KB)
             of_rewards = combine(config, state, table, shaped_KB.unsqueeze(-1), one_B1, all_KB, self.steps_done)
-            rewards_B = of_rewards.advantages.squeeze(-1)
+            rewards_B, active_K = of_rewards.advantages.squeeze(-1), active_flags(of_rewards)
             self._warn_of_clipping(f"the combined reward of --loss {config.loss}", rewards_B)
             shown = [
                 self._estimate(
                     rewards_B,
                     present_KB.any(0),
                     experiences,
-                    lambda values: weighted_sum(values.unbind(-1), weights),
+                    lambda values: weighted_sum(values.unbind(-1), (torch.tensor(weights) * active_K).tolist()),
                 )
             ]
             estimate_BA = join([experience.advantages for experience in shown[0]])
@@ -113,12 +113,21 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             shown = runs
             for objective, rewards_B in zip(config.trained, shaped_KB):
                 self._warn_of_clipping(f"objective {objective.name!r}", rewards_B)
-            active = [self._tells_responses_apart(*each) for each in zip(runs, present_KB)]
-            result = combine(config, state, table, advantages_KBA, mask_BA, present_KB, self.steps_done, active)
+            active = [
+                self._tells_responses_apart(run, present_B) and self._speaks(objective)
+                for objective, run, present_B in zip(config.trained, runs, present_KB)
+            ]
+            log_ratio_BA = None
+            if self.initial_model_group is not None and "log_ratio_BA" in get_rule(config.loss).parameters:
+                log_ratio_BA = join([_log_ratio(experience) for experience in experiences])
+            result = combine(
+                config, state, table, advantages_KBA, mask_BA, present_KB, self.steps_done, active, log_ratio_BA
+            )
 
         metrics = name_metrics(config, result, self.steps_done)
         metrics |= self._probe_gradients(experiences, advantages_KBA, present_KB, result)
         metrics |= {f"{SPREAD}{name}": value for name, value in spreads(config.objectives, table, state).items()}
+        metrics |= {f"{AT_BEST}{name}": share_at_best(table.row(name)) for name in config.trained_names}
         if table.group_size > 1:
             metrics[UNIFORM] = table.share_of_uniform_groups(_responses(experiences))
             metrics |= group_correlations(table, config.trained_names)
@@ -179,6 +188,11 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         rewards_B = torch.cat([experience.rewards for experience in run]).float()
         return self.estimator.tells_responses_apart(self.table.grouped(rewards_B), self.table.grouped(present_B))
 
+    def _speaks(self, objective: Objective) -> bool:
+        rewards_GN = self.table.grouped(self.table.row(objective.name))
+        share, by_group = self.config.inactive_below, self.estimator.by_group
+        return speaks(objective, rewards_GN, self.state, share=share, by_group=by_group)
+
     def _warn_of_clipping(self, source: str, rewards_B: Tensor) -> None:
         clipped = self.estimator.count_clipped(self.table.grouped(rewards_B))
         if clipped and source not in self.warned:
@@ -195,18 +209,18 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         every = self.config.probe_gradients
         if every is None or self.steps_done % every:
             return {}
-        cosines = gradient_cosines(
+        products = gradient_products(
             self.actor_model_group,
             experiences,
             advantages_KBA.masked_fill(~present_KB.unsqueeze(-1), 0),
             result.advantages,
+            self.table.grouped(torch.arange(len(result.advantages))),
             self.args.train.micro_batch_size,
             mean_per_response=self.args.actor.loss_agg_mode == "seq-mean-token-mean"
             or self.args.actor.policy_loss_type == "gspo",
             all_ranks=self.args.ds.zero_stage == 3,
         )
-        named = zip(self.config.trained_names, cosines, strict=True)
-        return {f"{COSINE}{name}": cosine for name, cosine in named if not math.isnan(cosine)}
+        return describe_gradients(products, self.config.trained_names)
 
 
 def _distance_from_reference(experience: Experience) -> dict[str, Tensor]:
@@ -216,6 +230,13 @@ def _distance_from_reference(experience: Experience) -> dict[str, Tensor]:
         reference_BA = experience.action_log_probs - experience.info["logprobs_diff"].unsqueeze(1)
     nats_B, nll_B = distance(experience.action_log_probs, reference_BA, experience.action_mask.bool())
     return {KL: nats_B, REFERENCE_NLL: nll_B}
+
+
+def _log_ratio(experience: Experience) -> Tensor:
+    """log π − log π_ref at every token, for ``--pama.option reference_clip``."""
+    if experience.base_action_log_probs is None:
+        return experience.kl  # by the estimator k1, as preflight checks
+    return experience.action_log_probs - experience.base_action_log_probs
 
 
 def _responses(experiences: list[Experience]) -> list[bytes]:

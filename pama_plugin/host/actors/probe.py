@@ -8,6 +8,7 @@ import torch
 from openrlhf.trainer.ppo_utils.experience import Experience as HostExperience
 from openrlhf.utils.logging_utils import init_logger
 
+from pama_plugin.batch.advice import advise
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.errors import ProbeError
 from pama_plugin.host.actors.collector import RewardCollector
@@ -81,6 +82,8 @@ def probe_rollout(collector: RewardCollector, table: RewardTable, experiences: l
                 )
                 findings[objective.name].append(Finding(text, True))
     _report(collector.config, findings, "the first rollout")
+    for sentence in advise(collector.config, table):
+        logger.warning(f"PAMA: {sentence}")
 
 
 def _judged_as(objective: Objective) -> dict[str, bool]:

@@ -12,6 +12,7 @@ import ray
 import torch
 from openrlhf.trainer import ppo_trainer
 from openrlhf.trainer.ray.vllm_engine import batch_vllm_engine_call
+from openrlhf.utils.logging_utils import init_logger
 from transformers import set_seed
 
 from pama_plugin.batch.alarms import Alarms
@@ -38,12 +39,15 @@ from pama_plugin.host.actors.probe import probe_pairs
 from pama_plugin.host.actors.rollout_log import RolloutLog
 from pama_plugin.host.preflight.resume import STATE
 from pama_plugin.host.protocols import Strategy
-from pama_plugin.settings.run import StopAtFront, as_settings
+from pama_plugin.runs.rollouts import SETTINGS
+from pama_plugin.settings.run import StopAtFront, as_settings, dump_config
 
 if TYPE_CHECKING:
     from pama_plugin.host.protocols import Trainer as Host
 else:  # at run time ``BasePPOTrainer`` follows this mixin
     Host = object
+
+logger = init_logger(__name__)
 
 
 class MultiObjectiveTrainer(Host):
@@ -75,6 +79,7 @@ class MultiObjectiveTrainer(Host):
         folder = Path(self.args.ckpt.output_dir)
         if self.tensorboard_logger:
             folder = Path(self.tensorboard_logger.writer.log_dir)
+        self.settings_file = folder / SETTINGS
         self.rollout_log = RolloutLog(folder, self.wandb_logger, self.tensorboard_logger)
         monitors = [objective.name for objective in self.config.objectives if objective.role == "monitor"]
         self.alarms = Alarms(self.config.trained_names, monitors)
@@ -84,6 +89,11 @@ class MultiObjectiveTrainer(Host):
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Shake hands with every actor, probe every reward, train; a ``RewardError`` names its step."""
         print(self.shake_hands(), flush=True)
+        try:
+            self.settings_file.parent.mkdir(parents=True, exist_ok=True)
+            self.settings_file.write_text(dump_config(self.config))
+        except OSError as error:
+            logger.warning("PAMA: cannot write %s: %s", self.settings_file, error.strerror)
         if self.config.probe != "off":
             probe_pairs(self.experience_maker.collector)
         try:

@@ -79,6 +79,13 @@ def check_flags(args: argparse.Namespace, config: PamaConfig) -> PamaConfig:
         raise ConfigError(
             "--pama.stop_at_kl needs a reference model, so --algo.kl.init_coef must be above 0 (1e-6 will do), found 0"
         )
+    has_ratio = getattr(args, "algo.kl.use_loss") or getattr(args, "algo.kl.estimator") == "k1"
+    if config.options.get("reference_clip") and not (getattr(args, "algo.kl.init_coef") > 0 and has_ratio):
+        raise ConfigError(
+            "--pama.option reference_clip needs a reference model (--algo.kl.init_coef above 0) and "
+            f"--algo.kl.use_loss or --algo.kl.estimator k1, found {getattr(args, 'algo.kl.init_coef')} and "
+            f"{getattr(args, 'algo.kl.estimator')}"
+        )
     if config.probe_gradients is not None:
         for flag, whole in WHOLE_POLICY.items():
             if getattr(args, flag) != whole:

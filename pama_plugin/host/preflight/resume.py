@@ -33,7 +33,7 @@ class Resume(NamedTuple):
 
 
 def prepare_resume(
-    args: argparse.Namespace, config: PamaConfig, *, allow_other_objectives: bool
+    args: argparse.Namespace, config: PamaConfig, *, allow_other_objectives: bool, allow_other_rule: bool
 ) -> tuple[PamaConfig, Resume | None]:
     """Refuse a checkpoint that cannot be resumed, and print which parts of it will not be used.
 
@@ -41,13 +41,14 @@ def prepare_resume(
         args: OpenRLHF's flags, flat; --ckpt.load_enable is switched off if no save was ever completed.
         config: the configuration of this run.
         allow_other_objectives: resume even if objectives were added or removed.
+        allow_other_rule: resume even if the rule or one of its settings is another.
 
     Returns:
         ``config`` with the objectives in the order of the saved ones, which is the order of the critic's heads; and the
         step to resume from, or None.
 
     Raises:
-        ConfigError: a damaged checkpoint, an unreadable state, or other objectives.
+        ConfigError: a damaged checkpoint, an unreadable state, other objectives, or another rule.
     """
     root = Path(getattr(args, "ckpt.path"))
     with_critic = getattr(args, "algo.advantage.estimator") == "gae"
@@ -85,6 +86,18 @@ def prepare_resume(
             f"--ckpt.load_enable: the objectives must be those of {source}, {', '.join(names)}, found "
             f"{', '.join(config.names)}; --pama.allow_other_objectives resumes anyway"
         )
+    if changes := _differences(saved.rule, config.rule_settings()):
+        if not allow_other_rule:
+            raise ConfigError(
+                f"--ckpt.load_enable: the rule must be that of {source}, found {', '.join(changes)}; "
+                "--pama.allow_other_rule resumes anyway"
+            )
+        print(f"PAMA: resuming with another rule than that of {source}: {', '.join(changes)}", flush=True)
+    elif not saved.rule:
+        print(
+            f"PAMA: {source} does not say with which rule it was trained; going on with --loss {config.loss}",
+            flush=True,
+        )
     for name in RunState.start(config, getattr(args, "train.agent_func_path")).swapped(saved):
         print(
             f"PAMA: the reward of {name!r} is not that of the checkpoint: its statistics start anew, the others' "
@@ -94,6 +107,15 @@ def prepare_resume(
     rank = {name: index for index, name in enumerate(names)}
     ordered = sorted(config.objectives, key=lambda objective: rank.get(objective.name, len(rank)))
     return config.model_copy(update={"objectives": tuple(ordered)}), resume
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings of the rule that are not those of the checkpoint, if it has any."""
+    return [
+        f"{key} {now.get(key)} instead of {saved.get(key)}"
+        for key in {**saved, **now}
+        if saved and saved.get(key) != now.get(key)
+    ]
 
 
 def describe_saved(root: Path, *, with_critic: bool) -> str:

@@ -41,12 +41,22 @@ Score = Callable[[Tensor], Tensor]  # words (B, PLACES) → rewards (K, B), with
 
 
 class Task(NamedTuple):
-    """``make`` draws the rewards of one seed; ``noise`` and ``scale`` are of the last objective, in its spread."""
+    """Rewards, and what spoils them.
+
+    Attributes:
+        objectives: K.
+        make: draws the rewards of one seed.
+        noise: of the last reward, in its standard deviations.
+        scale: factor of the last reward.
+        exploit: one of the twelve first words adds this number of standard deviations to the last reward, and takes two
+            from each of the others.
+    """
 
     objectives: int
     make: Callable[[int, torch.Generator], Score]
     noise: float = 0.0
     scale: float = 1.0
+    exploit: float = 0.0
 
 
 def correlated(rho: float) -> Callable[[int, torch.Generator], Score]:
@@ -61,13 +71,6 @@ def correlated(rho: float) -> Callable[[int, torch.Generator], Score]:
         return lambda words_BP: table_KPV[:, torch.arange(PLACES), words_BP].sum(-1)
 
     return make
-
-
-def exploit(objectives: int, generator: torch.Generator) -> Score:
-    """Independent tables; two certain first words also give 10 sd of the last reward and −2 sd of the others."""
-    plain = correlated(0.0)(objectives, generator)
-    bonus_K1 = torch.tensor([-2.0] * (objectives - 1) + [10.0]).unsqueeze(-1) * math.sqrt(PLACES)
-    return lambda words_BP: plain(words_BP) + bonus_K1 * (words_BP[:, :2] == 0).all(-1)
 
 
 def concave(objectives: int, generator: torch.Generator) -> Score:
@@ -94,23 +97,24 @@ TASKS = {
     "K=4 shares": Task(4, shares),
     "noise": Task(2, correlated(0.0), noise=4.0),
     "scale": Task(2, correlated(0.0), scale=20.0),
-    "exploit": Task(2, exploit),
+    "exploit": Task(2, correlated(0.0), exploit=10.0),
     "concave": Task(2, concave),
 }
 
 # Rules with settings of their own, and settings of a rule that are a rule of their own here.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "pama, paper": ("pama", dict(noon=True, rescale="none")),
+    "pama, Noon": ("pama", dict(noon=True)),
     "gdpo, as published": ("gdpo", dict(whiten_sum=True)),
     "gram:upgrad, balance=½": ("gram:upgrad", dict(balance=0.5)),
 }
 
 
 class Walk(NamedTuple):
-    """One training run: ``rises`` (evaluations, K) in standard deviations of the start, at ``nats`` from the start."""
+    """One training run: at every evaluation, the distance from the start, the rises, and the share of exploits."""
 
     nats: list[float]
     rises: list[list[float]]
+    exploits: list[float]
 
     def rises_at(self, nats: float) -> list[float]:
         """Interpolated where the run first reaches the distance, or as it ended."""
@@ -131,20 +135,24 @@ def train(task: Task, rule: str, options: dict[str, Any], seed: int) -> Walk:
     optimizer = torch.optim.Adam([logits_PV], lr=LR, betas=(0.9, 0.95))
     groups_B = torch.arange(GROUPS * SAMPLES) // SAMPLES
     start_KB = score(draw(logits_PV, 4 * EVALUATED, generator))
-    mean_K, std_K = start_KB.mean(-1), start_KB.std(-1)
-    thresholds_K = mean_K  # the constraints of a rule with constraints: no lower than at the start
+    std_K = start_KB.std(-1)
+    bonus_K = std_K * torch.tensor([-2.0] * (task.objectives - 1) + [task.exploit]) * (task.exploit > 0)
+    mean_K = start_KB.mean(-1) + bonus_K / WORDS
+    thresholds_K = mean_K  # of a rule with constraints: no lower than at the start
     memory_K: Sequence[dict[str, float]] = [{}] * task.objectives
-    walk = Walk([], [])
+    walk = Walk([], [], [])
     for step in range(STEPS + 1):
         if step % EVERY == 0:
             log_PV = logits_PV.log_softmax(-1)
             walk.nats.append(float((log_PV.exp() * (log_PV + math.log(WORDS))).sum()))
-            means_K = score(draw(logits_PV, EVALUATED, generator)).mean(-1)
+            exploits = float(log_PV[0, 0].exp()) if task.exploit else 0.0
+            means_K = score(draw(logits_PV, EVALUATED, generator)).mean(-1) + bonus_K * exploits
             walk.rises.append(((means_K - mean_K) / std_K).tolist())
+            walk.exploits.append(exploits)
         if step == STEPS:
             return walk
         words_BP = draw(logits_PV, GROUPS * SAMPLES, generator)
-        rewards_KB = score(words_BP)
+        rewards_KB = score(words_BP) + bonus_K.unsqueeze(-1) * (words_BP[:, 0] == 0)
         noise_B = torch.randn(len(words_BP), generator=generator, dtype=torch.float64)
         rewards_KB[-1] += task.noise * std_K[-1] * noise_B
         rewards_KB = rewards_KB * scale_K1
@@ -225,6 +233,12 @@ def main() -> None:
     ):
         console.print(make_table(title, chosen.rules, chosen.tasks, walks, rises))
     chosen.out.mkdir(parents=True, exist_ok=True)
+    if "exploit" in chosen.tasks:
+        taken = {
+            rule: sum(walk.exploits[-1] for walk in walks[rule, "exploit"]) / chosen.seeds for rule in chosen.rules
+        }
+        listed = ", ".join(f"{rule} {share:.0%}" for rule, share in sorted(taken.items(), key=lambda pair: pair[1]))
+        console.print(f"exploit, share of responses with the trigger after {STEPS} steps (8% at the start): {listed}")
     draw_ways(walks, chosen.rules, chosen.tasks, chosen.out / "toys.png")
     content = [
         {"rule": rule, "task": task, "runs": [walk._asdict() for walk in found]}
@@ -284,7 +298,7 @@ def draw_ways(walks: dict[tuple[str, str], list[Walk]], rules: Sequence[str], ta
     colours = pyplot.colormaps["tab20"].resampled(20)
     for axis, task in zip(axes.flat, tasks):
         for index, rule in enumerate(rules):
-            points = [[(nats, min(rises)) for nats, rises in zip(*walk)] for walk in walks[rule, task]]
+            points = [[(nats, min(rises)) for nats, rises, _ in zip(*walk)] for walk in walks[rule, task]]
             mean = [[sum(values) / len(points) for values in zip(*evaluation)] for evaluation in zip(*points)]
             line = "-" if index < 20 else "--"
             axis.plot(*zip(*mean), line, color=colours(index % 20), label=rule, linewidth=1.2)

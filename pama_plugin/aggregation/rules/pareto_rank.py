@@ -63,7 +63,7 @@ def pareto_rank(
     credit_B[rows_GN[filled_GN]] = -ranks_GN[filled_GN].double()
     credit_B = centre_groups(credit_B.unsqueeze(0), compared_B.unsqueeze(0), groups_B).squeeze(0)
     counts_G = compared_GN.sum(-1)
-    for count in counts_G.unique().tolist():
+    for count in set(counts_G.tolist()):
         unit_rms_B[rows_GN[counts_G == count][filled_GN[counts_G == count]]] = _unit_rms(int(active_K.sum()), count)
     shares_K = active_K.to(weights_K.dtype) / active_K.sum()
     return Combination(spread(credit_B, mask_BA, weights_K.dtype), shares_K, unit_rms=unit_rms_B)
@@ -72,7 +72,8 @@ def pareto_rank(
 def _by_group(groups_B: Tensor) -> tuple[Tensor, Tensor]:
     """(G, N) the responses of each group, and true where there is one: groups may differ in size."""
     order_B = groups_B.argsort(stable=True)
-    counts_G = torch.bincount(torch.unique(groups_B, return_inverse=True)[1])
+    _, group_B = torch.unique(groups_B, return_inverse=True)
+    counts_G = torch.bincount(group_B)
     place_GN = torch.arange(int(counts_G.max()), device=groups_B.device).expand(len(counts_G), -1)
     filled_GN = place_GN < counts_G.unsqueeze(-1)
     starts_G = counts_G.cumsum(0) - counts_G

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pama_plugin.batch.keys import ACTIVE, COEFFICIENT, CONFLICT, COSINE, GAIN, KL, PAMA, REWARD
 from pama_plugin.runs.logs import Run
@@ -48,6 +49,7 @@ def draw_curves(runs: Sequence[Run]) -> Figure:
             panel.set_ylim(drawn.min() - margin, drawn.max() + margin)
         panel.set_title(OF_THE_HOST.get(tag, tag.removeprefix(PAMA)))
         panel.set_xlabel("step")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in panels.flat[len(tags) :]:
         panel.remove()
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
@@ -126,7 +128,7 @@ def draw_paths(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
     if space is not None:
         space.set_xlabel(names[0])
         space.set_ylabel(names[1])
-        space.set_title("way through the rewards: step 1 (*), then moving averages")
+        space.set_title("from step 1 (*), moving averages")
         if len(paths) > 1:
             finals = np.array([ends(arm_runs, names).mean(0) for arm_runs in arms.values()])
             front = finals[nondominated(finals)]

@@ -1,6 +1,7 @@
 """The tables of a report: rewards and metrics per objective and arm, the Pareto front, differences between arms."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from pama_plugin.runs.report.pareto import (
     starts,
 )
 
+SENTENCE = re.compile(r"(?<=\.) (?=[A-Z])")  # the space between two sentences
 WHOLE_RUN = ("active_fraction", "conflict_rate", "effective_objectives")
 OF_THE_HOST = {"kl": "KL", "response_length": "response length", "entropy_loss": "entropy"}
 
@@ -197,21 +199,32 @@ def shared_objectives(runs: Sequence[Run]) -> list[str]:
 
 
 def without_empty_columns(grid: Grid) -> Grid:
-    """The table without columns of which no row has a value.
+    """The table without columns of which no row has a value, and without the sentences that explain these.
 
     >>> without_empty_columns(Grid("t", ["arm", "cosine"], [["a", "–"], ["b", "–"]])).columns
     ['arm']
     """
     kept = [index for index in range(len(grid.columns)) if any(row[index] != "–" for row in grid.rows)]
     rows = [[row[index] for index in kept] for row in grid.rows]
-    return grid._replace(columns=[grid.columns[index] for index in kept], rows=rows)
+    gone = {column.lower() for index, column in enumerate(grid.columns) if index not in kept}
+    sentences = [part for part in SENTENCE.split(grid.caption) if part.partition(":")[0].lower() not in gone]
+    return grid._replace(columns=[grid.columns[index] for index in kept], rows=rows, caption=" ".join(sentences))
+
+
+def is_text(grid: Grid, column: int) -> bool:
+    """Whether a column has names, which are aligned on the left.
+
+    >>> [is_text(Grid("t", ["arm", "kl"], [["a", "0.1 ± 0.2"]]), column) for column in (0, 1)]
+    [True, False]
+    """
+    return column == 0 or all(row[column][:1].isalpha() for row in grid.rows)
 
 
 def draw_table(grid: Grid) -> Table:
     """The table for the console."""
     table = Table(title=grid.title, caption=grid.caption, padding=(0, 1, 0, 0))
     for index, column in enumerate(grid.columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if is_text(grid, index) else "right", overflow="fold")
     for row in grid.rows:
         table.add_row(*row)
     return table

@@ -52,4 +52,4 @@ def answer_of(rollout: Rollout) -> Answer:
     rewards = [f"{name} {'–' if reward is None else f'{reward:.3g}'}" for name, reward in rollout.rewards.items()]
     if rollout.nats is not None:
         rewards.append(f"{rollout.nats:.2g} nats")
-    return Answer(f"step {rollout.step}", rollout.response.strip() or "(empty)", "  ".join(rewards))
+    return Answer(f"step {rollout.step}", rollout.response.strip() or "(empty)", " · ".join(rewards))

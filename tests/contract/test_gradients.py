@@ -109,11 +109,11 @@ def test_a_policy_that_reads_images_is_refused(rank) -> None:
 @pytest.mark.parametrize(
     ("prompts", "responses", "size", "expected"),
     [
-        (8, 4, 4, [[0], [2], [4], [6]]),  # four blocks of one prompt have 16 responses
+        (64, 4, 4, [[4 * block] for block in range(16)]),  # sixteen blocks of one prompt have 64 responses
         (32, 4, 16, [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19], [24, 25, 26, 27]]),  # as many as fit
         (8, 1, 16, [[0, 1], [2, 3], [4, 5], [6, 7]]),  # four blocks, however small the rollout
-        (8, 8, 2, [[0], [2], [4], [6]]),  # a prompt is not divided
-        (32, 2, 2, [[0], [4], [8], [12], [16], [20], [24], [28]]),  # at least 16 responses
+        (16, 8, 2, [[2 * block] for block in range(8)]),  # a prompt is not divided
+        (4, 2, 4, [[0], [1], [2], [3]]),  # all of a small rollout
         (3, 4, 4, [[0], [1], [2]]),
     ],
 )

@@ -26,7 +26,7 @@ def test_killed_and_resumed_equals_uninterrupted(run_host, models, tmp_path, che
     # Only this run takes gradients for its logs; that the other equals it shows that doing so changes nothing.
     killed = run_host(*flags, "--pama.probe_gradients", "2", steps=6, kill_after=4)
     assert killed.status == -signal.SIGKILL and max(killed.by_step) in (4, 5), killed.output[-5000:]
-    probed = [step for step, found in killed.by_step.items() if "pama/gradient_cosine/length" in found]
+    probed = [step for step, found in killed.by_step.items() if "pama/gradient_gram/length" in found]
     assert probed == [step for step in killed.by_step if step % 2]
 
     # As if the critic had not been saved since: the policy must go back, too.

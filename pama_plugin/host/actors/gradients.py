@@ -17,7 +17,7 @@ from pama_plugin.batch.gradient_gram import sketch
 from pama_plugin.errors import PamaError
 from pama_plugin.host.protocols import Experience
 
-RESPONSES, BLOCKS = 16, 4  # use at least this many, spread evenly over the rollout
+RESPONSES, BLOCKS = 64, 4  # use at least this many, spread evenly over the rollout
 
 
 class Part(NamedTuple):
@@ -45,8 +45,8 @@ def gradient_products(
 
     At the policy that sampled the responses the importance ratio is 1 and nothing is clipped: the gradient is
     ``−Σ_t A[t] · ∇ log π[t] / T`` over the T tokens of a block, or the mean over its responses of such means, where
-    OpenRLHF's loss is one. This takes K + 1 backward passes per forward pass; one gradient is held at once, in the
-    policy's precision, and one sketch of each.
+    OpenRLHF's loss is one. This takes K + 1 forward and backward passes for each part of a block; one gradient is held
+    at once, in the policy's precision, and one sketch of each.
 
     Args:
         group: the policy's actor group.
@@ -116,20 +116,20 @@ def products_on_rank(rank: Any, parts: Sequence[Part]) -> Tensor:
 
 def _sketch_blocks(actor: Any, parameters: list[Tensor], parts: Sequence[Part]) -> Tensor:
     """(M, J, W) sketches of the gradients of ``−Σ_t A[t] · log π[t]``, with the same dropout for every row."""
-    device, sizes = parameters[0].device, [parameter.numel() for parameter in parameters]
-    gradients = len(parts[0].advantages_JbA)
+    device = parameters[0].device
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters]  # ZeRO-3 keeps shards
+    rows = len(parts[0].advantages_JbA)
     sketches: dict[int, list[Tensor]] = {}
-    with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for part in parts:
-            sequences, attention_mask, action_mask, advantages_JbA = (tensor.to(device) for tensor in part[1:])
-            log_probs_bA = actor(sequences, action_mask, attention_mask=attention_mask)
-            for index in range(gradients):
-                loss = -(log_probs_bA * advantages_JbA[index] * action_mask).sum()
-                last = index == gradients - 1  # some experts may be unused
-                grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=not last)
-                of_block = sketches.setdefault(part.block, [])
-                if len(of_block) < gradients:
-                    of_block.append(sketch(grads, sizes))
-                else:
-                    of_block[index] += sketch(grads, sizes)
-    return torch.stack([torch.stack([row_W.to(device) for row_W in rows]) for rows in sketches.values()])
+    for part in parts:
+        sequences, attention_mask, action_mask, advantages_JbA = (tensor.to(device) for tensor in part[1:])
+        found = []
+        for advantages_bA in advantages_JbA:
+            # A forward pass for each: ZeRO-3 releases the parameters that a graph holds after its backward pass.
+            with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                log_probs_bA = actor(sequences, action_mask, attention_mask=attention_mask)
+                loss = -(log_probs_bA * advantages_bA * action_mask).sum()
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)  # some experts may be unused
+            found.append(sketch(gradients, sizes).to(device))
+        before = sketches.get(part.block, [torch.zeros_like(found[0])] * rows)
+        sketches[part.block] = [old + new for old, new in zip(before, found, strict=True)]
+    return torch.stack([torch.stack(of_block) for of_block in sketches.values()])

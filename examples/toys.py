@@ -36,6 +36,7 @@ STEPS, EVERY = 80, 4  # evaluated every 4 steps
 LR = 0.08
 EVALUATED = 2048  # responses
 NATS = 6.0
+AT_NATS = f"rise of the objective that rose least, at {NATS:g} nats"
 
 Score = Callable[[Tensor], Tensor]  # words (B, PLACES) → rewards (K, B), without noise
 
@@ -228,7 +229,7 @@ def main() -> None:
     console = Console()
     console.width = max(console.width, 132 if len(chosen.tasks) > 5 else 80)  # a log has no width
     for title, rises in (
-        (f"rise of the objective that rose least, at {NATS:g} nats", lambda walk: walk.rises_at(NATS)),
+        (AT_NATS, lambda walk: walk.rises_at(NATS)),
         (f"the same after {STEPS} steps", lambda walk: walk.rises[-1]),
     ):
         console.print(make_table(title, chosen.rules, chosen.tasks, walks, rises))
@@ -264,7 +265,7 @@ def make_table(
         title=title,
         caption="In standard deviations at the start: mean over seeds, ± half of the 95 % interval; bold: the best "
         "rule, and those whose difference from it, seed by seed, does not exclude 0. ↓: objectives that ended below "
-        "their start, mean over seeds.",
+        "their start, mean over seeds. *: not all runs came that far from the start; these count as they ended.",
     )
     for task in tasks:
         table.add_column(task, justify="right")
@@ -275,8 +276,9 @@ def make_table(
             here = interval(worst[rule, task])
             behind = interval([other - own for own, other in zip(worst[rule, task], best[task])])
             style = "bold" if not behind.excludes_zero else "dim" if here.mean < 0 else "none"
+            short = "*" if title is AT_NATS and any(walk.nats[-1] < NATS for walk in walks[rule, task]) else ""
             lost = f"↓{below[rule, task]:.1f}" if below[rule, task] else ""
-            cells.append("\n".join(filter(None, [f"[{style}]{here.mean:.2f}[/]", f"±{here.half:.2f}", lost])))
+            cells.append("\n".join(filter(None, [f"[{style}]{here.mean:.2f}[/]{short}", f"±{here.half:.2f}", lost])))
         table.add_row(rule, *cells)
     return table
 

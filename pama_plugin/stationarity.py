@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pama_plugin.batch.gradient_gram import Estimate, MinNorm, jackknife, min_norm, sketch
+from pama_plugin.batch.gradient_gram import FEWEST, Estimate, MinNorm, jackknife, min_norm, sketch
 from pama_plugin.errors import ConfigError
 from pama_plugin.score import load_rows, score_rows
 from pama_plugin.settings.objective import Objective
@@ -51,23 +51,28 @@ def measure_stationarity(options: argparse.Namespace) -> int:
     """
     flags = vars(options)
     objectives = load_objectives(flags["pama.objective"], flags["pama.config"])
-    for name, least in (("responses", 16), ("per_prompt", 2), ("max_new_tokens", 1), ("batch_size", 1)):
+    for name, least in (("per_prompt", 2), ("max_new_tokens", 1), ("batch_size", 1)):
         if flags[name] < least:
             raise ConfigError(f"--{name} must be at least {least}, found {flags[name]}")
     if not 0 < options.temperature < math.inf:
         raise ConfigError(f"--temperature must be a positive number, found {options.temperature}")
     prompts = [row for row in load_rows(options.prompts, response=False).values()]
     needed = options.responses // options.per_prompt
-    if len(prompts) < max(needed, 4):
+    if needed < FEWEST:
         raise ConfigError(
-            f"{options.prompts} must have a prompt for each {options.per_prompt} of {options.responses} responses, and "
-            f"at least 4, found {len(prompts)}"
+            f"--responses must be at least {FEWEST} × --per_prompt, {FEWEST * options.per_prompt}, found "
+            f"{options.responses}"
+        )
+    if len(prompts) < needed:
+        raise ConfigError(
+            f"{options.prompts} must have a prompt for each {options.per_prompt} of {options.responses} responses, "
+            f"{needed}, found {len(prompts)}"
         )
     if not options.out.parent.is_dir() or options.out.is_dir():
         raise ConfigError(f"--out must be a file in an existing folder, found {options.out}")
     found = []
     for policy in options.policy:
-        found.append(measure_policy(policy, objectives, prompts[: max(needed, 4)], options))
+        found.append(measure_policy(policy, objectives, prompts[:needed], options))
         content = [each._asdict() | {"least": each.least._asdict()} for each in found]
         options.out.write_text(json.dumps(content, indent=1) + "\n")
     _print_table(found, [objective.name for objective in objectives])
@@ -89,7 +94,7 @@ def measure_policy(
         raise ConfigError(f"cannot load the policy {policy}: {error}") from error
     set_seed(options.seed)
     rows, parts = [], []
-    per_batch = max(options.batch_size // options.per_prompt, 1)
+    per_batch = max(min(options.batch_size // options.per_prompt, len(prompts) // FEWEST), 1)
     for start in tqdm(range(0, len(prompts), per_batch), desc=f"{policy.name}: responses", unit="batch"):
         asked = prompts[start : start + per_batch]
         samples = sample(model, tokenizer, [row["prompt"] for row in asked], options)
@@ -129,6 +134,8 @@ def estimate(rewards_KB: Tensor, per_prompt: int) -> Tensor:
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompts: Sequence[Any], options: argparse.Namespace) -> Samples:
     """Sample ``per_prompt`` responses to each prompt, text or messages."""
+    from transformers import GenerationConfig
+
     texts = [
         prompt
         if isinstance(prompt, str)
@@ -138,8 +145,7 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[Any], options: argparse
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    sequences_BT = model.generate(
-        **batch,
+    plain = GenerationConfig(  # none of the policy's own: they would sample from another distribution
         do_sample=True,
         temperature=options.temperature,
         top_k=0,
@@ -147,7 +153,10 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[Any], options: argparse
         max_new_tokens=options.max_new_tokens,
         num_return_sequences=options.per_prompt,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
+    model.generation_config = plain
+    sequences_BT = model.generate(**batch)
     prompt_mask_BP = batch.attention_mask.repeat_interleave(options.per_prompt, dim=0)
     responses_BA = sequences_BT[:, prompt_mask_BP.shape[1] :]
     ends_BA = (responses_BA == tokenizer.eos_token_id).long()

@@ -37,7 +37,7 @@ class Aggregation:
             - ``effective_objectives``: ``1 / Σ_i c_i²`` of the coefficients: 1 if one objective has all, K if all are
               equal, 0 if all are 0;
             - metrics of the rule, such as ``multiplier/<i>`` for ``lagrangian``.
-        memory_K: what rules with a memory need in the next step, for each objective.
+        memory_K: what a rule with a memory needs in the next step, for each objective; empty for other rules.
     """
 
     advantages: Tensor
@@ -72,7 +72,7 @@ def aggregate(
             combines rewards (``morlhf``, ``tchebycheff``) takes (K, B, 1) rewards and returns one reward per response.
         mask_BA: (B, A), true at action tokens. Values at other positions are ignored, including NaN.
         level: what is combined: the advantages of every ``token``, or their means over each response (``sequence``),
-            which all its tokens get. Rules with ``groups_B`` combine means at either level, and rules that combine
+            which all its tokens get. ``gdpo`` and its variants combine means at either level, and rules that combine
             rewards one number per response. ``batch`` is for ``pama`` only.
         rescale: ``unit`` divides the result by the root mean square that it has, with these weights, if the objectives
             are independent and their advantages standard normal: by √K for a sum with weights of 1, for example. So
@@ -140,9 +140,9 @@ def aggregate(
     context |= _check_context(rule, context, shape_KB, mask_BA)
 
     weights_K = _check_weights(weights, advantages_KBA)
-    active_K = _find_active(active, advantages_KBA, mask_BA, present_KB)
     if level == "sequence":
         advantages_KBA = _means(advantages_KBA, mask_BA)
+    active_K = _find_active(active, advantages_KBA, mask_BA, present_KB)
     if whiten:
         advantages_KBA = _whiten(advantages_KBA, mask_BA, present_KB)
     combination = chosen.combine(advantages_KBA, mask_BA, weights_K, active_K, present_KB, **context, **options)
@@ -163,11 +163,7 @@ def aggregate(
     metrics["effective_objectives"] = effective_objectives(coefficients_K)
     if taken := sorted(metrics.keys() & combination.metrics.keys()):
         raise ValueError(f"rule {rule!r} returned reserved metric names: {', '.join(taken)}; rename them")
-    memory_K: tuple[dict[str, float], ...] = tuple({} for _ in weights_K)
-    for key, metric in combination.metrics.items():
-        stem, _, index = key.partition("/")
-        if index.isdecimal() and int(index) < len(memory_K):
-            memory_K[int(index)][stem] = metric
+    memory_K = _remember(rule, combination.metrics, len(weights_K)) if "memory_K" in chosen.parameters else ()
     return Aggregation(combined_BA, coefficients_K, metrics | dict(combination.metrics), memory_K)
 
 
@@ -192,7 +188,7 @@ def _check_context(rule: str, context: dict[str, Any], shape_KB: torch.Size, mas
             )
     if "rewards_KB" in named:
         if "rewards_KB" not in context:
-            raise ValueError(f"rule {rule!r} needs rewards_KB, the rewards as they were scored, found none")
+            raise ValueError(f"rule {rule!r} needs rewards_KB, the rewards that the estimator receives, found none")
         rewards_KB = checked["rewards_KB"] = _as_tensor("rewards_KB", context["rewards_KB"], device).double()
         if rewards_KB.shape != shape_KB or rewards_KB.isinf().any():
             raise ValueError(
@@ -214,6 +210,18 @@ def _check_context(rule: str, context: dict[str, Any], shape_KB: torch.Size, mas
                 f"memory_K must be a list of {objectives} mappings from names to finite numbers, found {memory_K!r}"
             )
     return checked
+
+
+def _remember(rule: str, metrics: Mapping[str, float], objectives: int) -> tuple[dict[str, float], ...]:
+    """The metrics of each objective, by their names without the index."""
+    memory_K: tuple[dict[str, float], ...] = tuple({} for _ in range(objectives))
+    for key, metric in metrics.items():
+        stem, _, index = key.partition("/")
+        if index.isdecimal() and int(index) < objectives:
+            if not math.isfinite(metric):
+                raise ValueError(f"rule {rule!r} has a memory, so its metrics must be finite, found {metric} as {key}")
+            memory_K[int(index)][stem] = float(metric)
+    return memory_K
 
 
 def _to_unit(combined_BA: Tensor, unit_rms: float | Tensor | None, mask_BA: Tensor) -> float:

@@ -74,11 +74,12 @@ def register_rule(
     - ``level`` and ``noon``, as in ``aggregate``;
     - ``groups_B``: the prompt of each response, as an index;
     - ``log_ratio_BA``: log π − log π_ref at every token, where there is a reference policy;
-    - ``rewards_KB``: the rewards as they were scored, NaN where missing;
+    - ``rewards_KB``: the rewards that the estimator receives, after ``normalize``, ``clip`` and imputation; NaN where
+      missing;
     - ``violations_K``: threshold minus mean reward of each constraint, None for other objectives;
     - ``memory_K``: for each objective, the metrics of the previous step that the rule returned with the index of this
-      objective, ``{"multiplier": 2.0}`` for ``multiplier/1``; empty before the first step. They are saved in
-      checkpoints.
+      objective, ``{"multiplier": 2.0}`` for ``multiplier/1``; empty before the first step. They must be finite, and are
+      saved in checkpoints.
 
     Advantages are finite where ``mask_BA`` is true and arbitrary elsewhere. Weights are positive. ``active_K`` is true
     for objectives that vary over the batch. ``present_KB`` is true where an objective has a reward for a response; the

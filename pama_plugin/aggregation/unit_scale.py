@@ -67,6 +67,17 @@ def normal_gram(scale_K: Tensor, slope: float = 1.0) -> Tensor:
     return torch.outer(means_K, means_K) + torch.diag(scale_K**2 * (1 + slope**2) / 2 - means_K**2)
 
 
+def size_of_mix(c_K: Tensor, normal_KK: Tensor, present_KB: Tensor) -> Tensor:
+    """(B,) float64 ``√(Σ_ij c_i c_j M_ij)`` over the objectives that have a reward for a response, M as normal_gram.
+
+    >>> present_KB = torch.tensor([[True, True], [True, False]])
+    >>> size_of_mix(torch.tensor([0.6, 0.8]), torch.eye(2), present_KB).round(decimals=3)
+    tensor([1.0000, 0.6000], dtype=torch.float64)
+    """
+    mixed_BK = present_KB.T.double() * c_K.to(present_KB.device).double()
+    return ((mixed_BK @ normal_KK.to(present_KB.device).double()) * mixed_BK).sum(-1).sqrt()
+
+
 def by_response(weights_K: Tensor, counted_KB: Tensor, rms: Callable[[tuple[float, ...]], float]) -> Tensor:
     """(B,) float64 ``rms`` of the weights, sorted, of the objectives that are combined for each response; 0 for none.
 

@@ -21,6 +21,7 @@ def combine(
     steps_done: int,
     active: list[bool] | None = None,
     log_ratio_BA: Tensor | None = None,
+    rewards_KB: Tensor | None = None,
 ) -> Aggregation:
     """Apply the rule to the values, with all context that rules use, and store the rule's memory in ``state``.
 
@@ -33,7 +34,8 @@ def combine(
         present_KB: true where an objective has a reward for a response.
         steps_done: number of steps done, for the weights.
         active: for each objective, whether its rewards differ between responses, if known.
-        log_ratio_BA: log π − log π_ref at every token, if there is a reference policy.
+        log_ratio_BA: log π − log π_ref at every token, for the rules that need it.
+        rewards_KB: the rewards that the estimator received, for the rules that need them.
     """
     result = config.combine(
         values_KBA,
@@ -43,7 +45,7 @@ def combine(
         present_KB=present_KB,
         log_ratio_BA=log_ratio_BA,
         groups_B=table.groups_B,
-        rewards_KB=torch.stack([table.row(name) for name in config.trained_names]),
+        rewards_KB=None if rewards_KB is None else rewards_KB.masked_fill(~present_KB, math.nan),
         violations=_violations(config, state, table),
         memory=[state.objectives[name].memory for name in config.trained_names],
     )

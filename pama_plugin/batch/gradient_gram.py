@@ -17,6 +17,7 @@ from pama_plugin.aggregation.rules.min_norm import min_norm_point
 
 WIDTH = 2**18  # numbers in a sketch: it changes a product by about 0.2 % of the product of the lengths
 DRAWS = 1000
+FEWEST = 8  # blocks for an interval: of half of them, resampling must find different products
 
 
 class Estimate(NamedTuple):
@@ -46,11 +47,12 @@ def sketch(gradients: Iterable[Tensor | None], sizes: Sequence[int], width: int 
     signs_W = torch.randint(2, (width,), generator=generator) * 2.0 - 1
     total_W: Tensor | None = None
     for gradient, size in zip(gradients, sizes, strict=True):
+        flat = None if gradient is None else gradient.reshape(-1)
         for start in range(0, size, width):
             shift, sign = (int(torch.randint(high, (), generator=generator)) for high in (width, 2))
-            if gradient is None:
+            if flat is None:
                 continue
-            piece = gradient.reshape(-1)[start : start + width].float()
+            piece = flat[start : start + width].float()
             if total_W is None:
                 total_W, signs_W = piece.new_zeros(width), signs_W.to(piece.device)
             if exact:
@@ -107,8 +109,8 @@ class MinNorm(NamedTuple):
     Attributes:
         value: without the excess of the noise. 0 at a Pareto-stationary point. May be negative by chance.
         low, high: bounds of the 95 % interval of the value, from resampled blocks.
-        floor: by how much the squared length of the sampled gradient exceeds the value: what it would be at a
-            stationary point.
+        floor: by how much the squared length of the sampled gradient with these shares exceeds its unbiased estimate:
+            what it would be at a stationary point.
         coefficients: (K,) c, the mean of both halves.
     """
 
@@ -119,11 +121,11 @@ class MinNorm(NamedTuple):
     coefficients: tuple[float, ...]
 
 
-def min_norm(products_MKMK: Tensor, seed: int = 0) -> MinNorm:
+def min_norm(products_MKMK: Tensor, draws: int = DRAWS) -> MinNorm:
     """The min-norm point, with c from one half of the blocks and the value from the other, and the other way round.
 
     c is chosen to make the value small, so with c and value from the same responses it would be too small. The interval
-    is the percentile bootstrap over the blocks of each half, with c as it is.
+    is the percentile bootstrap over the blocks of each half, with c as it is; it needs eight blocks, and ``draws``.
 
     >>> gradients_MKW = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]).repeat(4, 1, 1)  # orthogonal, without noise
     >>> found = min_norm(torch.einsum("aiw,bjw->aibj", gradients_MKW, gradients_MKW))
@@ -137,19 +139,21 @@ def min_norm(products_MKMK: Tensor, seed: int = 0) -> MinNorm:
     halves = (range(0, blocks, 2), range(1, blocks, 2))
     gram_KK = [unbiased_gram(products_MKMK[list(half)][:, :, list(half)]) for half in halves]
     coefficients = [min_norm_point(_positive(part_KK)) for part_KK in gram_KK]
-    generator = torch.Generator().manual_seed(seed)
-    values, draws_D = [], torch.zeros(DRAWS, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    values, draws_D = [], torch.zeros(draws, dtype=torch.float64)
     for half, c_K in zip(halves, reversed(coefficients)):
         rows = torch.tensor(list(half))
         mixed_MM = torch.einsum("i,aibj,j->ab", c_K, products_MKMK[rows][:, :, rows], c_K)
         values.append(_between(mixed_MM))
-        for draw in range(DRAWS):
+        for draw in range(draws):
             drawn = torch.randint(len(rows), (len(rows),), generator=generator)
             draws_D[draw] += _between_different(mixed_MM, drawn) / 2
     c_K = (coefficients[0] + coefficients[1]) / 2
     sampled = float(torch.einsum("i,aibj,j->", c_K, products_MKMK, c_K)) / blocks**2
     whole = float(c_K @ unbiased_gram(products_MKMK) @ c_K)
-    low, high = (float(draws_D.nanquantile(share)) for share in (0.025, 0.975))
+    low, high = math.nan, math.nan
+    if draws and blocks >= FEWEST:
+        low, high = (float(draws_D.nanquantile(share)) for share in (0.025, 0.975))
     return MinNorm(sum(values) / 2, low, high, sampled - whole, tuple(c_K.tolist()))
 
 

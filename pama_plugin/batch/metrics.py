@@ -56,13 +56,14 @@ def group_correlations(table: RewardTable, names: Sequence[str]) -> dict[str, fl
 
 
 def share_at_best(rewards_B: Tensor) -> float:
-    """The share of the responses that have the highest reward of the batch, of those with a reward; NaN without any.
+    """The share of the responses that have the highest reward of the batch; NaN if all rewards are equal.
 
     >>> share_at_best(torch.tensor([1.0, 0.5, 1.0, torch.nan]))
     0.6666666666666666
     """
     rewards_B = rewards_B[rewards_B.isfinite()]
-    return float((rewards_B == rewards_B.max()).double().mean()) if len(rewards_B) else math.nan
+    at_best_B = rewards_B == rewards_B.max() if len(rewards_B) else rewards_B
+    return math.nan if bool(at_best_B.all()) else float(at_best_B.double().mean())
 
 
 def correlate(one_B: Tensor, other_B: Tensor) -> float:
@@ -91,7 +92,7 @@ def describe_gradients(products_MJMJ: Tensor, names: Sequence[str]) -> dict[str,
     gram_JJ = unbiased_gram(products_MJMJ)
     for (i, one), (j, other) in itertools.combinations_with_replacement(enumerate(names, 1), 2):
         found[f"gram/{one}" if i == j else f"gram/{one}/{other}"] = float(gram_JJ[i, j])
-    least = min_norm(products_MJMJ[:, 1:, :, 1:])
+    least = min_norm(products_MJMJ[:, 1:, :, 1:], draws=0)
     found |= {"min_norm": least.value, "min_norm_floor": least.floor}
     return {f"{GRADIENT}{key}": value for key, value in found.items() if not math.isnan(value)}
 

@@ -61,7 +61,7 @@ class ObjectiveState(BaseModel):
         if isinstance(saved, dict) and "multiplier" in saved:
             saved = dict(saved)
             multiplier = saved.pop("multiplier")
-            saved["memory"] = {} if multiplier is None else {"multiplier": multiplier}
+            saved["memory"] = {} if multiplier is None else {"integral": multiplier}
         return saved
 
 
@@ -108,7 +108,7 @@ class RunState(BaseModel):
         self.objectives |= {
             name: state for name, state in saved.objectives.items() if name in self.objectives and name not in swapped
         }
-        if saved.rule not in ({}, self.rule):
+        if saved.rule and saved.rule["loss"] != self.rule["loss"]:
             for name, state in self.objectives.items():
                 self.objectives[name] = state.model_copy(update={"memory": {}})
         self.first_nll = saved.first_nll

@@ -57,9 +57,9 @@ def run_sweep(options: argparse.Namespace) -> int:
     print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done; logs and results: {out}", flush=True)
     if waiting and any(_is_done(out / job.folder) and not _has_settings(out / job.folder) for job in jobs):
         print(
-            "Runs of an older version are among them. It scaled the result of pama only, and whitened the sums of "
-            "gdpo, gd2po and rvpo: repeat such arms (another --out), or give the other rules --pama.rescale none or "
-            "--pama.option whiten_sum=true",
+            "Runs of an older version are among them, which combined advantages otherwise (CHANGELOG.md, one scale for "
+            "all rules). Do not compare them with new runs: repeat them (another --out), or give the new ones "
+            "--pama.rescale none, and gdpo, gd2po and rvpo --pama.option whiten_sum=true",
             flush=True,
         )
     outcomes: dict[str, list[str]] = {"done": [], "failed": [], "running elsewhere": []}
@@ -198,8 +198,8 @@ def _write_result(folder: Path, spec: dict[str, Any], seconds: float) -> None:
         tag: [[step, float(f"{value:.6g}")] for step, value in series]
         for tag, series in sorted(read_scalars(folder / "logs").items())
     }
-    settings = folder / "logs" / SETTINGS
-    recorded = {"settings": yaml.safe_load(settings.read_text())} if settings.exists() else {}
+    files = sorted((folder / "logs").rglob(SETTINGS))
+    recorded = {"settings": yaml.safe_load(files[0].read_text())} if files else {}
     result = spec | {"version": __version__, "seconds": round(seconds, 1)} | recorded | {"scalars": scalars}
     partial = folder / f"{RESULT}.partial"
     partial.write_text(json.dumps(result) + "\n")

@@ -184,8 +184,8 @@ def add_flags(parser: argparse.ArgumentParser, rules: Mapping[str, Sequence[str]
     group.add_argument(
         "--pama.allow_other_rule",
         action="store_true",
-        help="resume from a checkpoint that was trained with another rule, or other settings of it; its memory, such "
-        "as the multipliers of constraints, starts anew",
+        help="resume from a checkpoint that was trained with another rule, or other settings of it; the memory of "
+        "another rule, such as the multipliers of constraints, starts anew",
     )
     group.add_argument(
         "--pama.allow_unsupported_host",

@@ -14,6 +14,7 @@ which merges flags and file; the checks that call the rule before a run (``_rehe
 functions that read and write objectives and YAML (``load_objectives``, ``dump_config`` and their helpers).
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -48,8 +49,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # The value of --pama.filter_by that stands for the sum of rewards times weights.
 WEIGHTED_SUM = "sum"
 
-# Share of its usual spread below which an objective is inactive. Whitening then amplifies its noise twentyfold. A
-# reward of 0 or 1 is never so quiet: if one response of 64 differs, it has a quarter of its largest spread.
+# Share of its usual spread below which an objective is inactive. Whitening then amplifies its noise twentyfold. For
+# comparison: if one of 64 rewards of 0 or 1 differs, they spread over a quarter of the most, if one of 1,600, over 5 %.
 INACTIVE_BELOW = 0.05
 
 # Number of objectives from which pama warns: independent objectives agree on a share of 2^(1−K), 3 % for six.
@@ -248,8 +249,12 @@ class PamaConfig(BaseModel):
         return tuple(objective.weight.at(steps_done) for objective in self.trained)
 
     def rule_settings(self) -> dict[str, Any]:
-        """What the combined advantages depend on besides the objectives."""
-        return self.model_dump(include={"loss", "level", "rescale", "noon", "whiten", "inactive_below", "options"})
+        """What the combined advantages depend on besides the objectives, as JSON has it."""
+        included = {"loss", "level", "rescale", "noon", "whiten", "inactive_below", "options"}
+        settings: dict[str, Any] = json.loads(self.model_dump_json(include=included))
+        if self.noon is None and "noon" in get_rule(self.loss).parameters:
+            settings["noon"] = self.level == "batch"
+        return settings
 
     def combine(
         self,
@@ -258,9 +263,9 @@ class PamaConfig(BaseModel):
         *,
         steps_done: int,
         groups_B: torch.Tensor,
-        rewards_KB: torch.Tensor,
         violations: Sequence[float | None],
         memory: Sequence[Mapping[str, float]],
+        rewards_KB: torch.Tensor | None = None,
         log_ratio_BA: torch.Tensor | None = None,
         active: list[bool] | None = None,
         present_KB: torch.Tensor | None = None,

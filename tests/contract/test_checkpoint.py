@@ -132,11 +132,12 @@ def test_other_objectives_are_refused_unless_asked_for(configure, save, tmp_path
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(loss="linear"), "found loss linear instead of pama"),
+        (dict(loss="linear"), "found loss linear instead of pama, noon None instead of False"),
         (dict(level="sequence"), "found level sequence instead of token"),
         (dict(rescale="none"), "found rescale none instead of unit"),
         (dict(options={"soft": 4.0}), r"found options \{'soft': 4.0\} instead of \{\}"),
         (dict(inactive_below=0.5), "found inactive_below 0.5 instead of 0.05"),
+        (dict(noon=True), "found noon True instead of False"),
     ],
 )
 def test_another_rule_is_refused_unless_asked_for(changed, message, configure, save, tmp_path, capsys) -> None:
@@ -155,7 +156,8 @@ def test_another_rule_does_not_inherit_the_memory_of_the_old_one(configure) -> N
     saved = RunState.start(configure(*TWO))
     saved.objectives["length"].memory = {"multiplier": 3.0}
     saved.objectives["length"].rewards.update(torch.tensor([2.0]))
-    for changed, memory in (({}, {"multiplier": 3.0}), ({"level": "sequence"}, {})):
+    kept = {"multiplier": 3.0}
+    for changed, memory in (({}, kept), ({"level": "sequence"}, kept), ({"loss": "min_norm", "noon": False}, {})):
         state = RunState.start(configure(*TWO).model_copy(update=changed))
         state.resume(RunState.model_validate_json(saved.model_dump_json()))
         assert state.objectives["length"].memory == memory and state.objectives["length"].rewards.mean == 2.0
@@ -167,7 +169,19 @@ def test_an_older_checkpoint_does_not_say_its_rule(configure, save, tmp_path, ca
     del content["rule"]
     save(3, json.dumps(content))
     resume(tmp_path, config)
-    assert "does not say with which rule it was trained; going on with --loss pama" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "does not say with which rule it was trained; going on with --loss pama" in said
+    for loss, former in (("linear", "--pama.rescale none"), ("gdpo", "--pama.option whiten_sum=true")):
+        resume(tmp_path, config.model_copy(update={"loss": loss, "options": {}, "level": "sequence"}))
+        assert f"which an older version combined otherwise: {former} is what it did" in capsys.readouterr().out
+
+
+def test_what_json_makes_of_the_settings_is_not_another_rule(configure, save, tmp_path) -> None:
+    """Tuples become lists, and Noon by default is Noon by name."""
+    config = configure(*TWO).model_copy(update={"options": {"bounds": (1.0, 3.0)}})
+    save(3, state_of(config))
+    resume(tmp_path, config)
+    resume(tmp_path, config.model_copy(update={"noon": False}))
 
 
 def test_a_stock_checkpoint_resumes_with_a_critic_of_one_head(configure, save, tmp_path, capsys) -> None:

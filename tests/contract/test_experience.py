@@ -453,11 +453,13 @@ def test_a_constraint_that_is_violated_gains_weight_and_its_multiplier_is_resume
     settings = dict(objectives=objectives_for("lagrangian"), loss="lagrangian", models=())
     maker = build(groups, *flags, **settings)
     rewards = torch.cat([sample.info["reward/c"] for sample in make_rollout(8, names=BUILTINS)])
-    expected = 1.0
+    integral = 1.0
     for step in range(2):
         (found,) = maker.make_experience_batch(make_rollout(8, names=BUILTINS))
         so_far = torch.cat([rewards] * (step + 1))
-        expected += 0.5 * (0.5 - rewards.mean().item()) / so_far.std().item()
+        violation = (0.5 - rewards.mean().item()) / so_far.std().item()
+        integral += 0.1 * violation
+        expected = integral + 2 * violation
         assert found.info["pama/multiplier/c"].unique().item() == pytest.approx(expected, rel=1e-5)
     assert expected > 1 and "pama/multiplier/a" not in found.info
 

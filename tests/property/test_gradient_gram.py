@@ -51,7 +51,7 @@ def test_the_min_norm_is_zero_on_average_at_a_stationary_point_and_its_interval_
     assert sum(each.value for each in found) / 60 == pytest.approx(0.0, abs=0.1)
     assert sum(each.floor for each in found) / 60 == pytest.approx(400 * 0.3**2 / 16, rel=0.1)
     covered = sum(each.low <= 0 <= each.high for each in found)
-    assert covered >= 50, covered
+    assert covered >= 54, covered  # 57 of 60 on average
 
 
 def test_the_min_norm_of_gradients_that_agree() -> None:
@@ -61,6 +61,16 @@ def test_the_min_norm_of_gradients_that_agree() -> None:
     assert sum(each.low <= exact <= each.high for each in found) >= 25
     for each in found:
         assert each.coefficients == pytest.approx((0.5, 0.5), abs=0.25)
+
+
+@pytest.mark.parametrize(("blocks", "least"), [(7, None), (8, 51)])
+def test_an_interval_needs_eight_blocks(blocks, least) -> None:
+    opposed_KW = torch.stack([TRUE_KW[0], -TRUE_KW[0]])
+    found = [min_norm(products(opposed_KW, blocks, noise=0.3, seed=seed)) for seed in range(60)]
+    if least is None:
+        assert all(math.isnan(each.low) and not math.isnan(each.value) for each in found)
+    else:
+        assert sum(each.low <= 0 <= each.high for each in found) >= least
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])

@@ -21,6 +21,10 @@ SETTINGS = {
     "pama, not rescaled": ("pama", dict(rescale="none")),
     "pama, whitened": ("pama", dict(whiten=True)),
     "linear": ("linear", {}),
+    "linear, sequence": ("linear", dict(level="sequence")),
+    "min_norm, sequence": ("min_norm", dict(level="sequence")),
+    "gram:upgrad, sequence": ("gram:upgrad", dict(level="sequence")),
+    "ctwa, sequence": ("ctwa", dict(level="sequence")),
     "morlhf": ("morlhf", {}),
     "min_norm": ("min_norm", {}),
     "min_norm, Noon": ("min_norm", dict(noon=True)),
@@ -55,14 +59,15 @@ EXCEPT = {
     ("pama, whitened", "metrics_are_what_they_say"): "the metrics describe the whitened advantages",
     **{
         (rule, "coefficients_follow_the_order"): "coefficients are not unique if the Gram matrix is singular"
-        for rule in ("min_norm", "min_norm, Noon")
+        for rule in ("min_norm", "min_norm, Noon", "min_norm, sequence")
     },
     ("gram:pcgrad", "order_of_objectives_does_not_matter"): "it projects in a fixed random order",
     ("gram:pcgrad", "coefficients_follow_the_order"): "it projects in a fixed random order",
     ("tchebycheff, smooth", "scale_is_followed"): "μ has the unit of the rewards",
     **{
         (rule, "metrics_are_what_they_say"): "the metrics describe the means over each response"
-        for rule in ("pama, sequence", "pama, Noon by sequence")
+        for rule in ("pama, sequence", "pama, Noon by sequence", "linear, sequence", "min_norm, sequence")
+        + ("gram:upgrad, sequence", "ctwa, sequence")
     },
     ("gram:upgrad, balanced", "scale_is_followed"): "the result scales with the power 1 − balance",
     ("pareto_rank", "weights_have_a_say"): "only the order of each reward matters",

@@ -52,13 +52,16 @@ def test_a_sum_of_rewards_follows_the_largest(worst) -> None:
 
 @pytest.mark.parametrize("task", ["K=2 ρ=−.9", "K=4 ρ=−.3", "exploit", "concave"])
 def test_constraints_hold_in_the_end(task, toys) -> None:
-    """All objectives but the first must end no lower than they started, which a sum of four in conflict violates.
+    """All objectives but the first must end no lower than they started, which a sum of four in conflict violates."""
 
-    Ascent in log λ, as in Safe RLHF, left them 0.3 to 0.7 below at rates from 0.1 to 0.5.
-    """
-    walks = [toys.train(toys.TASKS[task], "lagrangian", {}, seed) for seed in SEEDS]
-    lowest = fmean(fmean(min(rises[1:]) for rises in walk.rises[-5:]) for walk in walks)
-    assert lowest > -0.2
+    def violation(**options) -> float:
+        """In standard deviations, as mean over seeds and the last evaluations; slack counts as 0."""
+        walks = [toys.train(toys.TASKS[task], "lagrangian", options, seed) for seed in SEEDS]
+        return fmean(max(-min(rises[1:]), 0.0) for walk in walks for rises in walk.rises[-5:])
+
+    assert violation() < 0.12
+    if task in ("K=4 ρ=−.3", "concave"):
+        assert violation(proportional=0) > 0.3, "the integral alone"
 
 
 def test_the_command(tmp_path) -> None:

@@ -244,11 +244,13 @@ def test_rescale_does_not_amplify_rounding() -> None:
 @given(cases(min_objectives=2))
 def test_lagrangian(case: Case) -> None:
     K = len(case.weights_K)
-    duals = dict(violations_K=[None] * (K - 1) + [-0.4], memory_K=[{}] * (K - 1) + [{"multiplier": 2.0}])
-    same = dict(weights=case.weights_K, active=[True] * K, rescale="none")
-    result = aggregate("lagrangian", case.advantages_KBA, case.mask_BA, rate=0.5, **same, **duals)
-    multiplier = 2.0 + 0.5 * -0.4
-    assert result.memory_K == ({},) * (K - 1) + ({"multiplier": pytest.approx(multiplier)},)
+    duals = dict(violations_K=[None] * (K - 1) + [-0.4], memory_K=[{}] * (K - 1) + [{"integral": 2.0}])
+    same = dict(weights=case.weights_K, active=[True] * K, rescale="none", rate=0.5, proportional=1.5)
+    result = aggregate("lagrangian", case.advantages_KBA, case.mask_BA, **same, **duals)
+    integral = 2.0 - 0.5 * 0.4
+    multiplier = integral - 1.5 * 0.4
+    assert result.memory_K[:-1] == ({},) * (K - 1)
+    assert result.memory_K[-1] == {"integral": pytest.approx(integral), "multiplier": pytest.approx(multiplier)}
     kept_K = torch.tensor([not result.metrics[f"inactive/{k}"] for k in range(K)])
     w, A = (case.weights_K * kept_K)[:, None, None], case.advantages_KBA
     main = (w[:-1] * A[:-1]).sum(0) / w[:-1].sum().clamp(min=1e-30)
@@ -256,31 +258,32 @@ def test_lagrangian(case: Case) -> None:
     torch.testing.assert_close(result.advantages, expected.masked_fill(~case.mask_BA, 0), atol=1e-5, rtol=1e-4)
 
 
-def step_of_multiplier(now: float, violation: float, **options: float) -> float:
-    duals = dict(violations_K=[None, violation], memory_K=[{}, {"multiplier": now}])
+def next_integral(now: float, violation: float, **options: float) -> float:
+    duals = dict(violations_K=[None, violation], memory_K=[{}, {"integral": now}])
     result = aggregate("lagrangian", torch.randn(2, 3, 4), torch.ones(3, 4), **duals, **options)
-    return result.memory_K[1]["multiplier"]
+    assert 0 <= result.memory_K[1]["multiplier"] <= options.get("ceiling", 10.0)
+    return result.memory_K[1]["integral"]
 
 
 def test_a_multiplier_stays_within_its_bounds_whatever_an_outlier_does() -> None:
-    assert step_of_multiplier(1.0, 1e6) == pytest.approx(6.0) and step_of_multiplier(1.0, -1e6) == 0.0
-    assert step_of_multiplier(1.0, 1e6, ceiling=1.5) == 1.5 and step_of_multiplier(1.0, 0.0) == 1.0
+    assert next_integral(1.0, 1e6) == pytest.approx(2.0) and next_integral(1.0, -1e6) == 0.0
+    assert next_integral(1.0, 1e6, ceiling=1.5) == 1.5 and next_integral(1.0, 0.0) == 1.0
 
 
 def test_a_multiplier_recovers_from_slack_as_fast_as_it_fell() -> None:
     """In log λ, as in Safe RLHF, a step is proportional to λ²: after a hundred steps of slack it needs thousands."""
-    multiplier = 1.0
-    for violation in [-1.0] * 100 + [1.0] * 2:
-        multiplier = step_of_multiplier(multiplier, violation)
-    assert multiplier == pytest.approx(1.0)
+    integral = 1.0
+    for violation in [-1.0] * 100 + [1.0] * 10:
+        integral = next_integral(integral, violation)
+    assert integral == pytest.approx(1.0)
 
 
 def test_a_constraint_that_all_responses_violate_alike_raises_its_multiplier() -> None:
     """Its rewards are constant, so it is inactive, and only its multiplier changes."""
     advantages_KBA = torch.stack([torch.randn(3, 4), torch.zeros(3, 4)])
-    duals = dict(violations_K=[None, 1.0], memory_K=[{}, {"multiplier": 1.0}])
+    duals = dict(violations_K=[None, 1.0], memory_K=[{}, {"integral": 1.0}])
     result = aggregate("lagrangian", advantages_KBA, torch.ones(3, 4), active=[True, False], **duals)
-    assert result.memory_K[1]["multiplier"] == pytest.approx(1.5)
+    assert result.memory_K[1] == {"integral": pytest.approx(1.1), "multiplier": pytest.approx(3.1)}
     torch.testing.assert_close(result.advantages, advantages_KBA[0])
 
 

@@ -82,6 +82,30 @@ def test_independent_objectives_come_out_at_unit_rms(rule, variant, objectives, 
 
 
 @pytest.mark.parametrize("rule", OF_ADVANTAGES)
+def test_responses_that_lack_rewards_come_out_at_unit_rms(rule) -> None:
+    """Each with the size of the objectives that it has."""
+    if get_rule(rule).constrained or rule == "pareto_rank":
+        pytest.skip("a constraint is not missing; ranks need all rewards")
+    generator = torch.Generator().manual_seed(0)
+    normal_KB1 = torch.randn(3, 2**17, 1, generator=generator)
+    present_KB = torch.rand(3, 2**17, generator=generator) < 0.5
+    more = dict(rewards_KB=normal_KB1.squeeze(-1) + 3) if "rewards_KB" in get_rule(rule).parameters else {}
+    groups_B = torch.arange(2**17) // 256
+    result = aggregate(rule, normal_KB1, torch.ones(2**17, 1), present_KB=present_KB, groups_B=groups_B, **more)
+    for count in (1, 2, 3):
+        rows = result.advantages[present_KB.sum(0) == count]
+        assert float(rows.square().mean().sqrt()) == pytest.approx(1, rel=0.05), count
+
+
+def test_in_small_groups_what_is_whitened_within_them_is_smaller() -> None:
+    """``Z_i``, and so ``gdpo`` as published, has the root mean square √((n − 1)/n) in groups of n."""
+    normal_KB1 = torch.randn(2, 2**16, 1, generator=torch.Generator().manual_seed(0))
+    for size in (4, 8):
+        result = aggregate("gdpo", normal_KB1, torch.ones(2**16, 1), groups_B=torch.arange(2**16) // size)
+        assert result.metrics["rms"] == pytest.approx(math.sqrt((size - 1) / size), rel=0.02)
+
+
+@pytest.mark.parametrize("rule", OF_ADVANTAGES)
 @given(cases(min_objectives=2, max_objectives=4))
 def test_the_factor_does_not_depend_on_the_advantages(rule, case: Case) -> None:
     """It is one number for each response, whatever the advantages of the batch are."""

@@ -35,7 +35,7 @@ DUAL = dict(rule="lagrangian", violations_K=[None, 0.5])
         (DUAL | dict(violations_K=[None, "x"]), r"violations_K, .* 2 finite numbers or None.* found \[None, 'x'\]"),
         (DUAL | dict(memory_K=[{}, {"multiplier": float("nan")}]), r"memory_K .* finite numbers, found .*nan"),
         (DUAL | dict(memory_K=[{}]), "memory_K must be a list of 2 mappings"),
-        (DUAL | dict(memory_K=[{}, {"multiplier": -1.0}]), "multiplier must be at least 0, found -1 for objective 1"),
+        (DUAL | dict(memory_K=[{}, {"integral": -1.0}]), "integral must be at least 0, found -1 for objective 1"),
         (dict(rescale="rms"), "rescale .*auto, none, unit.* found 'rms'"),
         (dict(rule="linear", level="batch"), "level=batch needs a rule that has it, such as pama, found 'linear'"),
         (DUAL | dict(start=3.0, ceiling=2.0), "start .*at most .*2.* found 3"),

@@ -125,15 +125,17 @@ def test_combine_passes_the_context_that_a_rule_uses() -> None:
     state, table = RunState.start(config), make_table([1.0, 2.0, 3.0, 4.0], [1.0, NAN, 0.0, 2.0])
     present_KB = table.values_KB.isfinite()
     result = combine(config, state, table, torch.ones(2, 4, 1), torch.ones(4, 1), present_KB, 0)
-    multiplier = 1.0 + 0.5 * (2 - 1)  # start + rate · (threshold − mean)
-    assert result.metrics["multiplier/1"] == pytest.approx(multiplier)
-    assert state.objectives["b"].memory == {"multiplier": pytest.approx(multiplier)}
+    violation = 2 - 1  # threshold − mean
+    first = {"integral": 1.0 + 0.1 * violation, "multiplier": 1.1 + 2 * violation}
+    assert state.objectives["b"].memory == pytest.approx(first)
     measure(config.objectives, table, state)
     combine(config, state, table, torch.ones(2, 4, 1), torch.ones(4, 1), present_KB, 0)
-    multiplier += 0.5 * (2 - 1) / state.objectives["b"].rewards.std  # violations are in standard deviations
-    assert state.objectives["b"].memory == {"multiplier": pytest.approx(multiplier)}
+    violation /= state.objectives["b"].rewards.std  # in standard deviations
+    assert state.objectives["b"].memory == pytest.approx(
+        {"integral": 1.1 + 0.1 * violation, "multiplier": 1.1 + 2.1 * violation}
+    )
     named = name_metrics(config, result, 0)
-    assert named["pama/multiplier/b"] == pytest.approx(1.5)
+    assert named["pama/multiplier/b"] == pytest.approx(3.1)
     assert set(named) >= {"pama/gain/a", "pama/coefficient/b"}
 
 

@@ -52,7 +52,7 @@ def test_the_identity_does_not_contain_a_key(monkeypatch) -> None:
 
 def test_the_multiplier_of_an_older_checkpoint_is_read() -> None:
     saved = {"scorer": "builtin:length", "multiplier": 1.5}
-    assert ObjectiveState.model_validate(saved).memory == {"multiplier": 1.5}
+    assert ObjectiveState.model_validate(saved).memory == {"integral": 1.5}
     assert ObjectiveState.model_validate(saved | {"multiplier": None}).memory == {}
 
 

@@ -73,6 +73,15 @@ def test_gradients_equal_those_taken_response_by_response(policy) -> None:
     torch.testing.assert_close(found, torch.einsum("aiw,bjw->aibj", gradients, gradients), rtol=1e-3, atol=1e-6)
 
 
+def test_responses_are_sampled_without_the_policys_own_settings(policy) -> None:
+    model, tokenizer = load(policy)
+    model.generation_config.repetition_penalty = 1e6
+    torch.manual_seed(3)
+    with_penalty = sample(model, tokenizer, make_prompts(4), OPTIONS).sequences_BT
+    torch.manual_seed(3)
+    assert torch.equal(with_penalty, sample(load(policy)[0], tokenizer, make_prompts(4), OPTIONS).sequences_BT)
+
+
 def test_responses_end_at_their_first_end_of_text(policy) -> None:
     model, tokenizer = load(policy)
     torch.manual_seed(2)
@@ -101,7 +110,7 @@ def test_a_policy_is_measured(policy, prompts, tmp_path, capsys) -> None:
     gram = [[value for value, _ in row] for row in first["gram"]]
     assert gram[0][1] == pytest.approx(gram[1][0])
     least = first["least"]
-    assert least["low"] <= least["value"] <= least["high"] and sum(least["coefficients"]) == pytest.approx(1)
+    assert least["low"] < least["value"] < least["high"] and sum(least["coefficients"]) == pytest.approx(1)
     assert least["floor"] > 0
     said = capsys.readouterr().out
     assert "Noise floor" in said and f"numbers  {out}" in said
@@ -110,19 +119,19 @@ def test_a_policy_is_measured(policy, prompts, tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--responses", "8"], "--responses must be at least 16, found 8"),
+        (["--responses", "31"], "--responses must be at least 8 × --per_prompt, 32, found 31"),
         (["--per_prompt", "1"], "--per_prompt must be at least 2, found 1"),
         (["--temperature", "0"], "--temperature must be a positive number, found 0.0"),
-        (["--responses", "1000"], "must have a prompt for each 4 of 1000 responses, and at least 4, found 16"),
+        (["--responses", "1000"], "must have a prompt for each 4 of 1000 responses, 250, found 16"),
         (["--out", "/nowhere/found.json"], "--out must be a file in an existing folder, found /nowhere/found.json"),
         (["--pama.objective", "a=agent:x"], "kind agent needs rollouts and cannot be scored here, found objective 'a'"),
     ],
 )
 def test_what_cannot_work_is_refused(flags, message, policy, prompts, tmp_path, capsys) -> None:
-    assert run(policy, "--prompts", prompts, *OBJECTIVES, "--responses", 16, "--out", tmp_path / "o.json", *flags) == 2
+    assert run(policy, "--prompts", prompts, *OBJECTIVES, "--responses", 32, "--out", tmp_path / "o.json", *flags) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
 
 def test_a_policy_that_cannot_be_loaded_is_refused(prompts, tmp_path, capsys) -> None:
-    assert run(tmp_path, "--prompts", prompts, *OBJECTIVES, "--responses", 16, "--out", tmp_path / "o.json") == 2
+    assert run(tmp_path, "--prompts", prompts, *OBJECTIVES, "--responses", 32, "--out", tmp_path / "o.json") == 2
     assert f"cannot load the policy {tmp_path}" in capsys.readouterr().err

@@ -35,7 +35,7 @@ echo "$1" >> {folder}/calls
 while [ "$1" != --logger.tensorboard_dir ]; do shift; done
 echo "Global step 1: ..."
 while [ -e {folder}/wait ]; do sleep 0.05; done
-mkdir -p "$2" && cp {folder}/log/* "$2"
+mkdir -p "$2/ppo_1231T23:59" && cp {folder}/log/* "$2/ppo_1231T23:59"  # a folder by run, as of OpenRLHF
 echo "Global step 2: ..."
 [ ! -e {folder}/fail ]
 """

@@ -33,8 +33,9 @@ def ctwa(
     An objective improves, to first order, if its reward correlates with the combined advantage within the responses to
     a prompt. Let ``ρ_i`` be this correlation, between ``Z_i`` (see ``gdpo``) and the mean of the sum over each
     response, and ``ρ̄_i ← (1 − smoothing) ρ̄_i + smoothing ρ_i`` its running mean. After every step, ``ℓ_i ← ℓ_i + rate
-    · max(target − ρ̄_i, 0)``, from 0. An inactive objective is excluded and keeps its ``ℓ_i``. Only ratios of the
-    weights matter, and the unit size is that of ``linear`` with the adapted weights. Coefficients are their shares.
+    · max(target − ρ̄_i, 0)``, from 0; ρ̄ starts as the first ρ. The largest ``ℓ`` counts as 0, and the others as their
+    differences from it. An inactive objective is excluded and keeps its ``ℓ_i``. Only ratios of the weights matter, and
+    the unit size is that of ``linear`` with the adapted weights. Coefficients are their shares.
 
     Differs from the paper in: its target is for the covariance of the raw reward, in the unit of the reward, by default
     (the authors' code has the correlation as an option); here it is for the correlation, over all groups. The code

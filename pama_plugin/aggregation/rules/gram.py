@@ -34,7 +34,7 @@ from torch import Tensor
 
 from pama_plugin.aggregation.blocks import blocks, valid_at
 from pama_plugin.aggregation.registry import Combination, register_rule
-from pama_plugin.aggregation.unit_scale import normal_gram
+from pama_plugin.aggregation.unit_scale import normal_gram, size_of_mix
 
 # Name of the rule → class in TorchJD, and its arguments.
 WEIGHTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -115,7 +115,7 @@ def _torchjd(
     return Combination(
         combined_BA,
         (c_K.abs() / torch.where(total > 0, total, 1)).to(weights_K.dtype),
-        unit_rms=float(normal_c_K @ normal_KK @ normal_c_K) ** 0.5,
+        unit_rms=size_of_mix(normal_c_K, normal_KK, present_KB),
     )
 
 

@@ -23,19 +23,21 @@ def lagrangian(
     *,
     violations_K: list[float | None],
     memory_K: list[Mapping[str, float]],
-    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5,
+    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1,
+    proportional: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0,
     start: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0,
     ceiling: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0,
 ) -> Combination:
     """``(A_0 + Σ_k λ_k A_k) / (1 + Σ_k λ_k)``, k over the constraints, ``A_0 = Σ_i w_i A_i / Σ_i w_i`` over all others.
 
-    A multiplier rises while its constraint is violated and falls while it holds: ``λ_k ← λ_k + rate · violation_k``,
-    within 0 and the ceiling; the violation is ``threshold_k − mean r_k`` of the batch, and a step moves λ by at most
-    ``10 · rate``. This is gradient ascent in λ (Stooke et al., arXiv 2007.03964, without their proportional and
-    derivative terms). The new value is ``metrics["multiplier/<k>"]``; pass ``memory_K`` on. The weight of a constraint
-    scales ``A_k``. An inactive objective is excluded, but the multiplier of a constraint changes all the same.
-    Coefficients are the shares of ``w_i / Σ w`` and ``λ_k w_k``. The unit size is that of ``linear`` with these
-    factors.
+    A multiplier is large while its constraint is violated, by ``v_k = threshold_k − mean r_k`` in the batch, and falls
+    while it holds: ``I_k ← I_k + rate · v_k`` and ``λ_k = I_k + proportional · v_k``, both within 0 and the ceiling.
+    This is proportional-integral control of the multiplier (Stooke et al., arXiv 2007.03964, Algorithm 2, without the
+    derivative term). Gradient ascent in λ is the integral alone: it answers late, so that the rewards swing around the
+    threshold. ``λ_k`` is ``metrics["multiplier/<k>"]``, ``I_k`` is ``metrics["integral/<k>"]``; pass ``memory_K`` on.
+    The weight of a constraint scales ``A_k``. An inactive objective is excluded, but the multiplier of a constraint
+    changes all the same. Coefficients are the shares of ``w_i / Σ w`` and ``λ_k w_k``. The unit size is that of
+    ``linear`` with these factors.
 
     Differs from Safe RLHF in: the paper ascends in log λ, so a step is proportional to λ². Slack then lowers λ so far
     that it hardly rises again when the constraint is violated.
@@ -44,37 +46,43 @@ def lagrangian(
     constraints hold.
 
     Args:
-        violations_K: ``threshold_k − mean r_k`` for a constraint, None for any other objective. In training, in
-            standard deviations of the rewards so far, so that ``rate`` does not depend on their scale.
-        memory_K: contains the current ``multiplier`` of each constraint; empty before the first step.
-        rate: step size of the ascent: change of λ per step, for a violation of 1. On small policies with conflicting
-            objectives (examples/toys.py) constraints stay violated with 0.1, and hold or nearly hold from 0.5 on.
-        start: λ before the first step.
-        ceiling: upper bound of λ. With a constraint that cannot hold λ rises to it, and then needs
+        violations_K: ``v_k`` for a constraint, None for any other objective. In training, in standard deviations of the
+            rewards so far, so that the options do not depend on their scale. Values beyond ±10 count as ±10.
+        memory_K: contains the ``integral`` of each constraint; empty before the first step.
+        rate: change of ``I`` per step, for a violation of 1.
+        proportional: change of λ for a violation of 1. On small policies with conflicting objectives
+            (examples/toys.py) constraints end 0.01 to 0.13 below their thresholds with 2, and 0.1 to 0.8 with 0.
+        start: ``I`` before the first step.
+        ceiling: upper bound of ``I`` and λ. With a constraint that cannot hold ``I`` rises to it, and then needs
             ``ceiling / (rate · slack)`` steps to fall.
 
     Raises:
-        ValueError: no objective or all objectives are constraints, a λ is negative, or ``start`` exceeds ``ceiling``.
+        ValueError: no objective or all objectives are constraints, an integral is negative, or ``start`` exceeds
+            ``ceiling``.
 
     >>> import torch
     >>> from pama_plugin import aggregate
     >>> advantages_KBA = torch.tensor([[[1.0, -1.0]], [[0.5, 2.0]]])
-    >>> duals = dict(violations_K=[None, 0.5], memory_K=[{}, {"multiplier": 0.9}], rate=0.2)
+    >>> duals = dict(violations_K=[None, 0.5], memory_K=[{}, {"integral": 1.95}])
     >>> result = aggregate("lagrangian", advantages_KBA, torch.ones(1, 2), **duals, rescale="none")
     >>> result.memory_K
-    ({}, {'multiplier': 1.0})
-    >>> result.advantages  # (A_0 + A_1) / 2
-    tensor([[0.7500, 0.5000]])
+    ({}, {'multiplier': 3.0, 'integral': 2.0})
+    >>> result.advantages  # (A_0 + 3 A_1) / 4
+    tensor([[0.6250, 1.2500]])
     """
     if start > ceiling:
         raise ValueError(f"start must be at most the ceiling {ceiling:g}, found {start:g}")
-    multipliers = {}
+    multipliers: dict[int, float] = {}
+    metrics: dict[str, float] = {}
     for index, (violation, memory) in enumerate(zip(violations_K, memory_K, strict=True)):
         if violation is not None:
-            now = memory.get("multiplier", start)
-            if now < 0:
-                raise ValueError(f"a multiplier must be at least 0, found {now:g} for objective {index}")
-            multipliers[index] = min(max(now + rate * min(max(violation, -LARGEST), LARGEST), 0.0), ceiling)
+            integral = memory.get("integral", start)
+            if integral < 0:
+                raise ValueError(f"an integral must be at least 0, found {integral:g} for objective {index}")
+            violation = min(max(violation, -LARGEST), LARGEST)
+            integral = min(max(integral + rate * violation, 0.0), ceiling)
+            multipliers[index] = min(max(integral + proportional * violation, 0.0), ceiling)
+            metrics |= {f"multiplier/{index}": multipliers[index], f"integral/{index}": integral}
     if not 0 < len(multipliers) < len(weights_K):
         raise ValueError(
             f"lagrangian needs at least one constraint and one objective among {len(weights_K)}, found "
@@ -87,6 +95,5 @@ def lagrangian(
         scales[index] *= multiplier
     scales = (scales / (1 + sum(multipliers.values()))).to(weights_K.dtype)
     combination = linear(advantages_KBA, mask_BA, scales, active_K, present_KB)
-    metrics = {f"multiplier/{index}": multiplier for index, multiplier in multipliers.items()}
     coefficients_K = scales / torch.where(scales.sum() > 0, scales.sum(), 1)
     return combination._replace(metrics=metrics, coefficients_K=coefficients_K)

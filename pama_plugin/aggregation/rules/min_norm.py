@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pama_plugin.aggregation.registry import Combination, register_rule
 from pama_plugin.aggregation.rules.gram import gram_matrix, mix
-from pama_plugin.aggregation.unit_scale import normal_gram
+from pama_plugin.aggregation.unit_scale import normal_gram, size_of_mix
 
 
 @register_rule("min_norm")
@@ -47,7 +47,7 @@ def min_norm(
     combined_BA = mix(advantages_KBA, mask_BA, present_KB, scale_K, slope, c_K)
     normal_KK = normal_gram(scale_K[active_K].double().cpu(), slope)
     normal_c_K = min_norm_point(normal_KK)
-    unit_rms = float(normal_c_K @ normal_KK @ normal_c_K) ** 0.5
+    unit_rms = size_of_mix(normal_c_K, normal_KK, present_KB[active_K])
     return Combination(combined_BA, c_K.to(weights_K.dtype), unit_rms=unit_rms)
 
 

@@ -93,10 +93,13 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         ]
         advantages_KBA = torch.stack([join([experience.advantages for experience in run]) for run in runs])
         mask_BA = join([experience.action_mask for experience in experiences]).bool()
+        speaking = [self._speaks(objective) for objective in config.trained]
+        told_apart = [self._tells_responses_apart(*each) for each in zip(runs, present_KB)]
+        active = [all(flags) for flags in zip(speaking, told_apart)]
         if get_rule(config.loss).combines == "rewards":
             # Missing rewards were replaced by a mean; a response without any reward is excluded below.
             one_B1, all_KB = mask_BA.new_ones(len(mask_BA), 1), torch.ones_like(present_KB)
-            of_rewards = combine(config, state, table, shaped_KB.unsqueeze(-1), one_B1, all_KB, self.steps_done)
+            of_rewards = combine(config, state, table, shaped_KB.unsqueeze(-1), one_B1, all_KB, self.steps_done, active)
             rewards_B, active_K = of_rewards.advantages.squeeze(-1), active_flags(of_rewards)
             self._warn_of_clipping(f"the combined reward of --loss {config.loss}", rewards_B)
             shown = [
@@ -113,21 +116,27 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             shown = runs
             for objective, rewards_B in zip(config.trained, shaped_KB):
                 self._warn_of_clipping(f"objective {objective.name!r}", rewards_B)
-            active = [
-                self._tells_responses_apart(run, present_B) and self._speaks(objective)
-                for objective, run, present_B in zip(config.trained, runs, present_KB)
-            ]
             log_ratio_BA = None
-            if self.initial_model_group is not None and "log_ratio_BA" in get_rule(config.loss).parameters:
+            if config.options.get("reference_clip"):
                 log_ratio_BA = join([_log_ratio(experience) for experience in experiences])
             result = combine(
-                config, state, table, advantages_KBA, mask_BA, present_KB, self.steps_done, active, log_ratio_BA
+                config,
+                state,
+                table,
+                advantages_KBA,
+                mask_BA,
+                present_KB,
+                self.steps_done,
+                active,
+                log_ratio_BA=log_ratio_BA,
+                rewards_KB=shaped_KB,
             )
 
         metrics = name_metrics(config, result, self.steps_done)
         metrics |= self._probe_gradients(experiences, advantages_KBA, present_KB, result)
         metrics |= {f"{SPREAD}{name}": value for name, value in spreads(config.objectives, table, state).items()}
-        metrics |= {f"{AT_BEST}{name}": share_at_best(table.row(name)) for name in config.trained_names}
+        at_best = {f"{AT_BEST}{name}": share_at_best(table.row(name)) for name in config.trained_names}
+        metrics |= {key: share for key, share in at_best.items() if share == share}  # not NaN
         if table.group_size > 1:
             metrics[UNIFORM] = table.share_of_uniform_groups(_responses(experiences))
             metrics |= group_correlations(table, config.trained_names)

@@ -14,6 +14,12 @@ from pama_plugin.errors import ConfigError
 from pama_plugin.settings.run import PamaConfig
 
 STATE = "pama"  # our key in OpenRLHF's client_states
+# What rules did before checkpoints recorded their settings.
+FORMER = {
+    **dict.fromkeys(("linear", "min_norm", "gram"), "--pama.rescale none"),
+    **dict.fromkeys(("gdpo", "gd2po", "rvpo"), "--pama.option whiten_sum=true"),
+    "lagrangian": "gradient ascent in log λ (it goes on from the saved multipliers), without --pama.rescale",
+}
 TAG = re.compile(r"(?:best_)?global_step(\d+)")
 
 
@@ -94,8 +100,10 @@ def prepare_resume(
             )
         print(f"PAMA: resuming with another rule than that of {source}: {', '.join(changes)}", flush=True)
     elif not saved.rule:
+        former = FORMER.get(config.loss.partition(":")[0])
+        changed = f", which an older version combined otherwise: {former} is what it did" if former else ""
         print(
-            f"PAMA: {source} does not say with which rule it was trained; going on with --loss {config.loss}",
+            f"PAMA: {source} does not say with which rule it was trained; going on with --loss {config.loss}{changed}",
             flush=True,
         )
     for name in RunState.start(config, getattr(args, "train.agent_func_path")).swapped(saved):

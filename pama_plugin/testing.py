@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from pama_plugin.aggregation import Aggregation, aggregate, get_rule
 
 EXAMPLES = 25
+MANY = 2**14  # responses, where statistics are tested
 
 
 class Case(NamedTuple):
@@ -173,14 +174,13 @@ def _what_all_agree_on_is_followed(call: Call, case: Case) -> None:
 
 
 def _an_objective_without_signal_has_no_say(call: Call, case: Case) -> None:
-    """Prepending a constant objective changes nothing, up to a positive scale."""
+    """Prepending a constant objective changes nothing."""
     seed = int(1e6 * float(case.weights_K.sum()))  # differs between cases
     rows_KB = torch.randn(len(case.weights_K), 8, generator=torch.Generator().manual_seed(seed))
     more = case.but(weights_K=torch.cat([torch.ones(1), case.weights_K]))
-    result = call(_one_token_each(rows_KB, case)).advantages.double()
-    extended = call(_one_token_each(torch.cat([torch.full((1, 8), 0.1), rows_KB]), more)).advantages.double()
-    assert bool(extended.any()) == bool(result.any())
-    torch.testing.assert_close(extended * result.norm(), result * extended.norm(), atol=1e-4, rtol=1e-3)
+    result = call(_one_token_each(rows_KB, case)).advantages
+    extended = call(_one_token_each(torch.cat([torch.full((1, 8), 0.1), rows_KB]), more)).advantages
+    torch.testing.assert_close(extended, result, atol=1e-4, rtol=1e-3)
 
 
 def _weights_have_a_say(call: Call, case: Case) -> None:
@@ -200,6 +200,28 @@ def _scale_is_followed(call: Call, case: Case) -> None:
         scaled = call(case.but(advantages_KBA=case.advantages_KBA * scale)).advantages
         followed = torch.allclose(scaled / scale, result, atol=1e-4, rtol=1e-3)
         assert followed or torch.allclose(scaled, result, atol=1e-4, rtol=1e-3)
+
+
+def _scale_of_one_objective_does_not_matter(call: Call, case: Case) -> None:
+    """For rules that whiten: an objective's advantages times 16 change nothing."""
+    factors_K = torch.ones(len(case.weights_K)).index_fill(0, torch.tensor([0]), 16.0)
+    scaled = call(case.but(advantages_KBA=case.advantages_KBA * factors_K[:, None, None]))
+    torch.testing.assert_close(scaled.advantages, call(case).advantages, atol=1e-4, rtol=1e-3)
+
+
+def _independent_objectives_come_out_at_unit_rms(call: Call, case: Case) -> None:
+    """Independent standard normal advantages, with any weights; for rules that state ``unit_rms``."""
+    generator = torch.Generator().manual_seed(0)
+    normal_KB1 = torch.randn(len(case.weights_K), MANY, 1, generator=generator)
+    many = Case(
+        normal_KB1,
+        torch.ones(MANY, 1, dtype=torch.bool),
+        torch.ones(len(case.weights_K), MANY, dtype=torch.bool),
+        torch.arange(MANY) // 64,
+        case.weights_K,
+    )
+    if len(case.weights_K) <= 3:  # more rarely agree, so that a sample of this size is too small
+        assert math.isclose(call(many).metrics["rms"], 1, rel_tol=0.1)
 
 
 def _float64_agrees(call: Call, case: Case) -> None:
@@ -257,6 +279,8 @@ PROPERTIES: dict[str, Callable[[Call, Case], None]] = {
         _an_objective_without_signal_has_no_say,
         _weights_have_a_say,
         _scale_is_followed,
+        _scale_of_one_objective_does_not_matter,
+        _independent_objectives_come_out_at_unit_rms,
         _float64_agrees,
         _extremes_stay_finite,
         _metrics_are_what_they_say,

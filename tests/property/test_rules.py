@@ -54,8 +54,21 @@ SETTINGS = {
     "gram:aligned_mtl": ("gram:aligned_mtl", {}),
 }
 
+WHITEN = {"gdpo", "gdpo, as published", "gd2po", "gd2po, as published", "rvpo", "rvpo, whitened", "pareto_rank"}
+WHITEN |= {"saw", "saw, as published", "pama, whitened"}
+WITHOUT_UNIT = {"morlhf", "tchebycheff", "tchebycheff, augmented", "tchebycheff, smooth", "gd2po, as published"}
+WITHOUT_UNIT |= {"pama, batch", "pama, not rescaled"}
+
 # Properties that a rule does not have, and the reason.
 EXCEPT = {
+    **{
+        (setting, "scale_of_one_objective_does_not_matter"): "it does not whiten each objective"
+        for setting in SETTINGS.keys() - WHITEN
+    },
+    **{
+        (setting, "independent_objectives_come_out_at_unit_rms"): "it is not rescaled, or has no unit size"
+        for setting in WITHOUT_UNIT
+    },
     ("pama, whitened", "metrics_are_what_they_say"): "the metrics describe the whitened advantages",
     **{
         (rule, "coefficients_follow_the_order"): "coefficients are not unique if the Gram matrix is singular"

@@ -3,16 +3,17 @@
 import itertools
 import math
 import statistics
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pama_plugin import aggregate
+from pama_plugin import Aggregation, aggregate
 from pama_plugin.aggregation.rules.gram import gram_matrix
 from pama_plugin.aggregation.rules.min_norm import min_norm_point
-from pama_plugin.testing import Case, cases
+from pama_plugin.testing import Case, as_rewards, cases
 
 pytestmark = pytest.mark.property
 
@@ -187,6 +188,127 @@ def test_gd2po(case: Case, as_published: bool) -> None:
 
     then = whitened if as_published else unchanged
     check_twin("gd2po", case, lambda scored: sum(w * z for w, z in scored), agrees, then, whiten_sum=as_published)
+
+
+def kept_by(result: Aggregation, case: Case) -> list[int]:
+    return [k for k in range(len(case.weights_K)) if not result.metrics[f"inactive/{k}"]]
+
+
+def call(rule: str, case: Case, **options: Any) -> Aggregation:
+    same = dict(weights=case.weights_K, present_KB=case.present_KB, groups_B=case.groups_B)
+    everything = dict(active=[True] * len(case.weights_K), rescale="none")
+    return aggregate(rule, case.advantages_KBA, case.mask_BA, **same, **everything, **options)
+
+
+def rewards_of_group(case: Case, k: int, b: int) -> list[float]:
+    """The rewards of objective k for the prompt of response b, of responses that have one."""
+    rewards_KB = as_rewards(case)
+    same = [other for other in range(len(case.groups_B)) if case.groups_B[other] == case.groups_B[b]]
+    return [float(rewards_KB[k, other]) for other in same if not math.isnan(float(rewards_KB[k, other]))]
+
+
+def spread_of(rewards: list[float]) -> float:
+    std = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+    return std if rewards and std > 1e-6 * max(map(abs, rewards)) else 0.0
+
+
+@given(cases())
+def test_dvao(case: Case) -> None:
+    result = call("dvao", case, rewards_KB=as_rewards(case))
+    z, kept = scores(case), kept_by(result, case)
+    for b, t in case.mask_BA.nonzero().tolist():
+        present = [k for k in kept if case.present_KB[k, b]]
+        raw = {k: case.weights_K[k].item() * spread_of(rewards_of_group(case, k, b)) for k in present}
+        total = sum(raw.values())
+        expected = sum(raw[k] / total * z[k][b][t] for k in present) if total else 0.0
+        assert result.advantages[b, t].item() == pytest.approx(expected, abs=1e-4)
+
+
+@given(cases(), st.booleans())
+def test_saw(case: Case, as_published: bool) -> None:
+    rewards_KB = as_rewards(case) + 3
+    result = call("saw", case, rewards_KB=rewards_KB, whiten_sum=as_published)
+    z, kept = scores(case), kept_by(result, case)
+    variation = {}
+    for k in kept:
+        rewards = [value for value in rewards_KB[k].tolist() if not math.isnan(value)]
+        variation[k] = statistics.stdev(rewards) / abs(statistics.fmean(rewards)) if len(rewards) > 1 else 0.0
+    if not any(variation.values()):
+        return
+    share = {k: len(kept) * value / sum(variation.values()) for k, value in variation.items()}
+    tokens = [(b, t) for b, t in case.mask_BA.nonzero().tolist() if any(case.present_KB[k, b] for k in kept)]
+    raw = [sum(case.weights_K[k].item() * share[k] * z[k][b][t] for k in kept) for b, t in tokens]
+    for (b, t), expected in zip(tokens, whitened(raw) if as_published else raw):
+        assert result.advantages[b, t].item() == pytest.approx(expected, abs=1e-3)
+
+
+@given(cases())
+def test_ctwa(case: Case) -> None:
+    """The sum with the weights of the last step, and the weights of the next."""
+    K = len(case.weights_K)
+    memory_K = [{"log_weight": 0.1 * k, "correlation": 0.05 * k} for k in range(K)]
+    result = call("ctwa", case, memory_K=memory_K, target=0.3, rate=0.2, smoothing=0.25)
+    kept = kept_by(result, case)
+    adapted = [case.weights_K[k].item() * math.exp(0.1 * (k - (K - 1))) for k in range(K)]
+    for b, t in case.mask_BA.nonzero().tolist():
+        present = [k for k in kept if case.present_KB[k, b]]
+        expected = sum(adapted[k] * case.advantages_KBA[k, b, t].item() for k in present)
+        assert result.advantages[b, t].item() == pytest.approx(expected, abs=1e-4)
+    z = scores(case)
+    combined = case.but(
+        advantages_KBA=result.advantages.unsqueeze(0),
+        present_KB=case.present_KB.any(0, keepdim=True),
+        weights_K=torch.ones(1),
+    )
+    (own,) = scores(combined)
+    for k in range(K):
+        before = memory_K[k]
+        if k not in kept:
+            assert result.memory_K[k] == pytest.approx(before)
+            continue
+        rows = [b for b in range(len(case.mask_BA)) if case.present_KB[k, b] and case.mask_BA[b].any()]
+        products = sum(z[k][b][0] * own[b][0] for b in rows)
+        lengths = math.sqrt(sum(z[k][b][0] ** 2 for b in rows) * sum(own[b][0] ** 2 for b in rows))
+        mean = 0.75 * before["correlation"] + 0.25 * (products / lengths if lengths else 0.0)
+        assert result.memory_K[k]["correlation"] == pytest.approx(mean, abs=1e-3)
+        expected = before["log_weight"] + 0.2 * max(0.3 - mean, 0.0)
+        assert result.memory_K[k]["log_weight"] == pytest.approx(expected, abs=1e-3)
+
+
+@given(cases())
+def test_pareto_rank(case: Case) -> None:
+    """By peeling off the responses that none of those left dominates, layer by layer."""
+    rewards_KB = as_rewards(case)
+    result = call("pareto_rank", case, rewards_KB=rewards_KB)
+    kept = kept_by(result, case)
+    rewards = [[float(rewards_KB[k, b]) for k in kept] for b in range(len(case.groups_B))]
+    for group in set(case.groups_B.tolist()):
+        left = [b for b in range(len(rewards)) if case.groups_B[b] == group and not any(map(math.isnan, rewards[b]))]
+        ranks, rank = {}, 0
+        while left:
+            front = [b for b in left if not any(dominates(rewards[other], rewards[b]) for other in left)]
+            ranks |= dict.fromkeys(front, rank)
+            left, rank = [b for b in left if b not in front], rank + 1
+        for b, rank in ranks.items():
+            expected = statistics.fmean(ranks.values()) - rank
+            found = result.advantages[b][case.mask_BA[b]]
+            torch.testing.assert_close(found, torch.full_like(found, expected), atol=1e-5, rtol=0)
+
+
+def dominates(one: list[float], other: list[float]) -> bool:
+    return all(a >= b for a, b in zip(one, other)) and one != other
+
+
+@given(cases(min_objectives=2, complete=True), st.floats(0.1, 1))
+def test_balance_divides_the_advantages_by_a_power_of_their_size(case: Case, balance: float) -> None:
+    result = call("gram:upgrad", case, balance=balance)
+    rows = case.advantages_KBA.masked_fill(~case.mask_BA, 0)
+    rms_K11 = (rows.square().sum((1, 2), keepdim=True) / case.mask_BA.sum()).sqrt()
+    active_K11 = torch.tensor([not result.metrics[f"inactive/{k}"] for k in range(len(rows))])[:, None, None]
+    divided = torch.where(rms_K11 > 0, rows / torch.where(rms_K11 > 0, rms_K11, 1) ** balance, 0)
+    same = dict(weights=case.weights_K, rescale="none", active=active_K11.flatten())
+    expected = aggregate("gram:upgrad", divided, case.mask_BA, **same)
+    torch.testing.assert_close(result.advantages, expected.advantages, atol=1e-3, rtol=1e-2)
 
 
 @given(cases(tokens=1, complete=True), st.sampled_from([None, 0.5]), st.sampled_from([0.0, 0.3]))

@@ -76,9 +76,11 @@ def calls_of_every_rule(objectives: int, device: str) -> dict[str, Callable[[], 
             variants += [dict(soft=4.0), dict(rescale="none"), dict(noon=True, rescale="none")]
         elif get_rule(rule).constrained:
             variants = [dict(violations_K=[*constraint, 0.1])]
+        if "rewards_KB" in get_rule(rule).parameters:
+            variants = [dict(rewards_KB=narrow[0].squeeze(-1))]
         advantages_KBA, mask_BA = narrow if get_rule(rule).combines == "rewards" else whole
         for options in variants:
-            words = [f"{key}={value}" for key, value in options.items() if not key.endswith("_K")]
+            words = [f"{key}={value}" for key, value in options.items() if not key.endswith(("_K", "_KB"))]
             calls[" ".join([rule, *words])] = lambda rule=rule, options=options, a=advantages_KBA, m=mask_BA: aggregate(
                 rule, a, m, groups_B=groups_B, **options
             )

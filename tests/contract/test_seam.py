@@ -150,6 +150,7 @@ def install(*flags: str):
     return installed, swap
 
 
+REINFORCE = ("--algo.advantage.estimator", "reinforce")
 GROUPS = ["--algo.advantage.estimator", "reinforce_baseline", "--rollout.n_samples_per_prompt", "4"]
 TWO = ("--loss", "pama", "--pama.objective", LENGTH, "--pama.objective", "r=rm:org/model")
 
@@ -252,6 +253,19 @@ def test_stock_flags_come_through_untouched(flags) -> None:
         (("--pama.objective", LENGTH), r"--pama\.\*.*--loss.*other than ppo, found --loss None"),
         (("--loss", "ppo", "--pama.level", "token"), r"--pama\.\*.*other than ppo, found --loss ppo"),
         (("--loss", "pama"), "at least one --pama.objective"),
+        (
+            ("--loss", "pareto_rank", "--pama.objective", LENGTH, *REINFORCE, "--rollout.n_samples_per_prompt", "3"),
+            "--rollout.n_samples_per_prompt must be at least 4 with --loss pareto_rank.*found 3",
+        ),
+        (
+            ("--loss", "gdpo", "--pama.objective", LENGTH, *REINFORCE, "--rollout.n_samples_per_prompt", "1"),
+            "--rollout.n_samples_per_prompt must be at least 2 with --loss gdpo.*found 1",
+        ),
+        (
+            ("--loss", "pama", "--pama.objective", LENGTH, *REINFORCE, "--pama.level", "token")
+            + ("--pama.option", "reference_clip=0.2", "--algo.kl.estimator", "k3"),
+            "--pama.option reference_clip needs .*--algo.kl.use_loss or --algo.kl.estimator k1, found 0.01 and k3",
+        ),
         ((*TWO, *GROUPS, "--vllm.num_engines", "0"), "--vllm.num_engines must be at least 1.*found none"),
         ((*TWO, *GROUPS, "--reward.model_name_or_path", "x"), "--pama.objective, found --reward.model_name_or_path x"),
         ((*TWO, *GROUPS, "--reward.remote_url", "http://h"), "--pama.objective, found --reward.remote_url http://h"),

@@ -64,11 +64,11 @@ def check_flags(args: argparse.Namespace, config: PamaConfig) -> PamaConfig:
             f"--loss {config.loss} makes one reward of all, whose value no value head predicts: "
             "--algo.advantage.estimator must be one without a critic, found gae"
         )
-    needs_groups = "groups_B" in rule.parameters
-    if needs_groups and getattr(args, "rollout.n_samples_per_prompt") == 1:
+    fewest = 4 if config.loss == "pareto_rank" else 2  # of fewer responses nearly all have the first rank
+    if "groups_B" in rule.parameters and getattr(args, "rollout.n_samples_per_prompt") < fewest:
         raise ConfigError(
-            f"--rollout.n_samples_per_prompt must be at least 2 with --loss {config.loss}, which compares the "
-            "responses to one prompt, found 1"
+            f"--rollout.n_samples_per_prompt must be at least {fewest} with --loss {config.loss}, which compares the "
+            f"responses to one prompt, found {getattr(args, 'rollout.n_samples_per_prompt')}"
         )
     grouped = [objective.name for objective in config.objectives if objective.normalize == "group"]
     if grouped and getattr(args, "rollout.n_samples_per_prompt") == 1:

@@ -6,6 +6,7 @@ is mostly noise, so only products of gradients of different prompts are used; se
 """
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pama_plugin.batch.gradient_gram import FEWEST, Estimate, MinNorm, jackknife, min_norm, sketch
+from pama_plugin.batch.gradient_gram import FEWEST, Estimate, MinNorm, cosines, jackknife, min_norm, sketch
 from pama_plugin.errors import ConfigError
 from pama_plugin.score import load_rows, score_rows
 from pama_plugin.settings.objective import Objective
@@ -85,7 +86,9 @@ def measure_policy(
 ) -> Stationarity:
     """Sample, score and differentiate at one policy."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of weights, which load in a second
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")
@@ -206,29 +209,28 @@ def _print_table(found: Sequence[Stationarity], names: Sequence[str]) -> None:
     from rich.table import Table
 
     table = Table(
-        "policy",
-        *(f"‖∇ {name}‖²" for name in names),
-        *(f"cosine {one}, {other}" for index, one in enumerate(names) for other in names[index + 1 :]),
-        "min-norm²",
-        "95 % interval",
-        "noise floor",
-        "c",
+        "",
         caption="Products of gradients of different prompts, ± their standard errors: on average those of the true "
-        "gradients. Min-norm²: of their shortest convex combination, with the shares c; 0 at a Pareto-stationary "
-        "point. Noise floor: what the squared length of the sampled gradient would exceed it by.",
+        "gradients. Min-norm²: squared length of their shortest convex combination; 0 at a Pareto-stationary point. "
+        "Noise floor: by how much that of the sampled gradients is larger.",
     )
     for each in found:
-        gram_KK = torch.tensor([[entry.value for entry in row] for row in each.gram])
-        squares = [f"{row[index].value:.3g} ± {row[index].error:.1g}" for index, row in enumerate(each.gram)]
-        cosines = [
-            f"{gram_KK[i, j] / (gram_KK[i, i] * gram_KK[j, j]).sqrt():.2f}"
-            if min(gram_KK[i, i], gram_KK[j, j]) > 0
-            else "–"
-            for i in range(len(names))
-            for j in range(i + 1, len(names))
+        table.add_column(each.policy, overflow="fold", justify="right")
+    for index, name in enumerate(names):
+        squares = [each.gram[index][index] for each in found]
+        table.add_row(f"‖∇ {name}‖²", *(f"{value:.3g} ± {error:.1g}" for value, error in squares))
+    for i, j in itertools.combinations(range(len(names)), 2):
+        grams = [
+            torch.tensor([[entry.value for entry in row] for row in each.gram])[[i, j]][:, [i, j]] for each in found
         ]
-        least = each.least
-        shares = " ".join(f"{share:.2f}" for share in least.coefficients)
-        bounds = f"{least.low:.3g} … {least.high:.3g}"
-        table.add_row(each.policy, *squares, *cosines, f"{least.value:.3g}", bounds, f"{least.floor:.3g}", shares)
-    Console(emoji=False).print(table)
+        values = [float(cosines(gram_22)) for gram_22 in grams]
+        shown = ("–" if math.isnan(value) else f"{value:.2f}" for value in values)
+        table.add_row(f"cosine of {names[i]} and {names[j]}", *shown)
+    table.add_row("min-norm²", *(f"{each.least.value:.3g}" for each in found))
+    table.add_row("its 95 % interval", *(f"{each.least.low:.3g} … {each.least.high:.3g}" for each in found))
+    table.add_row("its noise floor", *(f"{each.least.floor:.3g}" for each in found))
+    shares = [zip(names, each.least.coefficients) for each in found]
+    table.add_row("its shares", *("  ".join(f"{name} {share:.2f}" for name, share in pairs) for pairs in shares))
+    console = Console(emoji=False)
+    console.width = max(console.width, 100)  # a log has no width
+    console.print(table)

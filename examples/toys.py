@@ -1,5 +1,6 @@
 """What is each rule good for? Small policies, trained with every rule on rewards whose structure is known.
 
+    pip install ".[report,gram]"
     python examples/toys.py                              all rules and tasks, two minutes on two cores
     python examples/toys.py --rules linear my_rule --tasks "K=4" exploit --seeds 20
 
@@ -8,6 +9,12 @@ that are compared as by OpenRLHF's reinforce_baseline: minus the mean of the gro
 updates the logits, 80 times. Rewards are sums over the words unless a task says otherwise, and rises are in standard
 deviations of the reward at the start. The figures are for the objective that rises least: at six nats from the start,
 where rules are at the same distance whatever the size of their steps, and after the last step.
+
+Tasks: K=2, K=4 and K=8 have independent rewards, or, with ρ, rewards of which any two correlate. shares: the share of
+the words of each objective's class; a quarter of the words has none. noise: the last of two rewards has noise of four
+standard deviations, which rises do not count. scale: the last of two is multiplied by 20. exploit: one of the first
+words adds ten standard deviations to the last reward and takes two from the other. concave: squared shares, so that
+mixing loses. Rules with constraints maximise the first objective and must keep the others at their means at the start.
 """
 
 import argparse

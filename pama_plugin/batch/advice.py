@@ -37,8 +37,8 @@ def advise(config: PamaConfig, table: RewardTable) -> list[str]:
             if (ratio := spreads[most] / spreads[least]) >= APART:
                 found.append(
                     f"--loss {config.loss} follows {most!r}, whose rewards times weight spread {ratio:.3g} times as "
-                    f"much as those of {least!r}: set normalize=running for both, or use --loss linear or min_norm, "
-                    "which whiten each objective"
+                    f"much as those of {least!r}: set normalize=running for both, or use --loss linear with an "
+                    "estimator that whitens each objective"
                 )
     correlations = [*group_correlations(table, config.trained_names).values()] if table.group_size > 1 else []
     if config.loss == "pama" and len(config.trained) >= MANY_OBJECTIVES and correlations:

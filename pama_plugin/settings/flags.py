@@ -89,10 +89,10 @@ def add_flags(parser: argparse.ArgumentParser, rules: Mapping[str, Sequence[str]
     group.add_argument(
         "--pama.rescale",
         metavar="MODE",
-        help="unit: multiply the result by a constant, for each rule and number of objectives, that gives independent "
-        "whitened objectives the root mean square of one, so that learning rate, clip and KL coefficient mean the same "
-        "for all; none: the rule as it is (for pama, as in the paper) (default, auto: unit, but none with "
-        "--pama.level batch and for rules that combine rewards)",
+        help="auto, none or unit. unit: divide the result by a constant that depends on the rule, the weights and the "
+        "number of objectives, so that independent whitened objectives give advantages of root mean square 1; those "
+        "that agree give more, those that conflict less. none: the rule as its source has it (default, auto: unit, but "
+        "none with --pama.level batch and for rules that combine rewards)",
     )
     noon = group.add_mutually_exclusive_group()
     noon.add_argument(
@@ -147,14 +147,15 @@ def add_flags(parser: argparse.ArgumentParser, rules: Mapping[str, Sequence[str]
         "--pama.probe_gradients",
         metavar="N",
         help="every N steps, log the cosine between the policy gradients of the combined advantages and of each "
-        "objective, over a few responses; it shows whether pama/gain can be trusted. Costs K + 1 extra backward passes",
+        "objective, over 64 responses or more; it shows whether pama/gain can be trusted. Costs K + 1 extra forward "
+        "and backward passes over these",
     )
     group.add_argument(
         "--pama.stop_at_front",
         metavar="SHARE[:STEPS]",
         help="save the model and end the run once, in each of the last STEPS steps (default: 5), fewer than SHARE of "
         "the tokens had an advantage and most were in conflict: the objectives then agree only on noise (default: "
-        "off; try 0.1)",
+        "off; try 0.1 with two or three objectives, 0.05 with four)",
     )
     group.add_argument(
         "--pama.stop_at_kl",

@@ -171,6 +171,7 @@ def test_an_older_checkpoint_does_not_say_its_rule(configure, save, tmp_path, ca
     resume(tmp_path, config)
     said = capsys.readouterr().out
     assert "does not say with which rule it was trained; going on with --loss pama" in said
+    assert "--pama.noon --pama.rescale none (0.1.0) is what it did" in said
     for loss, former in (("linear", "--pama.rescale none"), ("gdpo", "--pama.option whiten_sum=true")):
         resume(tmp_path, config.model_copy(update={"loss": loss, "options": {}, "level": "sequence"}))
         assert f"which an older version combined otherwise: {former} is what it did" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from pama_plugin.settings.run import PamaConfig
 STATE = "pama"  # our key in OpenRLHF's client_states
 # What rules did before checkpoints recorded their settings.
 FORMER = {
+    "pama": "--pama.noon --pama.rescale none (0.1.0)",
     **dict.fromkeys(("linear", "min_norm", "gram"), "--pama.rescale none"),
     **dict.fromkeys(("gdpo", "gd2po", "rvpo"), "--pama.option whiten_sum=true"),
     "lagrangian": "gradient ascent in log λ (it goes on from the saved multipliers), without --pama.rescale",

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from pama_plugin import aggregate, available_rules
 from pama_plugin.aggregation import get_rule
 from pama_plugin.runs.report.pareto import interval
+from pama_plugin.stationarity import estimate
 
 PLACES, WORDS = 12, 12
 GROUPS, SAMPLES = 8, 8
@@ -158,7 +159,7 @@ def train(task: Task, rule: str, options: dict[str, Any], seed: int) -> Walk:
             walk.rises.append(((means_K - mean_K) / std_K).tolist())
             walk.exploits.append(exploits)
         if step == STEPS:
-            return walk
+            break
         words_BP = draw(logits_PV, GROUPS * SAMPLES, generator)
         rewards_KB = score(words_BP) + bonus_K.unsqueeze(-1) * (words_BP[:, 0] == 0)
         noise_B = torch.randn(len(words_BP), generator=generator, dtype=torch.float64)
@@ -172,7 +173,7 @@ def train(task: Task, rule: str, options: dict[str, Any], seed: int) -> Walk:
         onehot_BPV = one_hot(words_BP, WORDS) - logits_PV.softmax(-1)
         logits_PV.grad = -(advantages_B[:, None, None] * onehot_BPV).mean(0)
         optimizer.step()
-    raise AssertionError
+    return walk
 
 
 def draw(logits_PV: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -198,17 +199,12 @@ def combine(
     if chosen.constrained:
         violations_K = (thresholds_K - rewards_KB.mean(-1)) / rewards_KB.std(-1).clamp(min=1e-9)
         context["violations_K"] = [None, *violations_K[1:].tolist()]
-    values_KB = rewards_KB if chosen.combines == "rewards" else estimate(rewards_KB)
+    values_KB = rewards_KB if chosen.combines == "rewards" else estimate(rewards_KB, SAMPLES)
     result = aggregate(rule, values_KB.unsqueeze(-1), ones_B1, groups_B=groups_B, **context, **options)
-    combined_B = result.advantages.squeeze(-1)
-    return (estimate(combined_B) if chosen.combines == "rewards" else combined_B), result.memory_K
-
-
-def estimate(rewards_KB: Tensor) -> Tensor:
-    """As OpenRLHF's ``reinforce_baseline``."""
-    centred = rewards_KB.unflatten(-1, (GROUPS, SAMPLES))
-    centred = (centred - centred.mean(-1, keepdim=True)).flatten(-2)
-    return centred / centred.std(-1, keepdim=True).clamp(min=1e-8)
+    combined_1B = result.advantages.T
+    if chosen.combines == "rewards":
+        combined_1B = estimate(combined_1B, SAMPLES)
+    return combined_1B.squeeze(0), result.memory_K
 
 
 def run(task: str, rule: str, options: dict[str, Any], seeds: int) -> list[Walk]:

@@ -6,6 +6,9 @@
     def test_my_rule(name):
         check_rule("my_rule", name)
 
+The module contains, in this order: the cases that hypothesis draws, one function per property, the table ``PROPERTIES``
+of them, and ``check_rule``.
+
 Needs ``pip install 'pama_plugin[test]'``.
 """
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pama_plugin.aggregation.blocks import blocks, tokens_per_response, valid_at
+from pama_plugin.aggregation.checks import as_tensor, check_combination, check_context, check_weights
 from pama_plugin.aggregation.diagnostics import describe, effective_objectives, inspect
-from pama_plugin.aggregation.registry import CONTEXT_PARAMETERS, Combination, check_options, get_rule
+from pama_plugin.aggregation.registry import CONTEXT_PARAMETERS, check_options, get_rule
 
 LEVELS = ("token", "sequence", "batch")
 RESCALES = ("auto", "none", "unit")
@@ -75,9 +76,9 @@ def aggregate(
             which all its tokens get. ``gdpo`` and its variants combine means at either level, and rules that combine
             rewards one number per response. ``batch`` is for ``pama`` only.
         rescale: ``unit`` divides the result by the root mean square that it has, with these weights, if the objectives
-            are independent and their advantages standard normal: by √K for a sum with weights of 1, for example. So
-            learning rate, clip and KL coefficient mean the same for all rules and numbers of objectives. The factor is
-            a constant, so objectives that agree give a larger result, and objectives that conflict a smaller one.
+            are independent and their advantages standard normal: by √K for a sum with weights of 1, for example. So the
+            same learning rate, clip and KL coefficient suit rules and numbers of objectives alike. The factor is a
+            constant, so objectives that agree give a larger result, and objectives that conflict a smaller one.
             ``none`` returns what the rule defines. ``auto`` is ``none`` for rules that combine rewards, which the
             estimator scales, for ``pama`` at batch level, and for rules that do not state their size; else ``unit``.
         noon: keep only positive advantages ("No Negative", arXiv 2508.07768, Eq. 5). Default: true for ``pama`` with
@@ -107,9 +108,9 @@ def aggregate(
     >>> result.metrics["conflict_rate"]
     0.5
     """
-    advantages_KBA = _as_tensor("advantages", advantages_KBA)
+    advantages_KBA = as_tensor("advantages", advantages_KBA)
     device = advantages_KBA.device
-    mask_BA = _as_tensor("the mask", mask_BA, device).bool()
+    mask_BA = as_tensor("the mask", mask_BA, device).bool()
     if advantages_KBA.ndim != 3 or advantages_KBA.shape[1:] != mask_BA.shape or not advantages_KBA.shape[0]:
         raise ValueError(
             f"advantages must be (K, B, A) with K ≥ 1 and the mask (B, A), "
@@ -127,7 +128,7 @@ def aggregate(
         raise ValueError(f"rule {rule!r} combines rewards, (K, B, 1), found {tuple(advantages_KBA.shape)}")
     advantages_KBA = advantages_KBA.detach().to(torch.promote_types(advantages_KBA.dtype, torch.float32))
     shape_KB = advantages_KBA.shape[:2]
-    present_KB = mask_BA.new_ones(shape_KB) if present_KB is None else _as_tensor("present_KB", present_KB, device)
+    present_KB = mask_BA.new_ones(shape_KB) if present_KB is None else as_tensor("present_KB", present_KB, device)
     if present_KB.shape != shape_KB or present_KB.dtype != torch.bool:
         raise ValueError(
             f"present_KB must be (K, B) = {tuple(shape_KB)} booleans, "
@@ -137,9 +138,9 @@ def aggregate(
     context |= {key: options.pop(key) for key in CONTEXT_PARAMETERS if key in options}
     options = check_options(rule, options)
     context = {key: value for key, value in context.items() if key in chosen.parameters and value is not None}
-    context |= _check_context(rule, context, shape_KB, mask_BA)
+    context |= check_context(rule, context, shape_KB, mask_BA)
 
-    weights_K = _check_weights(weights, advantages_KBA)
+    weights_K = check_weights(weights, advantages_KBA)
     if level == "sequence":
         advantages_KBA = _means(advantages_KBA, mask_BA)
     active_K = _find_active(active, advantages_KBA, mask_BA, present_KB)
@@ -147,15 +148,15 @@ def aggregate(
         advantages_KBA = _whiten(advantages_KBA, mask_BA, present_KB)
     combination = chosen.combine(advantages_KBA, mask_BA, weights_K, active_K, present_KB, **context, **options)
 
-    _check_combination(rule, combination, weights_K, mask_BA)
+    check_combination(rule, combination, weights_K, mask_BA)
     combined_BA = combination.advantages_BA.masked_fill(~mask_BA, 0)  # a copy: a rule may return a view
     if not bool(combined_BA.isfinite().all()):
         raise ValueError(f"rule {rule!r} returned NaN or inf at a valid token")
     scale: dict[str, float] = {}
-    known = combination.unit_rms is not None
-    if rescale == "unit" and not known:
-        raise ValueError(f"rescale=unit: the size of rule {rule!r} is not known with these settings")
-    if rescale == "unit" or (rescale == "auto" and known and level != "batch"):
+    if combination.unit_rms is None:
+        if rescale == "unit":
+            raise ValueError(f"rescale=unit: the size of rule {rule!r} is not known with these settings")
+    elif rescale == "unit" or (rescale == "auto" and level != "batch"):
         scale["scale"] = _to_unit(combined_BA, combination.unit_rms, mask_BA)
     metrics = describe(advantages_KBA, mask_BA, present_KB, active_K, combined_BA) | scale
     metrics |= {f"inactive/{index}": float(not is_active) for index, is_active in enumerate(active_K.tolist())}
@@ -165,51 +166,6 @@ def aggregate(
         raise ValueError(f"rule {rule!r} returned reserved metric names: {', '.join(taken)}; rename them")
     memory_K = _remember(rule, combination.metrics, len(weights_K)) if "memory_K" in chosen.parameters else ()
     return Aggregation(combined_BA, coefficients_K, metrics | dict(combination.metrics), memory_K)
-
-
-def _check_context(rule: str, context: dict[str, Any], shape_KB: torch.Size, mask_BA: Tensor) -> dict[str, Any]:
-    """Validate the arguments, besides advantages, that the rule names."""
-    named, (objectives, responses), device = get_rule(rule).parameters, shape_KB, mask_BA.device
-    checked: dict[str, Any] = {}
-    if "groups_B" in named:
-        if "groups_B" not in context:
-            raise ValueError(f"rule {rule!r} needs groups_B, the prompt index of each response, found none")
-        groups_B = checked["groups_B"] = _as_tensor("groups_B", context["groups_B"], device)
-        if groups_B.shape != (responses,) or groups_B.is_floating_point():
-            raise ValueError(
-                f"groups_B must be (B,) = ({responses},) integers, found {tuple(groups_B.shape)} of {groups_B.dtype}"
-            )
-    if "log_ratio_BA" in context:
-        log_ratio_BA = checked["log_ratio_BA"] = _as_tensor("log_ratio_BA", context["log_ratio_BA"], device)
-        if log_ratio_BA.shape != mask_BA.shape or not bool(log_ratio_BA[mask_BA].isfinite().all()):
-            raise ValueError(
-                f"log_ratio_BA must be (B, A) = {tuple(mask_BA.shape)} numbers, finite at every valid token, found "
-                f"{tuple(log_ratio_BA.shape)}"
-            )
-    if "rewards_KB" in named:
-        if "rewards_KB" not in context:
-            raise ValueError(f"rule {rule!r} needs rewards_KB, the rewards that the estimator receives, found none")
-        rewards_KB = checked["rewards_KB"] = _as_tensor("rewards_KB", context["rewards_KB"], device).double()
-        if rewards_KB.shape != shape_KB or rewards_KB.isinf().any():
-            raise ValueError(
-                f"rewards_KB must be (K, B) = {tuple(shape_KB)} numbers, NaN where missing, found "
-                f"{tuple(rewards_KB.shape)}{', some infinite' * bool(rewards_KB.isinf().any())}"
-            )
-    if "violations_K" in named and not _is_list(context.get("violations_K"), objectives):
-        raise ValueError(
-            f"rule {rule!r} needs violations_K, a list of {objectives} finite numbers or None, found "
-            f"{context.get('violations_K')!r}"
-        )
-    if "memory_K" in named:
-        memory_K = checked["memory_K"] = context.get("memory_K") or [{}] * objectives
-        if not (
-            _is_list([None] * len(memory_K), objectives)
-            and all(isinstance(memory, Mapping) and _is_list([*memory.values()], len(memory)) for memory in memory_K)
-        ):
-            raise ValueError(
-                f"memory_K must be a list of {objectives} mappings from names to finite numbers, found {memory_K!r}"
-            )
-    return checked
 
 
 def _remember(rule: str, metrics: Mapping[str, float], objectives: int) -> tuple[dict[str, float], ...]:
@@ -224,7 +180,7 @@ def _remember(rule: str, metrics: Mapping[str, float], objectives: int) -> tuple
     return memory_K
 
 
-def _to_unit(combined_BA: Tensor, unit_rms: float | Tensor | None, mask_BA: Tensor) -> float:
+def _to_unit(combined_BA: Tensor, unit_rms: float | Tensor, mask_BA: Tensor) -> float:
     """Divide ``combined_BA``, in place, by the size that the rule states; return the mean factor over the tokens."""
     size_B = torch.as_tensor(unit_rms, dtype=torch.float64, device=mask_BA.device).expand(len(mask_BA))
     factor_B = torch.where(size_B > 0, 1 / size_B, 0)
@@ -242,56 +198,13 @@ def _means(advantages_KBA: Tensor, mask_BA: Tensor) -> Tensor:
     return means_KB1.expand_as(advantages_KBA)
 
 
-def _check_combination(rule: str, result: object, weights_K: Tensor, mask_BA: Tensor) -> None:
-    """Validate the return value of a rule, which may come from another package."""
-    if not isinstance(result, Combination):
-        raise ValueError(f"rule {rule!r} must return a Combination, found {type(result).__name__}")
-    for part in result[:2]:
-        if not isinstance(part, Tensor) or not part.is_floating_point():
-            raise ValueError(f"rule {rule!r} must return a Combination of floating-point tensors, found {part!r}")
-    expected = (tuple(mask_BA.shape), tuple(weights_K.shape))
-    shapes = (tuple(result.advantages_BA.shape), tuple(result.coefficients_K.shape))
-    if shapes != expected:
-        raise ValueError(f"rule {rule!r} must return shapes (B, A) and (K,), {expected}, found {shapes}")
-    if not bool(result.coefficients_K.isfinite().all()):
-        raise ValueError(f"rule {rule!r} must return finite coefficients, found {result.coefficients_K.tolist()}")
-    if result.unit_rms is not None:
-        size = torch.as_tensor(result.unit_rms)
-        if tuple(size.shape) not in ((), expected[0][:1]) or not bool((size.isfinite() & (size >= 0)).all()):
-            raise ValueError(f"rule {rule!r} must return unit_rms as a finite number or (B,), found {size}")
-
-
-def _as_tensor(name: str, values: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """``values`` as a tensor on the device; with None, a tensor stays on its device."""
-    try:
-        return torch.as_tensor(values, dtype=dtype, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be numbers, as a tensor or lists: {error}") from error
-
-
-def _is_list(values: Any, length: int) -> bool:
-    """True for a list of ``length`` entries, each a finite number or None."""
-    if not isinstance(values, Sequence) or len(values) != length:
-        return False
-    return all(value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in values)
-
-
-def _check_weights(weights: Sequence[float] | Tensor | None, advantages_KBA: Tensor) -> Tensor:
-    if weights is None:
-        return advantages_KBA.new_ones(len(advantages_KBA))
-    weights_K = _as_tensor("weights", weights, advantages_KBA.device, advantages_KBA.dtype)
-    if weights_K.shape != advantages_KBA.shape[:1] or not bool((weights_K.isfinite() & (weights_K > 0)).all()):
-        raise ValueError(f"weights must be {len(advantages_KBA)} positive finite numbers, found {weights}")
-    return weights_K
-
-
 def _find_active(
     active: Sequence[bool] | Tensor | None, advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor
 ) -> Tensor:
     """(K,) true for active objectives; all true if none is active."""
     active_K = inspect(advantages_KBA, mask_BA, present_KB)
     if active is not None:
-        flags_K = _as_tensor("active", active, advantages_KBA.device, torch.bool)
+        flags_K = as_tensor("active", active, advantages_KBA.device, torch.bool)
         if flags_K.shape != active_K.shape:
             raise ValueError(f"active must be {len(advantages_KBA)} flags, found {flags_K.tolist()}")
         active_K = active_K & flags_K

@@ -96,7 +96,7 @@ def spreads(objectives: Sequence[Objective], table: RewardTable, state: RunState
     return found
 
 
-def speaks(objective: Objective, rewards_GN: Tensor, state: RunState, *, share: float, by_group: bool) -> bool:
+def varies_enough(objective: Objective, rewards_GN: Tensor, state: RunState, *, share: float, by_group: bool) -> bool:
     """Whether the rewards of a step spread over at least ``share`` of what they do in a step on average.
 
     An estimator that whitens gives an objective full advantages however little its rewards spread, and these are noise

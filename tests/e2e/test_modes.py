@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from pama_plugin.runs.rollouts import read_rollouts
@@ -140,6 +141,8 @@ def test_asynchronous_training_evaluation_and_the_end_at_the_front(run_host, mod
     assert f"the run ends after step {last}, at the front: fewer than 0.1 of the tokens had an advantage" in run.output
     assert [step["pama/steps_at_front"] for step in run.steps[-4:]] == [0, 1, 2, 3] and 5 <= last < 12
     assert {rollout.step for rollout in read_rollouts(tmp_path / "logs")} == set(range(1, last + 1))
+    (settings,) = (tmp_path / "logs").glob("*/pama.yaml")
+    assert list(yaml.safe_load(settings.read_text())["objectives"]) == ["helpful", "longer", "changing"]
     logged = evaluations(tmp_path)
     assert len(logged["eval_default/helpful"]) == len(logged["eval_pama_best"]) >= 2
     assert logged["eval_default/longer"][-1] == -logged["eval_default/changing"][-1]

@@ -134,9 +134,9 @@ def test_options_without_default_or_annotation(rule) -> None:
 
 def test_tensors_of_another_device_are_moved() -> None:
     """The device ``meta`` stands in for a GPU."""
-    from pama_plugin.aggregation.aggregate import _as_tensor
+    from pama_plugin.aggregation.checks import as_tensor
 
-    assert _as_tensor("the mask", torch.ones(2), torch.device("meta")).device.type == "meta"
+    assert as_tensor("the mask", torch.ones(2), torch.device("meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a=b", lambda: None])

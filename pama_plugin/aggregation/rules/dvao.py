@@ -1,13 +1,11 @@
 """DVAO: objectives weigh as much as their rewards vary within a group (Jiang et al., arXiv 2605.25604)."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from pama_plugin.aggregation.group_whitening import group_scores, group_spreads, spread
 from pama_plugin.aggregation.registry import Combination, register_rule
-from pama_plugin.aggregation.unit_scale import by_response
+from pama_plugin.aggregation.rules.linear import length
 
 
 @register_rule("dvao")
@@ -53,18 +51,9 @@ def dvao(
     spread_KB = group_spreads(rewards_KB.masked_fill(~counted_KB, torch.nan), groups_B)
     c_KB = weights_K.double().unsqueeze(-1) * spread_KB * counted_KB
     c_KB = c_KB / torch.where(c_KB.sum(0) > 0, c_KB.sum(0), 1)
-    totals_K = c_KB.sum(-1)
+    totals_K, totals_B = c_KB.sum(-1), weights_K.double() @ counted_KB.double()
     return Combination(
         spread((c_KB * scores_KB).sum(0), mask_BA, weights_K.dtype),
         (totals_K / totals_K.sum().clamp(min=1e-300)).to(weights_K.dtype),
-        unit_rms=by_response(weights_K, counted_KB, relative_length),
+        unit_rms=length(weights_K, counted_KB) / totals_B.clamp(min=1e-300),
     )
-
-
-def relative_length(weights: tuple[float, ...]) -> float:
-    """The size of a mean of independent objectives with these weights.
-
-    >>> relative_length((1.0, 1.0, 1.0, 1.0))
-    0.5
-    """
-    return math.hypot(*weights) / sum(weights)

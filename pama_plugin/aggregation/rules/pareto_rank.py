@@ -28,8 +28,8 @@ def pareto_rank(
     the others, those that only these dominate have rank 1, and so on (non-dominated sorting, Deb et al., 2002). So only
     the order of each reward matters: no scale and no outlier does, and weights have no meaning. The unit size is that
     for independent rewards without ties, in groups of the same size. Responses without a reward for some active
-    objective are not compared and get 0. Coefficients are equal shares. Groups need at least four responses; with many
-    objectives few responses dominate others, and little is learned.
+    objective are not compared and get 0. Coefficients are equal shares. In small groups, and with many objectives, few
+    responses dominate others, and little is learned; a training run needs groups of at least four.
 
     Differs from the paper in: it is the second of the paper's two stages. Its equations could not be had; the rank is
     as its abstract and reviews describe it, and the unit size is ours.

@@ -17,7 +17,7 @@ from pama_plugin.batch.combine import active_flags, combine, estimated
 from pama_plugin.batch.keys import AT_BEST, EXPLAINED, KL, REFERENCE_NLL, SPREAD, UNIFORM
 from pama_plugin.batch.metrics import describe_gradients, group_correlations, name_metrics, share_at_best
 from pama_plugin.batch.rollouts import Row, choose_responses, describe_responses
-from pama_plugin.batch.shaping import measure, shape_trained, speaks, spreads
+from pama_plugin.batch.shaping import measure, shape_trained, spreads, varies_enough
 from pama_plugin.batch.state import RunState
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.host.actors.collector import RewardCollector
@@ -93,9 +93,9 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         ]
         advantages_KBA = torch.stack([join([experience.advantages for experience in run]) for run in runs])
         mask_BA = join([experience.action_mask for experience in experiences]).bool()
-        speaking = [self._speaks(objective) for objective in config.trained]
+        varying = [self._varies_enough(objective) for objective in config.trained]
         told_apart = [self._tells_responses_apart(*each) for each in zip(runs, present_KB)]
-        active = [all(flags) for flags in zip(speaking, told_apart)]
+        active = [all(flags) for flags in zip(varying, told_apart)]
         if get_rule(config.loss).combines == "rewards":
             # Missing rewards were replaced by a mean; a response without any reward is excluded below.
             one_B1, all_KB = mask_BA.new_ones(len(mask_BA), 1), torch.ones_like(present_KB)
@@ -197,10 +197,10 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         rewards_B = torch.cat([experience.rewards for experience in run]).float()
         return self.estimator.tells_responses_apart(self.table.grouped(rewards_B), self.table.grouped(present_B))
 
-    def _speaks(self, objective: Objective) -> bool:
+    def _varies_enough(self, objective: Objective) -> bool:
         rewards_GN = self.table.grouped(self.table.row(objective.name))
         share, by_group = self.config.inactive_below, self.estimator.by_group
-        return speaks(objective, rewards_GN, self.state, share=share, by_group=by_group)
+        return varies_enough(objective, rewards_GN, self.state, share=share, by_group=by_group)
 
     def _warn_of_clipping(self, source: str, rewards_B: Tensor) -> None:
         clipped = self.estimator.count_clipped(self.table.grouped(rewards_B))

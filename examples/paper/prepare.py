@@ -1,12 +1,10 @@
-"""Train the two reward models of the replication on human ratings, and evaluate them and the judge.
+"""Train the sentiment model of the small policy's runs on human ratings, and evaluate it and the judge.
 
     python examples/paper/prepare.py DATA_FOLDER OUTPUT_FOLDER
 
-DATA_FOLDER is that of tiny.sh, with the rated film reviews; a rating is the mean of twenty people, -4 … 4. Two
-small BERTs with a tokenizer for lower-case text are trained: ``sentiment`` predicts the rating x, ``matter_of_fact``
--x²/2. A very positive review is not matter-of-fact, and the two rewards have a Pareto front: their sum with weights a
-and b is largest at x = a/b. Nine tenths of the reviews train the models. One tenth measures their agreement with
-people, and that of the judge of sentiment: VADER, a lexicon with rules, which no run trains on.
+DATA_FOLDER is that of tiny.sh, with the rated film reviews; a rating is the mean of twenty people, -4 … 4. A small BERT
+with a tokenizer for lower-case text is trained to predict the rating: nine tenths of the reviews train it, one tenth
+measures its agreement with people, and that of the judge: VADER, a lexicon with rules, which no run trains on.
 """
 
 import json
@@ -25,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 from corpora import Rated, read_corpora  # noqa: E402  of the quickstart
 
 EPOCHS, BATCH, LEARNING_RATE, LENGTH = 4, 64, 1e-3, 64
-TARGETS = {"sentiment": lambda rating: rating, "matter_of_fact": lambda rating: -(rating**2) / 2}
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -35,9 +32,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=LENGTH, **special)
 
 
-def train_model(name: str, tokenizer: PreTrainedTokenizerFast, pieces: list[Rated]) -> BertForSequenceClassification:
+def train_model(tokenizer: PreTrainedTokenizerFast, pieces: list[Rated]) -> BertForSequenceClassification:
     set_seed(0)
-    pieces = [(piece.text, TARGETS[name](piece.rating)) for piece in pieces]
+    pieces = list(pieces)
     model = BertForSequenceClassification(
         BertConfig(
             vocab_size=len(tokenizer),
@@ -54,11 +51,11 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerFast, pieces: list[Rate
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.1)
     steps = EPOCHS * (len(pieces) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    with tqdm(total=steps, desc=name, unit="step") as bar:
+    with tqdm(total=steps, desc="sentiment", unit="step") as bar:
         for _ in range(EPOCHS):
             random.shuffle(pieces)
             for start in range(0, len(pieces) // BATCH * BATCH, BATCH):
-                texts, targets = zip(*pieces[start : start + BATCH])
+                targets, texts = zip(*pieces[start : start + BATCH])
                 loss = (predict(model, tokenizer, texts) - torch.tensor(targets)).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -82,26 +79,24 @@ def main(data: Path, out: Path) -> None:
     random.Random(0).shuffle(reviews)
     held_out, training = reviews[: len(reviews) // 10], reviews[len(reviews) // 10 :]
     # Also parts of sentences, because responses have no beginning.
-    pieces = [Rated(review.rating, " ".join(words[start:])) for review in training if (words := review.text.split())
-              for start in (0, len(words) // 3)]  # fmt: skip
+    pieces = [Rated(review.rating, " ".join(parts[start:])) for review in training if (parts := review.text.split())
+              for start in (0, len(parts) // 3)]  # fmt: skip
     tokenizer = train_tokenizer([piece.text for piece in pieces])
     texts, ratings = tuple(review.text for review in held_out), [review.rating for review in held_out]
     judge = SentimentIntensityAnalyzer()
     vader = [judge.polarity_scores(text)["compound"] for text in texts]
+    with torch.enable_grad():
+        model = train_model(tokenizer, pieces)
+    batches = [predict(model, tokenizer, texts[at : at + 256]) for at in range(0, len(texts), 256)]
+    predicted = torch.cat(batches).tolist()
     quality = {
         "held-out reviews": len(texts),
         "correlation of VADER with people": round(pearsonr(vader, ratings)[0], 3),
+        "correlation of sentiment with people": round(pearsonr(predicted, ratings)[0], 3),
+        "correlation of sentiment with VADER": round(pearsonr(predicted, vader)[0], 3),
     }
-    for name, target in TARGETS.items():
-        with torch.enable_grad():
-            model = train_model(name, tokenizer, pieces)
-        batches = [predict(model, tokenizer, texts[at : at + 256]) for at in range(0, len(texts), 256)]
-        predicted = torch.cat(batches).tolist()
-        targets = [target(rating) for rating in ratings]
-        quality[f"correlation of {name} with people"] = round(pearsonr(predicted, targets)[0], 3)
-        quality[f"correlation of {name} with VADER"] = round(pearsonr(predicted, vader)[0], 3)
-        model.save_pretrained(out / name)
-        tokenizer.save_pretrained(out / name)
+    model.save_pretrained(out / "sentiment")
+    tokenizer.save_pretrained(out / "sentiment")
     (out / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
     print(*(f"{key}: {value}" for key, value in quality.items()), sep="\n")
 

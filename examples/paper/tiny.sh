@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the tiny policy of the replication on film reviews, without a GPU; with `reward` also the reward model that
+# Train the tiny policy of the study on film reviews, without a GPU; with `reward` also the reward model that
 # tests/benchmarks/overhead.py needs. Makes runs/quickstart, once: four minutes for the policy, three for the other.
 #
 #   examples/paper/tiny.sh [reward]
@@ -29,7 +29,7 @@ if [ ! -e "$models/policy" ]; then
     echo "== the policy: supervised fine-tuning on the reviews (log: runs/quickstart/policy.log)"
     train policy openrlhf.cli.train_sft --model.model_name_or_path "$work/data/untrained" --data.dataset \
         "$work/data/sft.jsonl" --data.input_key prompt --data.output_key response --data.input_template '{}' \
-        --train.max_epochs 2 --adam.lr 2e-3
+        --train.max_epochs 6 --adam.lr 2e-3
 fi
 if [ "${1:-}" = reward ] && [ ! -e "$models/reward" ]; then
     echo "== the reward model: pairs of liked and disliked reviews (log: runs/quickstart/reward.log)"

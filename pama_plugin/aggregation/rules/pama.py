@@ -74,10 +74,9 @@ def pama(
         ValueError: ``leak`` without Noon, ``soft`` with ``level=batch``, or ``reference_clip`` without ``log_ratio_BA``
             or at another level than ``token``.
 
-    Differs from the paper in: at token and sequence level, signed advantages (better in examples/paper/RESULTS.md) and
-    ``rescale`` are the default; neither is in the paper, which is ``noon=True, rescale="none"``. Only the PPO clip
-    gates the importance ratio, so c is computed once per rollout. ``soft``, ``leak`` and ``level=sequence`` are not in
-    the paper.
+    Differs from the paper in: at token and sequence level, signed advantages and ``rescale`` are the default; neither
+    is in the paper, which is ``noon=True, rescale="none"``. Only the PPO clip gates the importance ratio, so c is
+    computed once per rollout. ``soft``, ``leak`` and ``level=sequence`` are not in the paper.
     """
     noon = level == "batch" if noon is None else noon
     if leak and not noon:

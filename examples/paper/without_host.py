@@ -1,0 +1,161 @@
+"""Stage C: the summary task on a GPU, with many seeds, without OpenRLHF.
+
+    python examples/paper/without_host.py POLICY PROMPTS.jsonl OUT_FOLDER --arms linear pama --seeds 11 12 --jobs 8
+
+The policy, prompts, rewards, rules and settings are those of Stage B. The differences: transformers samples instead of
+vLLM, the update is a few lines of PPO instead of OpenRLHF's actor, and whitening gives every response the same weight.
+Each run writes OUT_FOLDER/ARM-seedN.json; runs that are there are kept. With --keep STEP… the policy is saved there.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pama_plugin import aggregate
+from pama_plugin.aggregation import get_rule
+from pama_plugin.stationarity import Samples, estimate, sample
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
+from rewards import coverage  # noqa: E402  of the quickstart
+
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("linear", {}),
+    "min_norm": ("min_norm", {}),
+    "pama": ("pama", {"level": "sequence"}),
+    "pama-paper": ("pama", {"noon": True, "rescale": "none"}),
+    "gdpo": ("gdpo", {}),
+    "pareto_rank": ("pareto_rank", {}),
+    "morlhf": ("morlhf", {}),
+}
+PROMPTS, PER_PROMPT, NEW_TOKENS = 8, 4, 24
+MINI_BATCH, WARMUP, KL, CLIP = 16, 3, 0.02, 0.2
+SAMPLING = Namespace(temperature=1.0, max_new_tokens=NEW_TOKENS, per_prompt=PER_PROMPT)
+
+
+def score(responses: list[str], labels: list[str]) -> Tensor:
+    """(2, B) coverage and brevity, as in Stage B."""
+    brevity = [-len(response.split()) / 10 for response in responses]
+    return torch.tensor([coverage(responses, [""] * len(responses), labels), brevity], dtype=torch.float64)
+
+
+def combine(rule: str, options: dict[str, Any], rewards_KB: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """(B, 1) advantages, equal for all tokens of a response, and the metrics."""
+    ones_B1 = torch.ones(rewards_KB.shape[1], 1)
+    groups_B = torch.arange(len(ones_B1)) // PER_PROMPT
+    if get_rule(rule).combines == "rewards":
+        result = aggregate(rule, rewards_KB.unsqueeze(-1), ones_B1, groups_B=groups_B, **options)
+        return estimate(result.advantages.T, PER_PROMPT).T, result.metrics
+    advantages_KB1 = estimate(rewards_KB, PER_PROMPT).unsqueeze(-1)
+    context = {"rewards_KB": rewards_KB} if "rewards_KB" in get_rule(rule).parameters else {}
+    result = aggregate(rule, advantages_KB1, ones_B1, groups_B=groups_B, **context, **options)
+    return result.advantages, result.metrics
+
+
+def log_probs(model: Any, batch: Samples, rows: Tensor | slice = slice(None)) -> Tensor:
+    """(B, A) log π of the response tokens."""
+    attention_BT, length = batch.attention_BT[rows], batch.response_mask_BA.shape[1]
+    positions_BT = attention_BT.cumsum(1).sub(1).clamp(min=0)
+    sequences_BT = batch.sequences_BT[rows]
+    logits = model(
+        input_ids=sequences_BT, attention_mask=attention_BT, position_ids=positions_BT, logits_to_keep=length + 1
+    ).logits
+    chosen_BA1 = sequences_BT[:, -length:].unsqueeze(-1)
+    return logits[:, :-1].log_softmax(-1).gather(-1, chosen_BA1).squeeze(-1)
+
+
+def train(policy: Path, prompts: Path, out: Path, arm: str, seed: int, lr: float, steps: int, keep: list[int]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    set_seed(seed)
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")
+    model, reference = (
+        AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).to(device).eval() for _ in range(2)
+    )
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    rule, options = ARMS[arm]
+    series: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        asked = [rows[order[(PROMPTS * (step - 1) + index) % len(rows)]] for index in range(PROMPTS)]
+        batch = sample(model, tokenizer, [row["messages"] for row in asked], SAMPLING)
+        rewards_KB = score(batch.texts, [row["label"] for row in asked for _ in range(PER_PROMPT)])
+        advantages_B1, metrics = combine(rule, options, rewards_KB)
+        mask_BA = batch.response_mask_BA
+        with torch.no_grad():
+            old_BA, reference_BA = log_probs(model, batch), log_probs(reference, batch)
+        centred_KB = rewards_KB - rewards_KB.reshape(2, -1, PER_PROMPT).mean(-1).repeat_interleave(PER_PROMPT, 1)
+        series.append(
+            {
+                "rewards": [round(float(value), 4) for value in rewards_KB.mean(1)],
+                "spread": [round(float(value), 4) for value in rewards_KB.std(1)],
+                "group_correlation": round(float(torch.corrcoef(centred_KB).nan_to_num()[0, 1]), 4),
+                "conflict_rate": round(metrics.get("conflict_rate", 0.0), 4),
+                "nats": round(float(((old_BA - reference_BA) * mask_BA).sum(1).mean()), 4),
+                "reference_nll": round(float(-(reference_BA * mask_BA).sum() / mask_BA.sum()), 4),
+                "tokens": round(float(mask_BA.sum(1).float().mean()), 2),
+                "texts": [[row["label"], batch.texts[PER_PROMPT * index]] for index, row in enumerate(asked[:2])],
+            }
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, step / WARMUP)
+        advantages_B1 = advantages_B1.to(device, torch.float32)
+        for part in torch.randperm(len(mask_BA)).split(MINI_BATCH):
+            rows_B = part.to(device)
+            new_BA, kept_BA = log_probs(model, batch, rows_B), mask_BA[rows_B]
+            ratio_BA = (new_BA - old_BA[rows_B]).exp()
+            own_B1 = advantages_B1[rows_B]
+            surrogate_BA = torch.minimum(ratio_BA * own_B1, ratio_BA.clamp(1 - CLIP, 1 + CLIP) * own_B1)
+            kl_BA = (new_BA - reference_BA[rows_B]).square() / 2
+            loss = ((KL * kl_BA - surrogate_BA) * kept_BA).sum() / kept_BA.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        if step in keep:
+            model.save_pretrained(out / f"{arm}-seed{seed}-step{step}")
+            tokenizer.save_pretrained(out / f"{arm}-seed{seed}-step{step}")
+    file = out / f"{arm}-seed{seed}.json"
+    file.with_suffix(".partial").write_text(json.dumps({"arm": arm, "seed": seed, "lr": lr, "steps": series}) + "\n")
+    file.with_suffix(".partial").replace(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("policy", "prompts", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, required=True)
+    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--steps", type=int, default=46)
+    parser.add_argument("--keep", nargs="*", type=int, default=[], help="steps after which the policy is saved")
+    parser.add_argument("--jobs", type=int, default=1)
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(chosen.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [
+            pool.submit(
+                train, chosen.policy, chosen.prompts, chosen.out, arm, seed, chosen.lr, chosen.steps, chosen.keep
+            )
+            for seed in chosen.seeds
+            for arm in chosen.arms
+            if not (chosen.out / f"{arm}-seed{seed}.json").exists()
+        ]
+        for future in tqdm(as_completed(waiting), total=len(waiting), unit="run"):
+            future.result()
+
+
+if __name__ == "__main__":
+    main()

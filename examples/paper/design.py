@@ -23,7 +23,8 @@ def functions(*names: str, more: str = "") -> dict[str, str]:
 
 COVERAGE = {
     "coverage": "py:examples/quickstart/rewards.py:coverage,isolate=false",
-    "brevity": "builtin:length,unit=words,scale=-10",
+    # In characters: words that are joined with hyphens, as Stage C found, are no shorter. RESULTS.md, Deviations.
+    "brevity": "builtin:length,unit=characters,scale=-60",
 }
 JUDGE = functions("judge", more=MONITOR)
 TASKS = {

@@ -10,14 +10,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
-from design import FLAGS, MODELS, SHARED, STAGES, STEPS, TASKS, Stage, Task
+from design import ARMS, COVERAGE, FLAGS, MODELS, SHARED, STAGES, STEPS, TASKS, Stage, Task
 
 from pama_plugin.runs.logs import RESULT
 from pama_plugin.runs.rollouts import read_rollouts
@@ -27,7 +27,7 @@ EVERY = 5  # steps between the values of what is not an endpoint
 SPARSE = {
     "conflict_rate": "pama/conflict_rate",
     "active_fraction": "pama/active_fraction",
-    "words": "rollout/response_length_mean",
+    "tokens": "rollout/response_length_mean",
     "cut_off": "rollout/truncated_rate",
 }
 
@@ -76,26 +76,59 @@ def train(name: str) -> int:
 
 
 def collect() -> None:
-    """One file per task: the endpoints' series in every step, others in every fifth, and two answers."""
+    """One file per stage and task: the endpoints' series in every step, others in every fifth, and two answers."""
     RESULTS.mkdir(exist_ok=True)
     for name, stage in STAGES.items():
         for task in stage.tasks if stage.reported else ():
             files = sorted((OUT / name / task).glob(f"*/{RESULT}"))
-            if not files:
-                continue
             results = [json.loads(file.read_text()) for file in files]
-            content = {
-                "stage": name,
-                "objectives": list(TASKS[task].objectives),
-                "monitors": list(TASKS[task].monitors),
-                "flags": {
-                    result["arm"]: " ".join(result["flags"]) for result in results if result["seed"] == stage.seeds[0]
-                },
-                "runs": [reduced(file.parent, result, TASKS[task]) for file, result in zip(files, results)],
-            }
-            lines = json.dumps(content).replace('{"arm"', '\n{"arm"')  # a line per run
-            (RESULTS / f"{task}.json").write_text(lines + "\n")
-            print(f"{task}: {len(files)} runs")
+            runs = [reduced(file.parent, result, TASKS[task]) for file, result in zip(files, results)]
+            flags = {result["arm"]: " ".join(result["flags"]) for result in results}
+            dump(name, task, TASKS[task], stage.arms, flags, runs)
+    runs = [reduced_without_host(json.loads(file.read_text())) for file in sorted((OUT / "C").glob("*.json"))]
+    dump("C", "summary", TASKS["summary"]._replace(monitors={}), ARMS, {}, runs)
+
+
+def dump(
+    stage: str, name: str, task: Task, arms: Iterable[str], flags: dict[str, str], runs: list[dict[str, Any]]
+) -> None:
+    if not runs:
+        return
+    content = {
+        "stage": stage,
+        "task": name,
+        "objectives": list(task.objectives),
+        "monitors": list(task.monitors),
+        "arms": [arm for arm in arms if any(run["arm"] == arm for run in runs)],
+        "flags": flags,  # of the last seed
+        "runs": runs,
+    }
+    lines = json.dumps(content, ensure_ascii=False).replace('{"arm"', '\n{"arm"')  # a line per run
+    (RESULTS / f"{stage}-{name}.json").write_text(lines + "\n")
+    print(f"{stage} {name}: {len(runs)} runs")
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def reduced_without_host(result: dict[str, Any]) -> dict[str, Any]:
+    steps = result["steps"]
+    names = list(COVERAGE)
+    keys = {"nats": "nats", "nll": "reference_nll", "correlation": "group_correlation"}
+    return {
+        "arm": result["arm"],
+        "seed": result["seed"],
+        "start_std": dict(zip(names, steps[0]["spread"])),
+        "series": {f"reward/{name}": [step["rewards"][index] for step in steps] for index, name in enumerate(names)}
+        | {name: [step[key] for step in steps] for name, key in keys.items()},
+        "sparse": {name: [step[name] for step in steps[::EVERY]] for name in ("conflict_rate", "tokens")}
+        | {f"spread/{name}": [step["spread"][index] for step in steps[::EVERY]] for index, name in enumerate(names)},
+        "texts": [
+            {"step": at + 1, "prompt": steps[at]["texts"][0][0], "response": steps[at]["texts"][0][1]}
+            for at in (0, len(steps) - 1)
+        ],
+    }
 
 
 def reduced(folder: Path, result: dict[str, Any], task: Task) -> dict[str, Any]:
@@ -103,7 +136,7 @@ def reduced(folder: Path, result: dict[str, Any], task: Task) -> dict[str, Any]:
     steps = sorted(scalars["pama/kl_response"])
 
     def values(tag: str, at: list[int]) -> list[float | None]:
-        return [float(f"{value:.4g}") if (value := scalars[tag].get(step)) is not None else None for step in at]
+        return [rounded(value) if (value := scalars[tag].get(step)) is not None else None for step in at]
 
     pairs = [f"pama/group_correlation/{one}/{other}" for one, other in combinations(task.objectives, 2)]
     names = [*task.objectives, *task.monitors]
@@ -116,7 +149,7 @@ def reduced(folder: Path, result: dict[str, Any], task: Task) -> dict[str, Any]:
         "start_std": {name: values(f"reward_std/{name}", steps[:1])[0] for name in names},
         "series": {f"reward/{name}": values(f"reward/{name}", steps) for name in names}
         | {"nats": values("pama/kl_response", steps), "nll": values("pama/reference_nll", steps)}
-        | {"correlation": [float(f"{fmean(scalars[tag].get(step, 0.0) for tag in pairs):.4g}") for step in steps]},
+        | {"correlation": [rounded(fmean(scalars[tag].get(step, 0.0) for tag in pairs)) for step in steps]},
         "sparse": {key: values(tag, steps[::EVERY]) for key, tag in SPARSE.items()}
         | {f"spread/{name}": values(f"pama/spread/{name}", steps[::EVERY]) for name in task.objectives},
         "texts": [{"step": one.step, "prompt": one.prompt, "response": one.response} for one in answers],

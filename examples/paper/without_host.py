@@ -43,7 +43,7 @@ SAMPLING = Namespace(temperature=1.0, max_new_tokens=NEW_TOKENS, per_prompt=PER_
 
 def score(responses: list[str], labels: list[str]) -> Tensor:
     """(2, B) coverage and brevity, as in Stage B."""
-    brevity = [-len(response.split()) / 10 for response in responses]
+    brevity = [-len(response) / 60 for response in responses]
     return torch.tensor([coverage(responses, [""] * len(responses), labels), brevity], dtype=torch.float64)
 
 

@@ -22,10 +22,10 @@ def load():
     """Import a module of the study as its scripts do, without leaving it to other tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(PAPER))
-        for name in ("rewards", "word_rewards", "corpora", "design", "analysis", "study", "without_host"):
+        for name in ("rewards", "word_rewards", "corpora", "design", "analysis", "study", "without_host", "results"):
             patch.delitem(importlib.sys.modules, name, raising=False)
         yield importlib.import_module
-        for name in ("rewards", "word_rewards", "corpora", "design", "analysis", "study", "without_host"):
+        for name in ("rewards", "word_rewards", "corpora", "design", "analysis", "study", "without_host", "results"):
             importlib.sys.modules.pop(name, None)
 
 
@@ -181,3 +181,61 @@ def test_rewards_of_the_study(load) -> None:
         assert len(letters) == count and len(set("".join(letters))) == len("".join(letters))
     for name in ("informative", "concise", "dense", "long", "plain", "shares4_bc", "trigger"):
         assert score(name, "") == 0
+
+
+def test_the_page_has_the_tables_of_the_committed_runs(load) -> None:
+    results = load("results")
+    page, tables = (PAPER / "RESULTS.md").read_text(), results.blocks(results.experiments())
+    assert results.render(page, tables) == page
+    assert all((PAPER / picture).exists() for picture in re.findall(r"!\[.*\]\((.*)\)", page))
+    with pytest.raises(SystemExit, match="no runs for: nothing"):
+        results.render("<!-- nothing -->\n<!-- end -->", tables)
+    assert sum(file.stat().st_size for file in (PAPER / "results").iterdir()) < 4e6
+
+
+def test_the_primary_contrasts_are_those_of_the_protocol(load) -> None:
+    results = load("results")
+    way = [contrast for contrast in results.CONTRASTS if contrast.endpoint == "way"]
+    assert (len(way), len(results.CONTRASTS)) == (16, 20)
+    assert "16;" in PROTOCOL and "These 20 t-tests" in PROTOCOL
+    # One of 20 is tested, with p = .003: kept only if it is below .05 / 20.
+    runs = {"C-summary": [*make_runs(results, "linear", [0.0, 0.0, 0.0]), *make_runs(results, "pama", [0.9, 1.0, 1.1])]}
+    lines = [line for line in results.contrasts_table(runs).splitlines() if "C-summary | pama − linear" in line]
+    assert lines[0].startswith("| way | C-summary | pama − linear | 3 | +1.00 ± 0.25 | 0.0033 | not known |")
+    assert lines[1].endswith("| too few runs |")
+
+
+def make_runs(results, arm: str, worst: list[float]):
+    steps = 9
+    return [
+        results.Run(
+            arm=arm,
+            seed=seed,
+            objectives=("a", "b"),
+            series={
+                "nats": [0.0] * steps,
+                "reward/a": [rise] * steps,
+                "reward/b": [rise + 1] * steps,
+                "nll": [1.0] * steps,
+                "correlation": [0.0] * steps,
+            },
+            sparse={"spread/a": [1.0, 0.5], "spread/b": [1.0, 0.25]},
+            texts=[
+                {"step": 1, "prompt": "<|im_start|>user\nA | b<|im_end|>\n<|im_start|>assistant\n", "response": "C\nd"}
+            ],
+            start={"a": 0.0, "b": 0.0},
+            std={"a": 1.0, "b": 1.0},
+            correlation=0.0,
+        )
+        for seed, rise in enumerate(worst, 11)
+    ]
+
+
+def test_tables_of_a_task(load) -> None:
+    results = load("results")
+    runs = [*make_runs(results, "x", [1.0, 2.0]), *make_runs(results, "y", [0.5, 0.5])]
+    tables = results.blocks({"A-t": runs})
+    assert "| x | 1.50 ± 6.35 [0] | 1.50 ± 6.35 [0] | 1.50 ± 6.35 [0] | 1.50 ± 6.35 | 0.0 ± 0.0 |" in tables["A-t"]
+    assert "| y | 0.50 ± 0.00 | 1.50 ± 0.00 | 0.50 ± 0.00 | 1.50 ± 0.00 |" in tables["A-t-objectives"]
+    assert "| x | 0 of 2 | – | – | – | 0.25 ± 0.00 |" in tables["A-t-stay"]
+    assert "| y | A \\| b → C d |" in tables["A-t-texts"] and tables["A-t-texts"].splitlines()[1] == "|---|---|"

@@ -94,7 +94,7 @@ class Stage(NamedTuple):
 STEPS = {"tiny": 45, "smollm2": 40}
 TRIES = (2e-4, 4e-4)  # of stage A
 LEARNING_RATES: dict[str, dict[str, float]] = {
-    "tiny": dict.fromkeys([*ARMS, *CONTROL], 4e-4),
+    "tiny": dict.fromkeys([*ARMS, *CONTROL], 4e-4) | dict.fromkeys(("pama", "pama-paper", "pama-trl"), 2e-4),
     "smollm2": dict.fromkeys(ARMS, 5e-5),
 }
 A = ("length", "concise", "shares4", "shares8", "exploit")

@@ -1,6 +1,8 @@
-"""What the policy does, whatever its rewards: distance from the reference, and fluency."""
+"""What the policy does, whatever its rewards: distance from the reference, fluency, and agreement with its sampler."""
 
 from torch import Tensor
+
+SAME_MODEL = 0.3  # nats at a token; bfloat16 kernels of one model differ by hundredths
 
 
 def distance(log_probs_BA: Tensor, reference_BA: Tensor, mask_BA: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,3 +25,23 @@ def distance(log_probs_BA: Tensor, reference_BA: Tensor, mask_BA: Tensor) -> tup
     reference_BA = reference_BA.float()
     nats_B = (log_probs_BA.float() - reference_BA).masked_fill(~mask_BA, 0).sum(1)
     return nats_B, -reference_BA.masked_fill(~mask_BA, 0).sum(1) / mask_BA.sum(1)
+
+
+def disagreement(sampled_BA: Tensor, log_probs_BA: Tensor, mask_BA: Tensor) -> float:
+    """How far sampler and policy are apart: mean of ``|log π_sampler − log π|`` over the tokens of the responses.
+
+    Args:
+        sampled_BA: log-probabilities of the tokens by the model that sampled them.
+        log_probs_BA: the same by the policy.
+        mask_BA: true at tokens of the response.
+
+    Returns:
+        Nats at a token; 0 without any token.
+
+    >>> import torch
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> disagreement(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-1.5, -2.0, -1.0]]), mask)
+    0.25
+    """
+    gaps_BA = (sampled_BA.float() - log_probs_BA.float()).abs().masked_fill(~mask_BA, 0)
+    return float(gaps_BA.sum() / mask_BA.sum().clamp(min=1))

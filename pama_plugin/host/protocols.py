@@ -25,6 +25,7 @@ class Experience(Protocol):
     returns: Tensor  # as values; flat where they pass through OpenRLHF's buffers
     advantages: Tensor  # (b, A)
     action_log_probs: Tensor  # (b, A)
+    rollout_log_probs: Tensor | None  # (b, A) by vLLM, if it was asked
     base_action_log_probs: Tensor | None  # (b, A) by the reference, for a KL loss
     kl: Tensor  # (b, A) to the reference, by --algo.kl.estimator; 0 with a KL loss
     prompts: list[str]
@@ -112,5 +113,6 @@ class Command(Protocol):
     get_strategy: Callable[[Any], Strategy]
     RayActorGroup: Any
     PolicyModelActor: Any
+    ReferenceModelActor: Any
     CriticModelActor: Any
     RewardModelActor: Any

@@ -3,9 +3,10 @@
 The plugin relies on (``fingerprints`` guards it, ``tests/contract/test_seam.py`` checks it against the real wheels):
 
 - ``openrlhf.cli.train_ppo_ray`` as ``__main__``: calls ``parse_args`` once. ``train`` looks up ``RayActorGroup``,
-  ``PolicyModelActor``, ``CriticModelActor`` and ``RewardModelActor`` in its globals, builds one group of reward models
-  unless ``args.reward.remote_url`` is set, imports ``PPOTrainer`` or ``PPOTrainerAsync`` in its body, and calls
-  ``get_strategy``, another global, after Ray has started and before it reserves what ``placement`` computes;
+  ``PolicyModelActor``, ``ReferenceModelActor``, ``CriticModelActor`` and ``RewardModelActor`` in its globals, builds
+  the policy's group before the reference's and one group of reward models unless ``args.reward.remote_url`` is set,
+  imports ``PPOTrainer`` or ``PPOTrainerAsync`` in its body, and calls ``get_strategy``, another global, after Ray has
+  started and before it reserves what ``placement`` computes;
 - ``openrlhf.trainer.ppo_trainer_async``: ``PPOTrainerAsync`` looks up its two halves in its module's globals;
 - ``openrlhf.trainer.ray.vllm_engine``: ``create_vllm_engines`` looks up ``RolloutRayActor`` in its module's globals;
 - the classes that ``critic``, ``evaluation``, ``experience``, ``reward_groups``, ``rollout`` and the trainers subclass.
@@ -104,17 +105,32 @@ def _swap(
     from pama_plugin.host.actors import critic, reward_groups, rollout, trainer, trainer_async
 
     seed = getattr(args, "train.seed") if getattr(args, "train.full_determinism_enable") else None
-    vllm_engine.RolloutRayActor = rollout.rollout_actor(config, seed)
+    vllm_engine.RolloutRayActor = rollout.rollout_actor(config, seed, compare=_may_compare(args))
     ppo_trainer.PPOTrainer = trainer.PPOTrainer
     ppo_trainer_async.PPOTrainerAsync = trainer_async.PPOTrainerAsync
     ppo_trainer_async.TrainingActor = trainer_async.TrainingActor
     ppo_trainer_async.GenerateSamplesActor = trainer_async.GenerateSamplesActor
     main = cast(Command, sys.modules["__main__"])
     main.CriticModelActor = critic.CriticModelActor
+    adapted = None
+    if getattr(args, "ds.lora.rank"):
+        from pama_plugin.host.actors import policy  # imports PEFT
+
+        main.PolicyModelActor, adapted = policy.PolicyModelActor, (main.ReferenceModelActor, policy.ReferenceInPolicy)
     main.RayActorGroup = reward_groups.group_builder(
-        config, plan, main.RayActorGroup, main.RewardModelActor, main.PolicyModelActor
+        config, plan, main.RayActorGroup, main.RewardModelActor, main.PolicyModelActor, adapted
     )
     main.get_strategy = _ready(main.get_strategy, config, plan, resume, allow_waiting=allow_waiting)
+
+
+def _may_compare(args: argparse.Namespace) -> bool:
+    """Whether vLLM can be asked for the log-probabilities of its first rollout, which OpenRLHF does not need."""
+    return (
+        getattr(args, "algo.advantage.is_correction_level") == "off"  # else OpenRLHF asks for them in every step
+        and getattr(args, "rollout.temperature") == 1  # vLLM's are before the temperature, the policy's after it
+        and not getattr(args, "train.async_enable")  # responses of the first and of the next rollout
+        and not getattr(args, "algo.dynamic_filtering_enable")  # … may be in one batch
+    )
 
 
 def _ready(

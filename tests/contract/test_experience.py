@@ -11,7 +11,7 @@ from hosttools import as_reward_groups, host_args, make_rollout
 
 from pama_plugin import aggregate, available_rules
 from pama_plugin.batch.state import RunState
-from pama_plugin.errors import RewardError
+from pama_plugin.errors import PamaError, RewardError
 from pama_plugin.settings.run import load_config
 
 pytestmark = pytest.mark.contract
@@ -592,3 +592,23 @@ def test_the_log_goes_on_after_a_cut_off_line_and_ends_with_one_warning(tmp_path
         log.write([row])
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "rollouts are no longer logged" in warning and "Not a directory" in warning
+
+
+@pytest.mark.parametrize("correction", ["off", "token"])
+def test_a_rollout_of_another_model_than_the_policy_is_refused_in_the_first_step(groups, correction) -> None:
+    flags = ("--rollout.micro_batch_size", "8", "--algo.advantage.is_correction_level", correction)
+    (plain,) = build(groups, *flags).make_experience_batch(make_rollout(8, names=COLUMNS))
+
+    def rollout(shift: float):
+        samples = make_rollout(8, names=COLUMNS)
+        for row, sample in enumerate(samples):
+            sample.rollout_log_probs = plain.action_log_probs[row : row + 1, : sample.action_mask.shape[1]] + shift
+        return samples
+
+    maker = build(groups, *flags)
+    (found,) = maker.make_experience_batch(rollout(0.2))
+    assert (found.rollout_log_probs is None) == (correction == "off"), "stock OpenRLHF has none without the correction"
+    torch.testing.assert_close(found.advantages, plain.advantages)
+    maker.make_experience_batch(rollout(0.4))  # a later step: asynchronous rollouts are of an older policy
+    with pytest.raises(PamaError, match="must give .* about the same probability, found 0.4 nats .* more than 0.3"):
+        build(groups, *flags).make_experience_batch(rollout(-0.4))

@@ -80,6 +80,7 @@ def run_host(flags: list[str], config: PamaConfig | None = None, plan: Plan | No
     from openrlhf.utils.config import hierarchize
 
     from pama_plugin.host.actors import reward_groups
+    from pama_plugin.host.actors.policy import ReferenceInPolicy
 
     names = tuple(f"reward/{objective.name}" for objective in config.scored_in("ranks")) if config else ("reward/only",)
     ledger = Ledger(names)
@@ -94,7 +95,9 @@ def run_host(flags: list[str], config: PamaConfig | None = None, plan: Plan | No
     trainer = SimpleNamespace(remote=mock.Mock(side_effect=_Placed))
     build = command.RayActorGroup
     if plan is not None:
-        build = reward_groups.group_builder(config, plan, build, actors["RewardModelActor"], actors["PolicyModelActor"])
+        adapted = (actors["ReferenceModelActor"], ReferenceInPolicy) if args.ds.lora.rank else None
+        of_policy = actors["PolicyModelActor"]
+        build = reward_groups.group_builder(config, plan, build, actors["RewardModelActor"], of_policy, adapted)
     indices = mock.Mock(side_effect=lambda pg, index, size: list(range(index * size, index * size + size)))
     with (
         mock.patch.multiple(command, get_strategy=mock.Mock(), RayActorGroup=build, **actors, **shared),
@@ -149,6 +152,23 @@ def test_the_plan_is_what_the_host_reserves(way, estimator) -> None:
         assert by_name(run_host(flags, load(*OBJECTIVES), plan)) == by_name(expected), flags
         _, expected = planned(flags, load("l=builtin:length"))
         assert by_name(run_host([*flags, "--reward.remote_url", "x"])) == by_name(expected), flags
+
+
+@pytest.mark.parametrize("way", [[], ["--train.colocate_all"], ["--train.colocate_actor_ref"]])
+def test_with_adapters_the_reference_needs_no_gpu(way) -> None:
+    flags = [
+        *sizes(),
+        *way,
+        "--algo.advantage.estimator",
+        "reinforce",
+        "--vllm.num_engines",
+        "2",
+        "--ds.lora.rank",
+        "8",
+    ]
+    plan, expected = planned(flags, load(*OBJECTIVES))
+    assert not any("reference" in roles for _, roles in expected)
+    assert by_name(run_host(flags, load(*OBJECTIVES), plan)) == by_name(expected)
 
 
 @pytest.mark.parametrize(

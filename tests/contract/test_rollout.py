@@ -12,13 +12,13 @@ from pama_plugin.settings.run import load_config
 pytestmark = pytest.mark.contract
 
 
-def actor_classes(seed: int | None) -> tuple[type, type]:
+def actor_classes(seed: int | None, compare: bool = False) -> tuple[type, type]:
     from openrlhf.trainer.ray import vllm_engine
 
     from pama_plugin.host.actors.rollout import rollout_actor
 
     config = load_config("pama", ["length=builtin:length"], None, None, None, default_level="token")
-    ours = rollout_actor(config, seed=seed).__ray_metadata__.modified_class
+    ours = rollout_actor(config, seed=seed, compare=compare).__ray_metadata__.modified_class
     return ours, vllm_engine.RolloutRayActor.__ray_metadata__.modified_class
 
 
@@ -58,7 +58,7 @@ def sample(seed: int | None, step: int = 0, prompt: str = "p", num_samples: int 
         return sampling_params.seed
 
     async def generate():
-        actor.executor = SimpleNamespace(execute=execute, steps_done=0)
+        actor.executor, actor.steps_begun = SimpleNamespace(execute=execute, steps_done=0), 0
         await actor.begin_step(step)
         return await actor.generate_responses(
             prompt=prompt,
@@ -80,6 +80,28 @@ def test_with_a_seed_every_sample_of_every_step_has_its_own_and_always_the_same(
     seeds = sample(1)
     assert seeds == sample(1) and len(set(seeds)) == 3
     assert not set(seeds) & {*sample(1, step=1), *sample(2), *sample(1, prompt="q")}
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_the_log_probabilities_of_the_first_rollout_alone_are_asked_for(compare) -> None:
+    ours, _ = actor_classes(None, compare)
+    actor = ours.__new__(ours)
+    params = SimpleNamespace(seed=None, logprobs=None)
+
+    async def execute(*, sampling_params, **_):
+        return sampling_params.logprobs
+
+    async def generate():
+        actor.executor, actor.steps_begun = SimpleNamespace(execute=execute, steps_done=0), 0
+        found = []
+        for step in (7, 8, 9):  # as after a resume
+            await actor.begin_step(step)
+            request = dict(prompt="p", label="", max_length=9, hf_tokenizer=None, num_samples=1)
+            found += await actor.generate_responses(sampling_params=params, **request)
+        return found
+
+    assert asyncio.run(generate()) == [1 if compare else None, None, None]
+    assert params.logprobs is None, "the caller's own parameters are not changed"
 
 
 @pytest.mark.parametrize("policy", ["fail", "mask", "impute:0"])

@@ -152,6 +152,7 @@ def install(*flags: str):
 
 REINFORCE = ("--algo.advantage.estimator", "reinforce")
 GROUPS = ["--algo.advantage.estimator", "reinforce_baseline", "--rollout.n_samples_per_prompt", "4"]
+LORA = ("--ds.lora.rank", "8")
 TWO = ("--loss", "pama", "--pama.objective", LENGTH, "--pama.objective", "r=rm:org/model")
 
 
@@ -327,12 +328,21 @@ def test_stock_flags_come_through_untouched(flags) -> None:
             (*TWO, *GROUPS, "--pama.probe_gradients", "9", "--actor.gradient_checkpointing_reentrant"),
             "--actor.gradient_checkpointing_reentrant must be False.*--pama.probe_gradients.*found True",
         ),
-        ((*TWO, *GROUPS, "--ds.lora.rank", "8"), "--ds.lora.rank.*left out.*LoRA.*found 8"),
+        (
+            (*TWO, *GROUPS, *LORA, "--ds.tensor_parallel_size", "2"),
+            "--ds.tensor_parallel_size must be 1 with --ds.lora.rank.*found 2",
+        ),
+        ((*TWO, *GROUPS, *LORA, "--train.enable_ema"), "--train.enable_ema must be False with --ds.lora.rank.*True"),
+        ((*TWO, *GROUPS, *LORA, "--actor.optim", "muon"), "--actor.optim must be adam with --ds.lora.rank.*found muon"),
+        (
+            (*TWO, *GROUPS, *LORA, "--ds.lora.target_modules", "all-linear"),
+            "target_modules must be left out.*all-linear",
+        ),
         (
             (*TWO, *GROUPS, "--data.max_images_per_prompt", "2"),
             "--data.max_images_per_prompt.*left out.*text alone.*found 2",
         ),
-        ((*TWO, *GROUPS, "--ds.load_in_4bit"), "--ds.load_in_4bit.*left out.*LoRA.*found True"),
+        ((*TWO, *GROUPS, "--ds.load_in_4bit"), "--ds.load_in_4bit.*left out.*never run.*found True"),
         (
             (*TWO, "--algo.advantage.estimator", "gae", "--ds.tensor_parallel_size", "2"),
             "--ds.tensor_parallel_size.*1.*gae.*several objectives.*found 2",

@@ -125,13 +125,27 @@ class PolicyGroup(RayActorGroup):
 
 
 def group_builder(
-    config: PamaConfig, plan: Plan, stock: type[RayActorGroup], reward_actor: Any, policy_actor: Any
+    config: PamaConfig,
+    plan: Plan,
+    stock: type[RayActorGroup],
+    reward_actor: Any,
+    policy_actor: Any,
+    adapted: tuple[Any, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Return the function that OpenRLHF's driver calls in place of ``RayActorGroup``."""
+    """Return the function that OpenRLHF's driver calls in place of ``RayActorGroup``.
+
+    Args:
+        adapted: OpenRLHF's reference actor, and what takes its place beside a policy with LoRA adapters: a function of
+            the policy's group, which OpenRLHF builds first.
+    """
+    policies = []
 
     def build(num_nodes: int, num_gpus_per_node: int, ray_actor_type: Any, **placement: Any) -> Any:
         if ray_actor_type is policy_actor:
-            return PolicyGroup(num_nodes, num_gpus_per_node, ray_actor_type, **placement)
+            policies.append(PolicyGroup(num_nodes, num_gpus_per_node, ray_actor_type, **placement))
+            return policies[-1]
+        if adapted is not None and ray_actor_type is adapted[0]:
+            return adapted[1](policies[-1])
         if ray_actor_type is not reward_actor:
             return stock(num_nodes, num_gpus_per_node, ray_actor_type, **placement)
 

@@ -161,7 +161,7 @@ async def _read(returned: dict[str, Any], key: str) -> float:
         raise PamaError(f"the agent's {key!r}: {error}") from error
 
 
-def rollout_actor(config: PamaConfig, seed: int | None) -> Any:
+def rollout_actor(config: PamaConfig, seed: int | None, *, compare: bool) -> Any:
     """OpenRLHF's vLLM actor with our executor around its own.
 
     OpenRLHF passes neither its arguments nor a hook to this actor, so the class carries the configuration: as a local
@@ -170,6 +170,7 @@ def rollout_actor(config: PamaConfig, seed: int | None) -> Any:
     Args:
         config: the run's configuration.
         seed: if set, sampling depends only on the seed, the step, the prompt and the sample's number.
+        compare: return the log-probabilities of the tokens of the first rollout, to be compared with the policy's.
     """
 
     class RolloutRayActor(vllm_engine.RolloutRayActor.__ray_metadata__.modified_class):
@@ -181,6 +182,7 @@ def rollout_actor(config: PamaConfig, seed: int | None) -> Any:
             await super().__init__(*args, **kwargs)
             self.watcher = end_with_this_process([each.pid for each in psutil.Process().children(recursive=True)])
             self.executor = ObjectiveExecutor(config, self.executor)
+            self.steps_begun = 0
 
         async def score_texts(self, responses: list[Response], names: list[str]) -> dict[str, list[float]]:
             return await self.executor.score_texts(responses, names)
@@ -190,11 +192,15 @@ def rollout_actor(config: PamaConfig, seed: int | None) -> Any:
 
         async def begin_step(self, steps_done: int) -> None:
             self.executor.steps_done = steps_done
+            self.steps_begun += 1
 
         async def generate_responses(
             self, *, prompt: str, sampling_params: Any, num_samples: int = 1, **request: Any
         ) -> list[dict[str, Any]]:
             generate = super().generate_responses
+            if compare and self.steps_begun < 2:
+                sampling_params = copy.deepcopy(sampling_params)
+                sampling_params.logprobs = 1
             if seed is None:
                 return await generate(
                     prompt=prompt, sampling_params=sampling_params, num_samples=num_samples, **request

@@ -74,6 +74,7 @@ SEAMS = {
         RayActorGroup.__init__ RayActorGroup.async_init_model_from_pretrained RayActorGroup.async_run_method
         RayActorGroup.async_run_method_batch""",
     "trainer/ray/ppo_actor.py": """
+        ActorPPOTrainer.broadcast_to_vllm PolicyModelActor.broadcast_to_vllm
         PolicyModelActor.init_model_from_pretrained PolicyModelActor.forward PolicyModelActor.append
         PolicyModelActor.save_checkpoint""",
     "trainer/ray/ppo_critic.py": """

@@ -12,12 +12,17 @@ from pama_plugin.settings.run import WEIGHTED_SUM, PamaConfig
 # The flags of OpenRLHF's single reward, which objectives replace.
 STOCK_REWARD_FLAGS = ("reward.model_name_or_path", "reward.remote_url")
 
-# Flags that must be left out. Seen with LoRA: OpenRLHF sends the policy's parameters to vLLM under the names of the
-# adapted model, which vLLM does not know, and the run dies at its first weight sync.
+# Flags that must be left out.
 REFUSED = {
-    "ds.lora.rank": "OpenRLHF's PPO cannot send a policy with LoRA adapters to vLLM",
-    "ds.load_in_4bit": "it trains LoRA adapters only, which OpenRLHF's PPO cannot send to vLLM",
+    "ds.load_in_4bit": "it was never run, and vLLM would start from other weights than the 4-bit ones",
     "data.max_images_per_prompt": "rewards would read the text alone, and a policy that reads images was never run",
+}
+
+# What a policy with LoRA adapters needs.
+WITH_LORA = {
+    "ds.tensor_parallel_size": (1, "DeepSpeed would split the base and not its adapters"),
+    "train.enable_ema": (False, "OpenRLHF's averaged model has no adapters"),
+    "actor.optim": ("adam", "Muon orthogonalises updates of whole matrices, and was never run on adapters"),
 }
 
 # The gradient probe needs these values; reentrant checkpoints do not support ``torch.autograd.grad``.
@@ -47,6 +52,15 @@ def check_flags(args: argparse.Namespace, config: PamaConfig) -> PamaConfig:
     for flag, why in REFUSED.items():
         if getattr(args, flag):
             raise ConfigError(f"--{flag} must be left out: {why}; found {getattr(args, flag)}")
+    if getattr(args, "ds.lora.rank"):
+        for flag, (needed, why) in WITH_LORA.items():
+            if getattr(args, flag) != needed:
+                raise ConfigError(f"--{flag} must be {needed} with --ds.lora.rank: {why}; found {getattr(args, flag)}")
+        if getattr(args, "ds.lora.target_modules") == ["all-linear"]:
+            raise ConfigError(
+                "--ds.lora.target_modules must be left out for all linear layers: as a flag, all-linear is the name of "
+                "a module, found all-linear"
+            )
     if not getattr(args, "vllm.num_engines"):
         raise ConfigError(
             "--vllm.num_engines must be at least 1, because OpenRLHF's PPO generates with vLLM, found none"

@@ -106,6 +106,8 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
             _check_batches(args, role)
     if policy_shares and references and policy[1:] != references[0][1:]:
         _refuse_sizes("--train.colocate_all and --train.colocate_actor_ref", policy, references[0])
+    if getattr(args, "ds.lora.rank"):  # the reference is the policy with its adapters off
+        references = []
     if rollout_is_inside and rollouts and policy.ranks != rollouts[0].ranks:
         _refuse_sizes("--train.colocate_all without --train.async_enable", policy, rollouts[0])
     if critic_shares and critics[0][1:] != (default := _role(args, "reward", "reward"))[1:]:

@@ -1,0 +1,135 @@
+"""The policy with LoRA adapters: what vLLM is sent, and the reference model that it contains.
+
+OpenRLHF's ``broadcast_to_vllm`` sends ``model.named_parameters()`` one by one, and a PEFT model's have names and shapes
+that vLLM does not know. While it runs, the model lists what the plain model would, and an adapted matrix is
+
+    W + Σ_a s_a · B_a A_a          (Hu et al., LoRA, arXiv 2106.09685, Eq. 3; s_a = α / r)
+
+made when it is sent, in float32, and dropped afterwards. The base is never written, so nothing drifts in bfloat16. So
+the base is also the reference model: the policy with its adapters off.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import ray
+import torch
+from openrlhf.trainer.ray import ppo_actor
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from pama_plugin.errors import ConfigError, PamaError
+from pama_plugin.host.protocols import ActorGroup, Strategy
+
+ADAPTED_MODEL, BASE = "base_model.model.", "base_layer."
+
+
+class MergedWeight:
+    """Stands in for an adapted parameter in OpenRLHF's weight sync.
+
+    ``data`` exists within ``deepspeed.zero.GatheredParameters([merged])``, which OpenRLHF enters on every rank before
+    it sends a parameter; with ZeRO-3 the shards of base and adapters are gathered there.
+    """
+
+    requires_grad = True  # of a policy that reads images OpenRLHF sends these only
+    data: Tensor
+
+    def __init__(self, layer: LoraLayer) -> None:
+        self.layer: Any = layer
+        self.base: Any = self.layer.get_base_layer().weight
+        self.dtype = self.base.dtype
+        self.shape = getattr(self.base, "ds_shape", self.base.shape)
+        self.ds_shape = self.shape
+
+    @contextmanager
+    def gathered(self, gather: Any, **options: Any) -> Iterator[None]:
+        adapters = [parameter for name, parameter in self.layer.named_parameters() if "lora_" in name]
+        with gather([self.base, *adapters], **options), torch.no_grad():
+            weight = self.base.data.float()
+            for adapter in self.layer.active_adapters:
+                weight = weight + self.layer.get_delta_weight(adapter).float()
+            self.data = weight.to(self.dtype)
+            yield
+            del self.data
+
+
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What ``named_parameters`` of the model without adapters would yield, in its order."""
+    adapted = {
+        f"{name}.{BASE}weight": module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+    for name, parameter in nn.Module.named_parameters(model):
+        if ".lora_" not in name:
+            value = MergedWeight(adapted[name]) if name in adapted else parameter
+            yield name.removeprefix(ADAPTED_MODEL).replace(f".{BASE}", "."), value
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Within it, ``model.named_parameters()`` are those of the merged model, and DeepSpeed can gather them."""
+    gather = deepspeed.zero.GatheredParameters
+
+    def gather_any(parameters: list[Any], **options: Any) -> Any:
+        one = parameters[0]
+        return one.gathered(gather, **options) if isinstance(one, MergedWeight) else gather(parameters, **options)
+
+    named: Any = model
+    named.named_parameters = lambda *_, **__: plain_parameters(model)
+    deepspeed.zero.GatheredParameters = gather_any
+    try:
+        yield
+    finally:
+        del named.named_parameters
+        deepspeed.zero.GatheredParameters = gather
+
+
+def refuse_tied(model: nn.Module) -> None:
+    """Raise ``ConfigError`` for adapters on a weight that another layer shares: vLLM would change both."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.removeprefix(ADAPTED_MODEL).replace(f".{BASE}", "."))
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and len(tied := owners[id(module.get_base_layer().weight)]) > 1:
+            raise ConfigError(
+                f"--ds.lora.target_modules must leave out weights that two layers share, found {' and '.join(tied)}"
+            )
+
+
+@ray.remote(num_gpus=1)
+class PolicyModelActor(ppo_actor.PolicyModelActor.__ray_metadata__.modified_class):
+    """OpenRLHF's policy with LoRA adapters."""
+
+    def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        super().init_model_from_pretrained(*args, **kwargs)
+        refuse_tied(self.actor.model.module)
+
+    def broadcast_to_vllm(self) -> None:
+        with merged(self.actor.model.module):
+            super().broadcast_to_vllm()
+
+    def forward_without_adapters(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The log-probabilities of the reference model: the base, which no step changes."""
+        with self.actor.model.module.disable_adapter():
+            log_probs: Tensor = self.forward(*args, **kwargs)
+        return log_probs
+
+
+class ReferenceInPolicy:
+    """Stands in for the group of reference models: the policy's ranks with their adapters off, so no second copy."""
+
+    def __init__(self, policy: ActorGroup) -> None:
+        self.policy = policy
+        self.duplicate_actors = policy.duplicate_actors
+
+    def async_init_model_from_pretrained(self, strategy: Strategy, pretrain: str) -> list[Any]:
+        return []  # the policy's group loads it
+
+    def async_run_method(self, method_name: str, *args: Any) -> list[Any]:
+        return self.policy.async_run_method(method_name, *args)
+
+    def async_run_method_batch(self, method_name: str, **batches: Any) -> list[Any]:
+        if method_name != "forward":
+            raise PamaError(f"the reference model is asked for its log-probabilities only, found {method_name}")
+        return self.policy.async_run_method_batch("forward_without_adapters", **batches)

@@ -1,0 +1,156 @@
+"""A policy with LoRA adapters: what OpenRLHF's own weight sync sends to vLLM."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.contract
+
+
+def load(folder: str, **settings):
+    import openrlhf.trainer.ray.vllm_engine  # noqa: F401  before deepspeed
+    from openrlhf.models import Actor
+
+    return Actor(folder, attn_implementation="eager", **({"param_dtype": "fp32", "lora_rank": 4} | settings))
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> str:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("policy")
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=50, tie_word_embeddings=True, attention_bias=True, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def adapt(actor) -> None:
+    """As training would: PEFT starts with B = 0, the identity."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in actor.model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) / 10
+
+
+class Engine:
+    """Stands in for a vLLM engine: records what it is told to receive."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, torch.dtype, tuple[int, ...], bool]] = []
+        self.update_weight = SimpleNamespace(remote=self._remote)
+
+    def _remote(self, name, *, dtype, shape, empty_cache) -> None:
+        self.told.append((name, dtype, tuple(shape), empty_cache))
+
+
+def sync(actor, monkeypatch) -> tuple[Engine, dict[str, torch.Tensor]]:
+    """OpenRLHF's ``broadcast_to_vllm`` without processes."""
+    from openrlhf.trainer.ray import ppo_actor
+
+    from pama_plugin.host.actors.policy import merged
+
+    engine, sent = Engine(), []
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(ppo_actor, "torch_dist_barrier_and_cuda_sync", lambda: None)
+    monkeypatch.setattr(ppo_actor, "current_stream", lambda: None)
+    monkeypatch.setattr(ppo_actor.ray, "get", lambda refs: refs)
+    trainer = object.__new__(ppo_actor.ActorPPOTrainer)
+    trainer.strategy = SimpleNamespace(
+        args=SimpleNamespace(vllm=SimpleNamespace(), ds=SimpleNamespace(zero_stage=0, tensor_parallel_size=1))
+    )
+    trainer.actor = SimpleNamespace(model=SimpleNamespace(module=actor.model))
+    trainer.vllm_engines, trainer.use_cuda_ipc = [engine], False
+    trainer._model_update_group = SimpleNamespace(broadcast=lambda data, **_: sent.append(data.clone()))
+    with merged(actor.model):
+        trainer.broadcast_to_vllm()
+    return engine, dict(zip([name for name, *_ in engine.told], sent, strict=True))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_vllm_is_sent_the_merged_model_under_the_plain_models_names(policy, targets, monkeypatch) -> None:
+    plain = load(policy, lora_rank=0).model
+    actor = load(policy, target_modules=targets, lora_alpha=8)
+    adapt(actor)
+    before = {name: parameter.clone() for name, parameter in actor.model.named_parameters()}
+    engine, sent = sync(actor, monkeypatch)
+
+    assert [(name, shape) for name, _, shape, _ in engine.told] == [
+        (name, tuple(parameter.shape)) for name, parameter in plain.named_parameters()
+    ]
+    assert [last for *_, last in engine.told] == [False] * (len(sent) - 1) + [True]
+    after = dict(actor.model.named_parameters())
+    assert list(after) == list(before), "the model lists its own parameters again"
+    assert all(torch.equal(after[name], value) for name, value in before.items()), "nothing was written"
+    expected = actor.model.merge_and_unload()
+    changed = 0
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(sent[name], parameter.data, rtol=0, atol=1e-7)
+        changed += not torch.equal(sent[name], dict(plain.named_parameters())[name])
+    assert changed == (14 if targets == "all-linear" else 4)
+
+
+def test_adapters_on_a_shared_weight_are_refused(policy) -> None:
+    """vLLM ties its head to the embedding, so it would get the adapter twice; PEFT's head uses the base."""
+    from pama_plugin.errors import ConfigError
+    from pama_plugin.host.actors.policy import refuse_tied
+
+    refuse_tied(load(policy, target_modules="all-linear").model)
+    with pytest.raises(ConfigError, match=r"must leave out.*found model.embed_tokens.weight and lm_head.weight"):
+        refuse_tied(load(policy, target_modules=["embed_tokens"]).model)
+
+
+def test_without_adapters_the_policy_is_the_base(policy) -> None:
+    from pama_plugin.host.actors.policy import PolicyModelActor, ReferenceInPolicy
+
+    actor = load(policy, target_modules="all-linear")
+    adapt(actor)
+    plain = load(policy, lora_rank=0)
+    tokens, mask = torch.randint(0, 50, (2, 7)), torch.ones(2, 6, dtype=torch.long)
+    attention_mask = torch.ones(2, 7, dtype=torch.long)
+    rank = SimpleNamespace(
+        actor=SimpleNamespace(model=SimpleNamespace(module=actor.model)),
+        forward=lambda *args, **kwargs: actor(*args, **kwargs),
+    )
+    forward = PolicyModelActor.__ray_metadata__.modified_class.forward_without_adapters
+    with torch.no_grad():
+        expected = plain(tokens, mask, attention_mask)
+        assert torch.equal(forward(rank, tokens, mask, attention_mask=attention_mask), expected)
+        assert not torch.allclose(actor(tokens, mask, attention_mask), expected)
+
+    calls = []
+    group = SimpleNamespace(
+        duplicate_actors=2, async_run_method_batch=lambda *args, **kwargs: calls.append((args, kwargs))
+    )
+    reference = ReferenceInPolicy(group)
+    assert reference.async_init_model_from_pretrained(None, policy) == [] and reference.duplicate_actors == 2
+    reference.async_run_method_batch(method_name="forward", sequences=[tokens])
+    assert calls == [(("forward_without_adapters",), {"sequences": [tokens]})]
+
+
+def test_a_merged_weight_is_rounded_once(policy, monkeypatch) -> None:
+    """In bfloat16 the sum is made in float32; PEFT's own merge rounds the product first."""
+    actor = load(policy, param_dtype="bf16", lora_alpha=8, target_modules="all-linear")
+    adapt(actor)
+    layer = actor.model.base_model.model.model.layers[0].mlp.down_proj
+    up, down = (weights["default"].weight for weights in (layer.lora_B, layer.lora_A))
+    exact = layer.base_layer.weight.double() + 8 / 4 * (up.double() @ down.double())
+    _, sent = sync(actor, monkeypatch)
+    found = sent["model.layers.0.mlp.down_proj.weight"]
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_a_failed_sync_leaves_the_model_and_deepspeed_as_they_were(policy) -> None:
+    import deepspeed
+
+    from pama_plugin.host.actors.policy import merged
+
+    actor = load(policy)
+    gather, names = deepspeed.zero.GatheredParameters, [name for name, _ in actor.model.named_parameters()]
+    with pytest.raises(RuntimeError, match="lost"), merged(actor.model):
+        raise RuntimeError("lost an engine")
+    assert deepspeed.zero.GatheredParameters is gather
+    assert [name for name, _ in actor.model.named_parameters()] == names

@@ -3,6 +3,7 @@
 # Prefixes of columns: OpenRLHF transports one number per response and key. The trainer removes the columns, except for
 # problem codes, which are removed when the table is built.
 REWARD, SECONDS, PROBLEM = "reward/", "seconds/", "pama/problem/"
+SAMPLED = "pama/sampled_log_prob"  # the log-probability of a response by vLLM; removed when it has been compared
 FAILURES, PAMA, EXPLAINED = "pama/failures/", "pama/", "explained_variance/"
 OUR_COLUMNS = (REWARD, SECONDS, PAMA, EXPLAINED)
 # Keys and prefixes of metrics that are no columns.

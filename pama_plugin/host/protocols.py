@@ -25,7 +25,6 @@ class Experience(Protocol):
     returns: Tensor  # as values; flat where they pass through OpenRLHF's buffers
     advantages: Tensor  # (b, A)
     action_log_probs: Tensor  # (b, A)
-    rollout_log_probs: Tensor | None  # (b, A) by vLLM, if it was asked
     base_action_log_probs: Tensor | None  # (b, A) by the reference, for a KL loss
     kl: Tensor  # (b, A) to the reference, by --algo.kl.estimator; 0 with a KL loss
     prompts: list[str]

@@ -124,10 +124,10 @@ def _swap(
 
 
 def _may_compare(args: argparse.Namespace) -> bool:
-    """Whether vLLM can be asked for the log-probabilities of its first rollout, which OpenRLHF does not need."""
+    """Whether the log-probabilities of vLLM's first rollout can be compared with the policy's."""
     return (
-        getattr(args, "algo.advantage.is_correction_level") == "off"  # else OpenRLHF asks for them in every step
-        and getattr(args, "rollout.temperature") == 1  # vLLM's are before the temperature, the policy's after it
+        getattr(args, "rollout.temperature") == 1  # vLLM's are before the temperature, the policy's after it
+        and getattr(args, "rollout.top_p") == 1  # … and after top_p, if OpenRLHF asks for them too
         and not getattr(args, "train.async_enable")  # responses of the first and of the next rollout
         and not getattr(args, "algo.dynamic_filtering_enable")  # … may be in one batch
     )

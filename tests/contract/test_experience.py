@@ -10,6 +10,7 @@ import torch
 from hosttools import as_reward_groups, host_args, make_rollout
 
 from pama_plugin import aggregate, available_rules
+from pama_plugin.batch.keys import SAMPLED
 from pama_plugin.batch.state import RunState
 from pama_plugin.errors import PamaError, RewardError
 from pama_plugin.settings.run import load_config
@@ -594,21 +595,22 @@ def test_the_log_goes_on_after_a_cut_off_line_and_ends_with_one_warning(tmp_path
     assert "rollouts are no longer logged" in warning and "Not a directory" in warning
 
 
-@pytest.mark.parametrize("correction", ["off", "token"])
-def test_a_rollout_of_another_model_than_the_policy_is_refused_in_the_first_step(groups, correction) -> None:
-    flags = ("--rollout.micro_batch_size", "8", "--algo.advantage.is_correction_level", correction)
+def test_a_rollout_of_another_model_than_the_policy_is_refused_in_the_first_step(groups) -> None:
+    flags = ("--rollout.micro_batch_size", "8")
     (plain,) = build(groups, *flags).make_experience_batch(make_rollout(8, names=COLUMNS))
+    tokens = plain.action_mask.sum()
 
-    def rollout(shift: float):
+    def rollout(divergence: float):
         samples = make_rollout(8, names=COLUMNS)
         for row, sample in enumerate(samples):
-            sample.rollout_log_probs = plain.action_log_probs[row : row + 1, : sample.action_mask.shape[1]] + shift
+            log_prob = (plain.action_log_probs[row] * plain.action_mask[row]).sum()
+            # All of it at the first response, and another that is not known.
+            sample.info[SAMPLED] = (log_prob + (divergence * tokens if row == 0 else 0)).reshape(1)
         return samples
 
     maker = build(groups, *flags)
-    (found,) = maker.make_experience_batch(rollout(0.2))
-    assert (found.rollout_log_probs is None) == (correction == "off"), "stock OpenRLHF has none without the correction"
+    (found,) = maker.make_experience_batch(rollout(0.09))
+    assert SAMPLED not in found.info
     torch.testing.assert_close(found.advantages, plain.advantages)
-    maker.make_experience_batch(rollout(0.4))  # a later step: asynchronous rollouts are of an older policy
-    with pytest.raises(PamaError, match="must give .* about the same probability, found 0.4 nats .* more than 0.3"):
-        build(groups, *flags).make_experience_batch(rollout(-0.4))
+    with pytest.raises(PamaError, match="divergence of 0.11 nats per token between them, more than 0.1"):
+        build(groups, *flags).make_experience_batch(rollout(0.11))

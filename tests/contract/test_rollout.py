@@ -82,26 +82,34 @@ def test_with_a_seed_every_sample_of_every_step_has_its_own_and_always_the_same(
     assert not set(seeds) & {*sample(1, step=1), *sample(2), *sample(1, prompt="q")}
 
 
-@pytest.mark.parametrize("compare", [False, True])
-def test_the_log_probabilities_of_the_first_rollout_alone_are_asked_for(compare) -> None:
-    ours, _ = actor_classes(None, compare)
+@pytest.mark.parametrize("by_host", [None, 1])
+def test_the_log_probabilities_of_the_first_rollout_become_a_column(by_host) -> None:
+    from pama_plugin.batch.keys import SAMPLED
+
+    ours, _ = actor_classes(None, compare=True)
     actor = ours.__new__(ours)
-    params = SimpleNamespace(seed=None, logprobs=None)
+    params = SimpleNamespace(seed=None, logprobs=by_host)
 
     async def execute(*, sampling_params, **_):
-        return sampling_params.logprobs
+        log_probs = None if sampling_params.logprobs is None else [0.0, 0.0, -1.0, -2.0, 0.0, -4.0]
+        return dict(rollout_log_probs=log_probs, observation_tokens=[5] * 6, action_ranges=[(2, 4), (5, 6)])
 
     async def generate():
         actor.executor, actor.steps_begun = SimpleNamespace(execute=execute, steps_done=0), 0
         found = []
-        for step in (7, 8, 9):  # as after a resume
+        for step, max_length in ((7, 6), (8, 6)):  # as after a resume
             await actor.begin_step(step)
-            request = dict(prompt="p", label="", max_length=9, hf_tokenizer=None, num_samples=1)
+            request = dict(prompt="p", label="", max_length=max_length, hf_tokenizer=None, num_samples=1)
             found += await actor.generate_responses(sampling_params=params, **request)
-        return found
+        actor.steps_begun = 1
+        request["max_length"] = 5  # OpenRLHF cuts the response off
+        return found + await actor.generate_responses(sampling_params=params, **request)
 
-    assert asyncio.run(generate()) == [1 if compare else None, None, None]
-    assert params.logprobs is None, "the caller's own parameters are not changed"
+    first, second, cut = asyncio.run(generate())
+    assert first["extra_logs"] == {SAMPLED: -7.0} and "extra_logs" not in second
+    assert all((each["rollout_log_probs"] is None) == (by_host is None) for each in (first, second, cut))
+    assert cut["extra_logs"][SAMPLED] != cut["extra_logs"][SAMPLED]
+    assert params.logprobs == by_host, "the caller's own parameters are not changed"
 
 
 @pytest.mark.parametrize("policy", ["fail", "mask", "impute:0"])

@@ -28,7 +28,7 @@ FLAGS = {
     **{"ds.ring_attn_size": 1, "ds.tensor_parallel_size": 1, "ds.zero_stage": 2},
     **{"train.batch_size": 128, "train.micro_batch_size": 1},
     **{"rollout.batch_size": 128, "rollout.n_samples_per_prompt": 1, "rollout.micro_batch_size": 1},
-    **{"algo.kl.init_coef": 0.01, "algo.advantage.estimator": "reinforce"},
+    **{"algo.kl.init_coef": 0.01, "ds.lora.rank": 0, "algo.advantage.estimator": "reinforce"},
 }
 ALL = {"train.colocate_all": True}
 ASYNC = ALL | {"train.async_enable": True}

@@ -12,19 +12,18 @@ from openrlhf.utils.logging_utils import init_logger
 from torch import Tensor
 
 from pama_plugin.aggregation import Aggregation, get_rule
-from pama_plugin.batch.behaviour import SAME_MODEL, disagreement, distance
+from pama_plugin.batch.behaviour import distance
 from pama_plugin.batch.combine import active_flags, combine, estimated
-from pama_plugin.batch.keys import AT_BEST, EXPLAINED, KL, REFERENCE_NLL, SPREAD, UNIFORM
+from pama_plugin.batch.keys import AT_BEST, EXPLAINED, KL, REFERENCE_NLL, SAMPLED, SPREAD, UNIFORM
 from pama_plugin.batch.metrics import describe_gradients, group_correlations, name_metrics, share_at_best
 from pama_plugin.batch.rollouts import Row, choose_responses, describe_responses
 from pama_plugin.batch.shaping import measure, shape_trained, spreads, varies_enough
 from pama_plugin.batch.state import RunState
 from pama_plugin.batch.table import RewardTable
-from pama_plugin.errors import PamaError
 from pama_plugin.host.actors.collector import RewardCollector
 from pama_plugin.host.actors.estimators import Estimator
 from pama_plugin.host.actors.gradients import gradient_products
-from pama_plugin.host.actors.probe import probe_rollout
+from pama_plugin.host.actors.probe import check_sampler, probe_rollout
 from pama_plugin.host.actors.rollout_log import add_texts
 from pama_plugin.host.actors.write_back import explain_variance, join, weighted_sum, write_back
 from pama_plugin.host.protocols import Experience
@@ -59,7 +58,6 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         self.warned: set[str] = set()
         self.rows: list[Row] = []
         self.probing = self.config.probe != "off"
-        self.comparing = True
 
     @torch.no_grad()
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
@@ -69,7 +67,8 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             # With rewards set, OpenRLHF does not call its single reward group. These zeros are never read.
             samples.rewards = torch.zeros(len(samples.sequences))
         experiences: list[Experience] = super().make_experience(samples_list)
-        self._compare_with_vllm(experiences)
+        if SAMPLED in experiences[0].info:
+            check_sampler(experiences)
         self.table = self.collector.collect(pending, experiences)
         measure(self.config.objectives, self.table, self.state)
         if self.initial_model_group is not None:
@@ -199,25 +198,6 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
     def _tells_responses_apart(self, run: list[Experience], present_B: Tensor) -> bool:
         rewards_B = torch.cat([experience.rewards for experience in run]).float()
         return self.estimator.tells_responses_apart(self.table.grouped(rewards_B), self.table.grouped(present_B))
-
-    def _compare_with_vllm(self, experiences: list[Experience]) -> None:
-        """In the first step, refuse to train on rollouts of another model than the policy."""
-        sampled = [found for experience in experiences if (found := experience.rollout_log_probs) is not None]
-        if self.comparing and len(sampled) == len(experiences):
-            policy, mask = (
-                [getattr(each, name) for each in experiences] for name in ("action_log_probs", "action_mask")
-            )
-            gap = disagreement(join(sampled), join(policy), join(mask).bool())
-            if gap > SAME_MODEL:
-                raise PamaError(
-                    "vLLM and the policy must give the tokens of a response about the same probability, found "
-                    f"{gap:.3g} nats between them at a token on average, more than {SAME_MODEL}: vLLM has other "
-                    "weights than the policy, or another precision"
-                )
-        self.comparing = False
-        if self.args.algo.advantage.is_correction_level == "off":
-            for experience in experiences:
-                experience.rollout_log_probs = None  # asked for by us alone; stock OpenRLHF has none
 
     def _varies_enough(self, objective: Objective) -> bool:
         rewards_GN = self.table.grouped(self.table.row(objective.name))

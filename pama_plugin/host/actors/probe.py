@@ -1,4 +1,4 @@
-"""Checks every reward on known pairs before the first step, and on the first rollout before training on it."""
+"""Checks every reward on known pairs before the first step, and rewards and sampler on the first rollout."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,10 @@ from openrlhf.trainer.ppo_utils.experience import Experience as HostExperience
 from openrlhf.utils.logging_utils import init_logger
 
 from pama_plugin.batch.advice import advise
+from pama_plugin.batch.behaviour import SAME_MODEL, divergence
+from pama_plugin.batch.keys import SAMPLED
 from pama_plugin.batch.table import RewardTable
-from pama_plugin.errors import ProbeError
+from pama_plugin.errors import PamaError, ProbeError
 from pama_plugin.host.actors.collector import RewardCollector
 from pama_plugin.host.protocols import Experience
 from pama_plugin.rewards import Response
@@ -84,6 +86,25 @@ def probe_rollout(collector: RewardCollector, table: RewardTable, experiences: l
     _report(collector.config, findings, "the first rollout")
     for sentence in advise(collector.config, table):
         logger.warning(f"PAMA: {sentence}")
+
+
+def check_sampler(experiences: list[Experience]) -> None:
+    """Compare what vLLM and the policy think of vLLM's samples, and drop the column with it.
+
+    Raises:
+        PamaError: vLLM samples from another model than the one that is trained.
+    """
+    sampled_B = torch.cat([experience.info.pop(SAMPLED) for experience in experiences]).double()
+    masks = [experience.action_mask.bool() for experience in experiences]
+    kept = [experience.action_log_probs.double().masked_fill(~mask, 0) for experience, mask in zip(experiences, masks)]
+    policy_B, tokens_B = (torch.cat([each.sum(1) for each in parts]) for parts in (kept, masks))
+    gap = divergence(sampled_B, policy_B, tokens_B)
+    if gap > SAME_MODEL:
+        raise PamaError(
+            "vLLM must sample from the policy that is trained, found a divergence of "
+            f"{gap:.3g} nats per token between them, more than {SAME_MODEL}: vLLM has other weights, or another "
+            "precision"
+        )
 
 
 def _judged_as(objective: Objective) -> dict[str, bool]:

@@ -15,7 +15,7 @@ import ray
 from openrlhf.trainer.ray import vllm_engine
 from openrlhf.utils.agent import AgentExecutorBase
 
-from pama_plugin.batch.keys import PROBLEM, REWARD, SECONDS
+from pama_plugin.batch.keys import PROBLEM, REWARD, SAMPLED, SECONDS
 from pama_plugin.batch.outcome import Outcome, attempt, code_of
 from pama_plugin.errors import LONGEST_PROBLEM, PamaError, RewardError, problem_of
 from pama_plugin.host.actors.orphans import end_with_this_process
@@ -161,6 +161,14 @@ async def _read(returned: dict[str, Any], key: str) -> float:
         raise PamaError(f"the agent's {key!r}: {error}") from error
 
 
+def _log_prob(output: dict[str, Any], request: dict[str, Any]) -> float:
+    """Of all tokens that the policy wrote; NaN if they are not known, or cut off by OpenRLHF."""
+    log_probs = output["rollout_log_probs"]
+    if log_probs is None or len(output["observation_tokens"]) > request["max_length"]:
+        return math.nan
+    return math.fsum(sum(log_probs[start:end]) for start, end in output["action_ranges"])
+
+
 def rollout_actor(config: PamaConfig, seed: int | None, *, compare: bool) -> Any:
     """OpenRLHF's vLLM actor with our executor around its own.
 
@@ -170,7 +178,8 @@ def rollout_actor(config: PamaConfig, seed: int | None, *, compare: bool) -> Any
     Args:
         config: the run's configuration.
         seed: if set, sampling depends only on the seed, the step, the prompt and the sample's number.
-        compare: return the log-probabilities of the tokens of the first rollout, to be compared with the policy's.
+        compare: add a column with the log-probability of each response of the first rollout, to be compared with the
+            policy's.
     """
 
     class RolloutRayActor(vllm_engine.RolloutRayActor.__ray_metadata__.modified_class):
@@ -197,10 +206,21 @@ def rollout_actor(config: PamaConfig, seed: int | None, *, compare: bool) -> Any
         async def generate_responses(
             self, *, prompt: str, sampling_params: Any, num_samples: int = 1, **request: Any
         ) -> list[dict[str, Any]]:
+            if not (compare and self.steps_begun < 2):
+                return await self._generate(prompt, sampling_params, num_samples, request)
+            asked = copy.deepcopy(sampling_params)
+            asked.logprobs = 1
+            outputs = await self._generate(prompt, asked, num_samples, request)
+            for output in outputs:
+                output["extra_logs"] = (output.get("extra_logs") or {}) | {SAMPLED: _log_prob(output, request)}
+                if sampling_params.logprobs is None:
+                    output["rollout_log_probs"] = None  # asked for by us alone; OpenRLHF expects none
+            return outputs
+
+        async def _generate(
+            self, prompt: str, sampling_params: Any, num_samples: int, request: dict[str, Any]
+        ) -> list[dict[str, Any]]:
             generate = super().generate_responses
-            if compare and self.steps_begun < 2:
-                sampling_params = copy.deepcopy(sampling_params)
-                sampling_params.logprobs = 1
             if seed is None:
                 return await generate(
                     prompt=prompt, sampling_params=sampling_params, num_samples=num_samples, **request

@@ -7,10 +7,10 @@
 # Not run on such a machine yet. The paper (arXiv 2508.07768) has r = 64, α = 128, dropout 0.05, Adam at 1e-5, batches of
 # 32, and one value head per objective on the policy. A critic of 7B that is trained in full does not fit beside the
 # policy, so the baseline is the mean of a prompt's responses here, and the KL is a loss.
-# FLAGS come last and override the flags below.
+# The policy needs a chat template, so the default is the chat model. FLAGS come last and override the flags below.
 set -euo pipefail
 
-policy=${POLICY:-meta-llama/Llama-2-7b-hf}
+policy=${POLICY:-meta-llama/Llama-2-7b-chat-hf}
 harmless=${HARMLESS:-Ray2333/gpt2-large-harmless-reward_model}
 prompts=${PROMPTS:-OpenRLHF/prompt-collection-v0.1}
 
@@ -45,7 +45,7 @@ flags=(
     --algo.kl.use_loss --algo.kl.estimator k2 --algo.kl.init_coef 0.01
     --actor.adam.lr 1e-5
 
-    --data.prompt_dataset "$prompts" --data.input_key context_messages
+    --data.prompt_dataset "$prompts" --data.input_key context_messages --data.apply_chat_template
     --ckpt.output_dir ./runs/lora_7b/model --ckpt.path ./runs/lora_7b/checkpoints
     --logger.tensorboard_dir ./runs/lora_7b/logs
 )

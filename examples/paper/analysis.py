@@ -32,6 +32,7 @@ class Run:
     objectives: tuple[str, ...]
     series: dict[str, list[float]]
     sparse: dict[str, list[float]]
+    last_spread: dict[str, float]
     texts: list[dict[str, str]]
     start: dict[str, float]
     std: dict[str, float]
@@ -64,8 +65,12 @@ class Run:
         return bool((self.nats >= nats).any())
 
     def worst(self, nats: float) -> float:
-        """The endpoint *way*."""
+        """The worst rise at a distance, or at the end of a run that does not come so far."""
         return float(self.read(self.rises, self.at(nats)).min())
+
+    @property
+    def farthest(self) -> float:
+        return float(self.nats.max())
 
     @property
     def end(self) -> float:
@@ -81,8 +86,9 @@ class Run:
 
     @cached_property
     def arrival(self) -> int | None:
-        """The first position at which the objectives compete."""
+        """The first position, of a whole average, at which the objectives compete."""
         found = np.flatnonzero(smooth(self.series["correlation"]) <= (self.correlation - 1) / 2)
+        found = found[found >= WIDTH // 2]
         return int(found[0]) if len(found) else None
 
     @property
@@ -108,6 +114,12 @@ class Run:
         return float(moocore.hypervolume(np.stack(points), ref=reference, maximise=True))
 
 
+def equal_distances(run: Run, other: Run, nats: float) -> tuple[float, float]:
+    """The endpoint *way* of two runs: their worst rises where both have come, at most ``nats`` from the start."""
+    common = min(nats, run.farthest, other.farthest)
+    return run.worst(common), other.worst(common)
+
+
 def smooth(series: Sequence[float]) -> np.ndarray:
     """A centred moving average of five steps, of fewer at the first two steps; it ends two steps before the last.
 
@@ -116,7 +128,8 @@ def smooth(series: Sequence[float]) -> np.ndarray:
     """
     values, half = np.asarray(series, dtype=float), WIDTH // 2
     positions = range(len(values) - half)
-    return np.array([np.nanmean(values[at - min(at, half) : at + min(at, half) + 1]) for at in positions])
+    windows = [values[at - min(at, half) : at + min(at, half) + 1] for at in positions]
+    return np.array([np.nanmean(window) if not np.isnan(window).all() else np.nan for window in windows])
 
 
 def load(file: Path) -> list[Run]:
@@ -125,12 +138,26 @@ def load(file: Path) -> list[Run]:
     objectives = tuple(content["objectives"])
     names = [*objectives, *content["monitors"]]
     runs = content["runs"]
+    keys = [(run["arm"], run["seed"]) for run in runs]
+    if twice := {f"{arm} {seed}" for arm, seed in keys if keys.count((arm, seed)) > 1}:
+        raise SystemExit(f"{file}: one run per arm and seed, found more of {', '.join(sorted(twice))}")
     start = {name: statistics.fmean(run["series"][f"reward/{name}"][0] for run in runs) for name in names}
     std = {name: math.sqrt(statistics.fmean(run["start_std"][name] ** 2 for run in runs)) for name in names}
     correlation = statistics.fmean(run["series"]["correlation"][0] for run in runs)
     seeds = set.intersection(*({run["seed"] for run in runs if run["arm"] == arm} for arm in {r["arm"] for r in runs}))
     return [
-        Run(run["arm"], run["seed"], objectives, run["series"], run["sparse"], run["texts"], start, std, correlation)
+        Run(
+            run["arm"],
+            run["seed"],
+            objectives,
+            run["series"],
+            run["sparse"],
+            run["last_spread"],
+            run["texts"],
+            start,
+            std,
+            correlation,
+        )
         for run in sorted(runs, key=lambda run: (content["arms"].index(run["arm"]), run["seed"]))
         if run["seed"] in seeds
     ]
@@ -147,7 +174,7 @@ class Difference(NamedTuple):
 
     @property
     def equivalent(self) -> bool:
-        return abs(self.mean) + self.half90 <= MARGIN
+        return bool(abs(self.mean) + self.half90 <= MARGIN)
 
 
 def difference(values: dict[int, float], baseline: dict[int, float]) -> Difference:
@@ -158,11 +185,11 @@ def difference(values: dict[int, float], baseline: dict[int, float]) -> Differen
     """
     gaps = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
     n = len(gaps)
-    if n < 2:
-        return Difference(gaps[0] if gaps else math.nan, math.nan, math.nan, math.nan, n)
+    mean = statistics.fmean(gaps) if gaps else math.nan
+    if n < 2 or not math.isfinite(mean):
+        return Difference(mean, math.nan, math.nan, 1.0, n)
     error = statistics.stdev(gaps) / math.sqrt(n)
-    mean = statistics.fmean(gaps)
-    p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error else 1.0
+    p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
     return Difference(mean, stats.t.ppf(0.975, n - 1) * error, stats.t.ppf(0.95, n - 1) * error, float(p), n)
 
 

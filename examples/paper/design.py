@@ -42,14 +42,15 @@ TASKS = {
 }
 
 KL_LOSS = "--algo.kl.use_loss --algo.kl.estimator k2"
-NOON = "--pama.level token --pama.noon --pama.rescale none"  # the paper's loss
+KL_IN_REWARD = "--algo.kl.init_coef 0.2 --algo.kl.target 3"
+NOON = "--pama.level token --pama.noon"
 ARMS = {
     "linear": f"--loss linear {KL_LOSS}",
     "min_norm": f"--loss min_norm {KL_LOSS}",
     "pama": f"--loss pama {KL_LOSS}",
     "pama-paper": f"--loss pama {NOON} {KL_LOSS}",
     # As TRL 0.8.0 and RiC's script on it: four epochs, and the KL in every reward, with an adaptive coefficient.
-    "pama-trl": f"--loss pama {NOON} --train.max_epochs 4 --algo.kl.init_coef 0.2 --algo.kl.target 3",
+    "pama-trl": f"--loss pama {NOON} --pama.rescale none --train.max_epochs 4 {KL_IN_REWARD}",
     "morlhf": f"--loss morlhf {KL_LOSS}",
     "gdpo": f"--loss gdpo {KL_LOSS}",
     "pareto_rank": f"--loss pareto_rank {KL_LOSS}",
@@ -60,12 +61,13 @@ SHARED = (
     "--algo.advantage.estimator reinforce_baseline --actor.lr_scheduler constant_with_warmup "
     "--train.colocate_actor_ref --actor.num_gpus_per_node 1 --ref.num_gpus_per_node 1 --reward.num_gpus_per_node 1 "
     "--vllm.num_engines 1 --vllm.enforce_eager --vllm.gpu_memory_utilization 0.1 --vllm.sync_backend gloo "
-    "--ds.zero_stage 0 --ds.param_dtype fp32 --ds.attn_implementation sdpa --pama.probe off --pama.log_rollouts all"
+    "--ds.zero_stage 0 --ds.param_dtype fp32 --ds.attn_implementation sdpa --pama.probe off --pama.log_rollouts all "
+    "--train.full_determinism_enable"  # so that the prompts of a seed come in the same order
 )
 FLAGS = {
     "tiny": "--data.prompt_dataset runs/quickstart/data/prompts.jsonl --data.input_key prompt --data.max_len 64 "
     "--rollout.batch_size 8 --rollout.n_samples_per_prompt 4 --rollout.micro_batch_size 32 --rollout.max_new_tokens 40 "
-    "--train.batch_size 32 --train.micro_batch_size 32 --actor.lr_warmup_ratio 0.1 --algo.kl.init_coef 0.01",
+    "--train.batch_size 32 --train.micro_batch_size 32 --actor.lr_warmup_ratio 0.1 --algo.kl.init_coef 0.03",
     "smollm2": "--data.prompt_dataset runs/smollm2/models/train.jsonl --data.input_key messages --data.label_key label "
     "--data.apply_chat_template --data.max_len 128 --rollout.batch_size 8 --rollout.n_samples_per_prompt 4 "
     "--rollout.micro_batch_size 16 --rollout.max_new_tokens 24 --train.batch_size 16 --train.micro_batch_size 16 "
@@ -93,10 +95,7 @@ class Stage(NamedTuple):
 
 STEPS = {"tiny": 45, "smollm2": 40}
 TRIES = (2e-4, 4e-4)  # of stage A
-LEARNING_RATES: dict[str, dict[str, float]] = {
-    "tiny": dict.fromkeys([*ARMS, *CONTROL], 4e-4) | dict.fromkeys(("pama", "pama-paper", "pama-trl"), 2e-4),
-    "smollm2": dict.fromkeys(ARMS, 5e-5),
-}
+LEARNING_RATES = {"tiny": 4e-4, "smollm2": 5e-5}
 A = ("length", "concise", "shares4", "shares8", "exploit")
 B = ("summary", "summary4")
 # With two whitened objectives of equal weight the min-norm point is (½, ½): min_norm is linear there.
@@ -104,7 +103,7 @@ MORE_THAN_TWO = ("shares4", "shares8", "summary4")
 
 
 def with_rate(arms: dict[str, str], policy: str) -> dict[str, str]:
-    return {arm: f"{flags} --actor.adam.lr {LEARNING_RATES[policy][arm]:g}" for arm, flags in arms.items()}
+    return {arm: f"{flags} --actor.adam.lr {LEARNING_RATES[policy]:g}" for arm, flags in arms.items()}
 
 
 STAGES = {
@@ -122,13 +121,13 @@ STAGES = {
     "A": Stage(
         A,
         with_rate(ARMS | CONTROL, "tiny"),
-        range(11, 21),
+        range(21, 31),
         {"min_norm": MORE_THAN_TWO, **dict.fromkeys(CONTROL, ("concise",))},
     ),
     "B": Stage(
         B,
         with_rate({arm: ARMS[arm] for arm in ("linear", "min_norm", "pama", "pama-paper")}, "smollm2"),
-        range(11, 14),
+        range(21, 24),
         {"min_norm": MORE_THAN_TWO},
         at_once=1,
         jobs=1,

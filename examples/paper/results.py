@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from analysis import MARGIN, Difference, Run, difference, holm, load, smooth
+from analysis import MARGIN, Difference, Run, difference, equal_distances, holm, load, smooth
 
 from pama_plugin.runs.report.pareto import interval
 
 HERE = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+) -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL)
 NATS = (3, 6, 12)
-SHOWN = (11, 12)  # seeds whose texts are shown
+SHOWN = (21, 22)  # seeds whose texts are shown
 
 
 class Contrast(NamedTuple):
@@ -115,26 +115,20 @@ def stay_table(runs: Sequence[Run]) -> str:
     def gained(run: Run) -> float | None:
         return None if run.arrival is None or run.later is None else float(run.nats[run.later] - run.nats[run.arrival])
 
-    columns = ["arm", "arrived", "step of arrival", "stay", "nats gained", "spread at the end, least objective"]
+    names = runs[0].objectives
+    columns = ["arm", "arrived", "step of arrival", "with a stay", "stay", "nats gained", "beyond 40 nats"]
     rows = []
     for arm, own in by_arm(runs).items():
-        arrived = [run for run in own if run.arrival is not None]
-        spread = over(
-            own,
-            lambda run: min(run.sparse[f"spread/{name}"][-1] / spread_at_start(run, name) for name in run.objectives),
-        )
-        steps = over(arrived, lambda run: run.arrival + 1.0, 0)  # type: ignore[operator]
-        rows.append(
-            [arm, f"{len(arrived)} of {len(own)}", steps, over(own, lambda run: run.stay), over(own, gained, 1), spread]
-        )
-    return table(
-        columns, rows, "Stay: worst rise 30 steps after arrival minus that at arrival. (n): runs for which it exists."
+        steps = [run.arrival + 1.0 for run in own if run.arrival is not None]
+        cells = [arm, f"{len(steps)} of {len(own)}", f"{statistics.fmean(steps):.0f}" if steps else "–"]
+        cells += [str(sum(run.stay is not None for run in own)), over(own, lambda run: run.stay), over(own, gained, 1)]
+        spreads = [over(own, lambda run, name=name: run.last_spread[name]) for name in names]
+        rows.append([*cells, str(sum(run.farthest > 40 for run in own)), *spreads])
+    note = (
+        "Stay: worst rise 30 steps after arrival minus that at arrival. (n): runs for which it exists. Spread: standard"
+        " deviation of the rewards of a step, mean of the last five steps, relative to the first step."
     )
-
-
-def spread_at_start(run: Run, name: str) -> float:
-    """Of Stage C the spread is a standard deviation, of A and B it is relative to the first step already."""
-    return run.sparse[f"spread/{name}"][0]
+    return table([*columns, *(f"spread of {name}" for name in names)], rows, note)
 
 
 def exploit_table(runs: Sequence[Run]) -> str:
@@ -150,16 +144,16 @@ def exploit_table(runs: Sequence[Run]) -> str:
 
 
 def contrast_values(contrast: Contrast, runs: Sequence[Run]) -> Difference | None:
-    measure: Callable[[Run], float | None] = (
-        (lambda run: run.worst(6)) if contrast.endpoint == "way" else (lambda run: run.stay)
-    )
-    values = {
-        arm: {run.seed: value for run in runs if run.arm == arm and (value := measure(run)) is not None}
-        for arm in (contrast.arm, contrast.baseline)
-    }
-    if not values[contrast.arm].keys() & values[contrast.baseline].keys():
-        return None
-    return difference(values[contrast.arm], values[contrast.baseline])
+    """Over the seeds that both arms have; *stay* over those where both arrived and have enough steps left."""
+    arms = {arm: {run.seed: run for run in runs if run.arm == arm} for arm in (contrast.arm, contrast.baseline)}
+    values: dict[str, dict[int, float]] = {arm: {} for arm in arms}
+    for seed in arms[contrast.arm].keys() & arms[contrast.baseline].keys():
+        one, other = (own[seed] for own in arms.values())
+        pair = equal_distances(one, other, 6) if contrast.endpoint == "way" else (one.stay, other.stay)
+        if None not in pair:
+            for arm, value in zip(values, pair):
+                values[arm][seed] = value
+    return difference(values[contrast.arm], values[contrast.baseline]) if values[contrast.arm] else None
 
 
 def contrasts_table(experiments: dict[str, list[Run]]) -> str:
@@ -174,7 +168,7 @@ def contrasts_table(experiments: dict[str, list[Run]]) -> str:
                 [*cells, "–", "–", "–", "no runs" if contrast.experiment not in experiments else "too few runs"]
             )
             continue
-        verdict = "different" if kept else "equivalent" if value.equivalent else "not known"
+        verdict = " and ".join(["different"] * kept + ["equivalent"] * value.equivalent) or "not known"
         rows.append([*cells, str(value.n), f"{value.mean:+.2f} ± {value.half:.2f}", f"{value.p:.2g}", verdict])
     note = (
         "In standard deviations at the start, ± half of the 95 % interval, paired over n seeds. *different*: kept by "
@@ -207,7 +201,8 @@ def question(prompt: str) -> str:
 
 def cell(text: str) -> str:
     """A text in a cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|") or "(empty)"
+    shown = "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
+    return shown.replace("|", "\\|") or "(empty)"
 
 
 def draw(experiments: dict[str, list[Run]], file: Path) -> None:

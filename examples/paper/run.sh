@@ -35,7 +35,9 @@ if [ ! -e "$models/sentiment/quality.txt" ]; then
         runs/smollm2/packages "$models"
 fi
 start_ray
+failed=0
 for stage in "${stages[@]}"; do
-    python examples/paper/study.py "$stage"
+    python examples/paper/study.py "$stage" || failed=1
 done
 python examples/paper/study.py collect
+exit $failed

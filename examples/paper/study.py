@@ -7,6 +7,7 @@ At any time all tasks of a stage have the same seeds, so a stage that is cut sho
 """
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ SPARSE = {
     "tokens": "rollout/response_length_mean",
     "cut_off": "rollout/truncated_rate",
 }
+LAST = 5  # steps, over which the spread at the end is averaged
 
 
 class Sweep(NamedTuple):
@@ -69,9 +71,10 @@ def train(name: str) -> int:
     for sweep in sweeps(name, stage):
         print(f"== {name}: {sweep.task}, seeds {', '.join(map(str, sweep.seeds))}", flush=True)
         command = ["pama", "sweep", str(sweep.write()), "--out", str(sweep.folder), "--jobs", str(stage.jobs)]
-        failed |= subprocess.run(command, check=False).returncode
-        for model in sweep.folder.glob("*/model"):  # tens of gigabytes in all
-            shutil.rmtree(model)
+        if subprocess.run(command, check=False).returncode:  # once more, as the protocol says
+            failed |= subprocess.run(command, check=False).returncode
+        for result in sweep.folder.glob(f"*/{RESULT}"):
+            shutil.rmtree(result.with_name("model"), ignore_errors=True)  # tens of gigabytes in all
     return failed
 
 
@@ -124,6 +127,10 @@ def reduced_without_host(result: dict[str, Any]) -> dict[str, Any]:
         | {name: [step[key] for step in steps] for name, key in keys.items()},
         "sparse": {name: [step[name] for step in steps[::EVERY]] for name in ("conflict_rate", "tokens")}
         | {f"spread/{name}": [step["spread"][index] for step in steps[::EVERY]] for index, name in enumerate(names)},
+        "last_spread": {
+            name: rounded(fmean(step["spread"][index] for step in steps[-LAST:]) / steps[0]["spread"][index])
+            for index, name in enumerate(names)
+        },
         "texts": [
             {"step": at + 1, "prompt": steps[at]["texts"][0][0], "response": steps[at]["texts"][0][1]}
             for at in (0, len(steps) - 1)
@@ -149,9 +156,13 @@ def reduced(folder: Path, result: dict[str, Any], task: Task) -> dict[str, Any]:
         "start_std": {name: values(f"reward_std/{name}", steps[:1])[0] for name in names},
         "series": {f"reward/{name}": values(f"reward/{name}", steps) for name in names}
         | {"nats": values("pama/kl_response", steps), "nll": values("pama/reference_nll", steps)}
-        | {"correlation": [rounded(fmean(scalars[tag].get(step, 0.0) for tag in pairs)) for step in steps]},
+        | {"correlation": [rounded(fmean(scalars[tag].get(step, math.nan) for tag in pairs)) for step in steps]},
         "sparse": {key: values(tag, steps[::EVERY]) for key, tag in SPARSE.items()}
         | {f"spread/{name}": values(f"pama/spread/{name}", steps[::EVERY]) for name in task.objectives},
+        "last_spread": {
+            name: rounded(fmean(scalars[f"pama/spread/{name}"][step] for step in steps[-LAST:]))
+            for name in task.objectives
+        },
         "texts": [{"step": one.step, "prompt": one.prompt, "response": one.response} for one in answers],
     }
 

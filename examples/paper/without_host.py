@@ -3,7 +3,7 @@
     python examples/paper/without_host.py POLICY PROMPTS.jsonl OUT_FOLDER --arms linear pama --seeds 11 12 --jobs 8
 
 The policy, prompts, rewards, rules and settings are those of Stage B. The differences: transformers samples instead of
-vLLM, the update is a few lines of PPO instead of OpenRLHF's actor, and whitening gives every response the same weight.
+vLLM, and the update is a few lines of PPO instead of OpenRLHF's actor.
 Each run writes OUT_FOLDER/ARM-seedN.json; runs that are there are kept. With --keep STEP… the policy is saved there.
 """
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pama_plugin import aggregate
 from pama_plugin.aggregation import get_rule
-from pama_plugin.stationarity import Samples, estimate, sample
+from pama_plugin.stationarity import Samples, sample
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 from rewards import coverage  # noqa: E402  of the quickstart
@@ -31,7 +31,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("linear", {}),
     "min_norm": ("min_norm", {}),
     "pama": ("pama", {"level": "sequence"}),
-    "pama-paper": ("pama", {"noon": True, "rescale": "none"}),
+    "pama-paper": ("pama", {"noon": True}),
     "gdpo": ("gdpo", {}),
     "pareto_rank": ("pareto_rank", {}),
     "morlhf": ("morlhf", {}),
@@ -47,16 +47,32 @@ def score(responses: list[str], labels: list[str]) -> Tensor:
     return torch.tensor([coverage(responses, [""] * len(responses), labels), brevity], dtype=torch.float64)
 
 
-def combine(rule: str, options: dict[str, Any], rewards_KB: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """(B, 1) advantages, equal for all tokens of a response, and the metrics."""
-    ones_B1 = torch.ones(rewards_KB.shape[1], 1)
-    groups_B = torch.arange(len(ones_B1)) // PER_PROMPT
+def whiten(rewards_KB: Tensor, tokens_B: Tensor) -> Tensor:
+    """As OpenRLHF's ``reinforce_baseline``: minus the mean of the prompt, then whitened over all tokens.
+
+    >>> whiten(torch.tensor([[0.0, 0.0, 0.0, 4.0]]), torch.tensor([1, 1, 1, 1])).round(decimals=3)
+    tensor([[-0.5770, -0.5770, -0.5770,  1.7320]])
+    """
+    centred_KB = (rewards_KB.reshape(len(rewards_KB), -1, PER_PROMPT).mean(-1, keepdim=True)).repeat_interleave(
+        PER_PROMPT, 1
+    )
+    centred_KB = rewards_KB - centred_KB.flatten(1)
+    share_B = tokens_B / tokens_B.sum()
+    centred_KB = centred_KB - (centred_KB * share_B).sum(1, keepdim=True)
+    whitened_KB: Tensor = centred_KB / (centred_KB.square() * share_B).sum(1, keepdim=True).clamp(min=1e-8).sqrt()
+    return whitened_KB
+
+
+def combine(rule: str, options: dict[str, Any], rewards_KB: Tensor, mask_BA: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """(B, A) advantages, equal for all tokens of a response, and the metrics."""
+    groups_B, tokens_B = torch.arange(len(mask_BA)) // PER_PROMPT, mask_BA.sum(1)
     if get_rule(rule).combines == "rewards":
+        ones_B1 = torch.ones(len(mask_BA), 1)
         result = aggregate(rule, rewards_KB.unsqueeze(-1), ones_B1, groups_B=groups_B, **options)
-        return estimate(result.advantages.T, PER_PROMPT).T, result.metrics
-    advantages_KB1 = estimate(rewards_KB, PER_PROMPT).unsqueeze(-1)
+        return whiten(result.advantages.T, tokens_B).T.expand(mask_BA.shape), result.metrics
+    advantages_KBA = whiten(rewards_KB, tokens_B).unsqueeze(-1).expand(-1, *mask_BA.shape)
     context = {"rewards_KB": rewards_KB} if "rewards_KB" in get_rule(rule).parameters else {}
-    result = aggregate(rule, advantages_KB1, ones_B1, groups_B=groups_B, **context, **options)
+    result = aggregate(rule, advantages_KBA, mask_BA, groups_B=groups_B, **context, **options)
     return result.advantages, result.metrics
 
 
@@ -92,8 +108,8 @@ def train(policy: Path, prompts: Path, out: Path, arm: str, seed: int, lr: float
         asked = [rows[order[(PROMPTS * (step - 1) + index) % len(rows)]] for index in range(PROMPTS)]
         batch = sample(model, tokenizer, [row["messages"] for row in asked], SAMPLING)
         rewards_KB = score(batch.texts, [row["label"] for row in asked for _ in range(PER_PROMPT)])
-        advantages_B1, metrics = combine(rule, options, rewards_KB)
         mask_BA = batch.response_mask_BA
+        advantages_BA, metrics = combine(rule, options, rewards_KB, mask_BA.cpu())
         with torch.no_grad():
             old_BA, reference_BA = log_probs(model, batch), log_probs(reference, batch)
         centred_KB = rewards_KB - rewards_KB.reshape(2, -1, PER_PROMPT).mean(-1).repeat_interleave(PER_PROMPT, 1)
@@ -101,7 +117,7 @@ def train(policy: Path, prompts: Path, out: Path, arm: str, seed: int, lr: float
             {
                 "rewards": [round(float(value), 4) for value in rewards_KB.mean(1)],
                 "spread": [round(float(value), 4) for value in rewards_KB.std(1)],
-                "group_correlation": round(float(torch.corrcoef(centred_KB).nan_to_num()[0, 1]), 4),
+                "group_correlation": round(float(torch.corrcoef(centred_KB)[0, 1]), 4),
                 "conflict_rate": round(metrics.get("conflict_rate", 0.0), 4),
                 "nats": round(float(((old_BA - reference_BA) * mask_BA).sum(1).mean()), 4),
                 "reference_nll": round(float(-(reference_BA * mask_BA).sum() / mask_BA.sum()), 4),
@@ -111,14 +127,14 @@ def train(policy: Path, prompts: Path, out: Path, arm: str, seed: int, lr: float
         )
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / WARMUP)
-        advantages_B1 = advantages_B1.to(device, torch.float32)
+        advantages_BA = advantages_BA.to(device, torch.float32)
         for part in torch.randperm(len(mask_BA)).split(MINI_BATCH):
             rows_B = part.to(device)
             new_BA, kept_BA = log_probs(model, batch, rows_B), mask_BA[rows_B]
             ratio_BA = (new_BA - old_BA[rows_B]).exp()
-            own_B1 = advantages_B1[rows_B]
-            surrogate_BA = torch.minimum(ratio_BA * own_B1, ratio_BA.clamp(1 - CLIP, 1 + CLIP) * own_B1)
-            kl_BA = (new_BA - reference_BA[rows_B]).square() / 2
+            own_BA = advantages_BA[rows_B]
+            surrogate_BA = torch.minimum(ratio_BA * own_BA, ratio_BA.clamp(1 - CLIP, 1 + CLIP) * own_BA)
+            kl_BA = (new_BA - reference_BA[rows_B]).square().div(2).clamp(max=10)  # as OpenRLHF
             loss = ((KL * kl_BA - surrogate_BA) * kept_BA).sum() / kept_BA.sum()
             optimizer.zero_grad()
             loss.backward()

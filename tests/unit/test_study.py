@@ -54,7 +54,7 @@ def test_the_protocol_says_what_is_run(design, load) -> None:
     for task in design.TASKS:
         assert f"`{task}`" in PROTOCOL
     seeds = {seed for stage in design.STAGES.values() if stage.reported for seed in stage.seeds}
-    assert seeds == set(range(11, 21)) and not seeds & {1, 2, 3, 4, 5, 101, 102}
+    assert seeds == set(range(21, 31)) and not seeds & {1, 2, 3, 4, 5, 11, 12, 13, 14, 101, 102}
     assert not seeds & {seed for stage in design.STAGES.values() if not stage.reported for seed in stage.seeds}
     assert set(re.findall(r"\| (\d+) × 32 \|", PROTOCOL)) == {"45", "40", "46"}
     assert design.STEPS == {"tiny": 45, "smollm2": 40}
@@ -109,6 +109,7 @@ def make_run(analysis, **changes):
             "correlation": [0.0] * 9,
         },
         "sparse": {},
+        "last_spread": {"a": 1.0, "b": 1.0},
         "texts": [],
         "start": {"a": 0.0, "b": 0.0},
         "std": {"a": 1.0, "b": 2.0},
@@ -146,6 +147,8 @@ def test_differences_and_equivalence(analysis) -> None:
     assert found.half == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
     assert found.half90 == pytest.approx(2.920 * 0.1 / math.sqrt(3), rel=1e-3) and not found.equivalent
     assert analysis.difference({1: 1.0, 2: 2.0, 3: 3.02}, {1: 1.01, 2: 2.0, 3: 3.0}).equivalent
+    assert analysis.difference({1: 2.0, 2: 3.0}, {1: 1.0, 2: 2.0}).p == 0
+    assert analysis.difference({1: math.nan, 2: 3.0}, {1: 1.0, 2: 2.0}).p == 1
     assert analysis.holm([0.04, 0.01, 0.03]) == [False, True, False]  # .03 > .05 / 2, so .04 is not tried
 
 
@@ -155,10 +158,11 @@ def test_the_arms_without_the_host_are_those_of_the_host(design, load) -> None:
         flags = shlex.split(design.ARMS[arm])
         assert flags[flags.index("--loss") + 1] == rule
         assert ("--pama.noon" in flags) == options.get("noon", False)
-        assert ("--pama.rescale" in flags) == ("rescale" in options)
+        assert "--pama.rescale" not in flags
     torch.manual_seed(0)
     rewards = torch.randn(2, 32, dtype=torch.float64)
-    combined = {arm: without.combine(*without.ARMS[arm], rewards)[0] for arm in without.ARMS}
+    mask = torch.arange(20) < torch.randint(1, 20, (32, 1))
+    combined = {arm: without.combine(*without.ARMS[arm], rewards, mask)[0] for arm in without.ARMS}
     assert torch.allclose(combined["linear"], combined["min_norm"])
     assert bool((combined["pama-paper"] >= 0).all()) and bool((combined["pama"] < 0).any())
 
@@ -205,6 +209,14 @@ def test_the_primary_contrasts_are_those_of_the_protocol(load) -> None:
     assert lines[1].endswith("| too few runs |")
 
 
+def test_the_way_of_two_runs_is_compared_where_both_have_come(analysis) -> None:
+    near = make_run(analysis)
+    far = make_run(analysis, series=near.series | {"nats": [2.0 * step for step in range(9)]})
+    assert near.farthest == 6 and far.farthest == 12
+    assert analysis.equal_distances(near, far, 4) == (pytest.approx(4 / 4), pytest.approx(2 / 4))
+    assert analysis.equal_distances(near, far, 100) == (pytest.approx(6 / 4), pytest.approx(3 / 4))
+
+
 def make_runs(results, arm: str, worst: list[float]):
     steps = 9
     return [
@@ -219,7 +231,8 @@ def make_runs(results, arm: str, worst: list[float]):
                 "nll": [1.0] * steps,
                 "correlation": [0.0] * steps,
             },
-            sparse={"spread/a": [1.0, 0.5], "spread/b": [1.0, 0.25]},
+            sparse={},
+            last_spread={"a": 0.5, "b": 0.25},
             texts=[
                 {"step": 1, "prompt": "<|im_start|>user\nA | b<|im_end|>\n<|im_start|>assistant\n", "response": "C\nd"}
             ],
@@ -227,7 +240,7 @@ def make_runs(results, arm: str, worst: list[float]):
             std={"a": 1.0, "b": 1.0},
             correlation=0.0,
         )
-        for seed, rise in enumerate(worst, 11)
+        for seed, rise in enumerate(worst, 21)
     ]
 
 
@@ -237,5 +250,5 @@ def test_tables_of_a_task(load) -> None:
     tables = results.blocks({"A-t": runs})
     assert "| x | 1.50 ± 6.35 [0] | 1.50 ± 6.35 [0] | 1.50 ± 6.35 [0] | 1.50 ± 6.35 | 0.0 ± 0.0 |" in tables["A-t"]
     assert "| y | 0.50 ± 0.00 | 1.50 ± 0.00 | 0.50 ± 0.00 | 1.50 ± 0.00 |" in tables["A-t-objectives"]
-    assert "| x | 0 of 2 | – | – | – | 0.25 ± 0.00 |" in tables["A-t-stay"]
+    assert "| x | 0 of 2 | – | 0 | – | – | 0 | 0.50 ± 0.00 | 0.25 ± 0.00 |" in tables["A-t-stay"]
     assert "| y | A \\| b → C d |" in tables["A-t-texts"] and tables["A-t-texts"].splitlines()[1] == "|---|---|"

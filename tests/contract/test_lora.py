@@ -95,11 +95,11 @@ def test_vllm_is_sent_the_merged_model_under_the_plain_models_names(policy, targ
 def test_adapters_on_a_shared_weight_are_refused(policy) -> None:
     """vLLM ties its head to the embedding, so it would get the adapter twice; PEFT's head uses the base."""
     from pama_plugin.errors import ConfigError
-    from pama_plugin.host.actors.policy import refuse_tied
+    from pama_plugin.host.actors.policy import refuse_layers
 
-    refuse_tied(load(policy, target_modules="all-linear").model)
+    refuse_layers(load(policy, target_modules="all-linear").model)
     with pytest.raises(ConfigError, match=r"must leave out.*found model.embed_tokens.weight and lm_head.weight"):
-        refuse_tied(load(policy, target_modules=["embed_tokens"]).model)
+        refuse_layers(load(policy, target_modules=["embed_tokens"]).model)
 
 
 def test_without_adapters_the_policy_is_the_base(policy) -> None:

@@ -171,6 +171,14 @@ def test_with_adapters_the_reference_needs_no_gpu(way) -> None:
     assert by_name(run_host(flags, load(*OBJECTIVES), plan)) == by_name(expected)
 
 
+def test_with_adapters_the_sizes_of_a_reference_apart_do_not_matter() -> None:
+    few = ["--train.batch_size", "16", "--train.micro_batch_size", "4", "--algo.advantage.estimator", "reinforce"]
+    flags = [*sizes(actor=1, ref=8, reward=1), *few]
+    with pytest.raises(ConfigError, match="reference: --train.batch_size must be a multiple"):
+        planned(flags, load("l=builtin:length"))
+    planned([*flags, "--ds.lora.rank", "8"], load("l=builtin:length"))
+
+
 @pytest.mark.parametrize(
     ("flags", "options"),
     [

@@ -49,7 +49,36 @@ def trainer(
         algo=SimpleNamespace(dynamic_filtering_enable=False),
     )
     made.responses_trained = made.steps_at_start = 0
+    made.vllm_engines = [Engine()]
     return made
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch) -> None:
+    from pama_plugin.host.actors import trainer as ours
+
+    def call(engines, name, *args):
+        return [getattr(engine, name)(*args) for engine in engines]
+
+    monkeypatch.setattr(ours, "batch_vllm_engine_call", call)
+
+
+class Engine:
+    """Stands in for a vLLM actor: records the steps that it is told of."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def begin_step(self, steps_done: int) -> None:
+        self.steps.append(steps_done)
+
+
+def test_the_engines_are_told_of_every_step_in_every_run() -> None:
+    """They compare their first rollouts with the policy, and those only."""
+    ours = trainer()
+    ours.init_checkpoint_states()
+    ours._begin_step(5)
+    assert [engine.steps for engine in ours.vllm_engines] == [[4, 5]]
 
 
 def test_wandb_has_our_settings_as_values_to_group_runs_by(monkeypatch) -> None:

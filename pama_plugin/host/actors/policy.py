@@ -5,8 +5,8 @@ that vLLM does not know. While it runs, the model lists what the plain model wou
 
     W + Σ_a s_a · B_a A_a          (Hu et al., LoRA, arXiv 2106.09685, Eq. 3; s_a = α / r)
 
-made when it is sent, in float32, and dropped afterwards. The base is never written, so nothing drifts in bfloat16. So
-the base is also the reference model: the policy with its adapters off.
+made when it is sent, added in float32, rounded to the base's precision, and dropped afterwards. The base is never
+written, so nothing drifts in bfloat16. So the base is also the reference model: the policy with its adapters off.
 """
 
 from collections.abc import Iterator
@@ -85,12 +85,20 @@ def merged(model: nn.Module) -> Iterator[None]:
         deepspeed.zero.GatheredParameters = gather
 
 
-def refuse_tied(model: nn.Module) -> None:
-    """Raise ``ConfigError`` for adapters on a weight that another layer shares: vLLM would change both."""
+def refuse_layers(model: nn.Module) -> None:
+    """Raise ``ConfigError`` for adapters on what is no matrix, and on one that two layers share.
+
+    vLLM would change both layers, PEFT changes one.
+    """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name.removeprefix(ADAPTED_MODEL).replace(f".{BASE}", "."))
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(getattr(module.get_base_layer(), "weight", None), Tensor):
+            raise ConfigError(
+                "--ds.lora.target_modules must name linear layers, such as q_proj v_proj: adapters on the experts or "
+                f"the router of a mixture cannot be sent to vLLM, found {name.removeprefix(ADAPTED_MODEL)}"
+            )
         if isinstance(module, LoraLayer) and len(tied := owners[id(module.get_base_layer().weight)]) > 1:
             raise ConfigError(
                 f"--ds.lora.target_modules must leave out weights that two layers share, found {' and '.join(tied)}"
@@ -103,7 +111,7 @@ class PolicyModelActor(ppo_actor.PolicyModelActor.__ray_metadata__.modified_clas
 
     def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
         super().init_model_from_pretrained(*args, **kwargs)
-        refuse_tied(self.actor.model.module)
+        refuse_layers(self.actor.model.module)
 
     def broadcast_to_vllm(self) -> None:
         with merged(self.actor.model.module):

@@ -99,7 +99,7 @@ def check_sampler(experiences: list[Experience]) -> None:
     kept = [experience.action_log_probs.double().masked_fill(~mask, 0) for experience, mask in zip(experiences, masks)]
     policy_B, tokens_B = (torch.cat([each.sum(1) for each in parts]) for parts in (kept, masks))
     gap = divergence(sampled_B, policy_B, tokens_B)
-    if gap > SAME_MODEL:
+    if not gap <= SAME_MODEL:  # or NaN
         raise PamaError(
             "vLLM must sample from the policy that is trained, found a divergence of "
             f"{gap:.3g} nats per token between them, more than {SAME_MODEL}: vLLM has other weights, or another "

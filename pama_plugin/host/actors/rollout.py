@@ -26,6 +26,7 @@ from pama_plugin.settings.run import PamaConfig
 
 logger = logging.getLogger(__name__)
 
+COMPARED = 2  # rollouts whose log-probabilities are compared: one before the first weight sync, and one after it
 PROBLEMS_KEPT = 4096  # an engine keeps the texts of its latest problems
 
 
@@ -163,8 +164,9 @@ async def _read(returned: dict[str, Any], key: str) -> float:
 
 def _log_prob(output: dict[str, Any], request: dict[str, Any]) -> float:
     """Of all tokens that the policy wrote; NaN if they are not known, or cut off by OpenRLHF."""
-    log_probs = output["rollout_log_probs"]
-    if log_probs is None or len(output["observation_tokens"]) > request["max_length"]:
+    log_probs, tokens = output["rollout_log_probs"], output["observation_tokens"]
+    # An agent may ask for other turns itself, and without log-probabilities.
+    if log_probs is None or len(log_probs) != len(tokens) or len(tokens) > request["max_length"]:
         return math.nan
     return math.fsum(sum(log_probs[start:end]) for start, end in output["action_ranges"])
 
@@ -178,8 +180,8 @@ def rollout_actor(config: PamaConfig, seed: int | None, *, compare: bool) -> Any
     Args:
         config: the run's configuration.
         seed: if set, sampling depends only on the seed, the step, the prompt and the sample's number.
-        compare: add a column with the log-probability of each response of the first rollout, to be compared with the
-            policy's.
+        compare: add a column with the log-probability of each response of the first two rollouts, to be compared with
+            the policy's.
     """
 
     class RolloutRayActor(vllm_engine.RolloutRayActor.__ray_metadata__.modified_class):
@@ -206,7 +208,7 @@ def rollout_actor(config: PamaConfig, seed: int | None, *, compare: bool) -> Any
         async def generate_responses(
             self, *, prompt: str, sampling_params: Any, num_samples: int = 1, **request: Any
         ) -> list[dict[str, Any]]:
-            if not (compare and self.steps_begun < 2):
+            if not (compare and self.steps_begun <= COMPARED):
                 return await self._generate(prompt, sampling_params, num_samples, request)
             asked = copy.deepcopy(sampling_params)
             asked.logprobs = 1

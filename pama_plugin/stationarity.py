@@ -20,8 +20,8 @@ from tqdm import tqdm
 from pama_plugin.batch.gradient_gram import FEWEST, Estimate, MinNorm, cosines, jackknife, min_norm, sketch
 from pama_plugin.errors import ConfigError
 from pama_plugin.score import load_rows, score_rows
+from pama_plugin.settings.load import load_objectives
 from pama_plugin.settings.objective import Objective
-from pama_plugin.settings.run import load_objectives
 
 BLOCKS = 64  # at most; more would need more memory for their sketches
 

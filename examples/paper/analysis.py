@@ -14,6 +14,8 @@ import moocore
 import numpy as np
 from scipy import stats
 
+from pama_plugin.runs.report.pareto import interval
+
 WIDTH = 5  # steps of the moving average
 AFTER, FEWEST = 30, 20  # steps after arrival
 MARGIN, ALPHA = 0.15, 0.05
@@ -184,13 +186,12 @@ def difference(values: dict[int, float], baseline: dict[int, float]) -> Differen
     1.167
     """
     gaps = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
-    n = len(gaps)
-    mean = statistics.fmean(gaps) if gaps else math.nan
-    if n < 2 or not math.isfinite(mean):
-        return Difference(mean, math.nan, math.nan, 1.0, n)
-    error = statistics.stdev(gaps) / math.sqrt(n)
+    if len(gaps) < 2 or not all(map(math.isfinite, gaps)):
+        return Difference(statistics.fmean(gaps) if gaps else math.nan, math.nan, math.nan, 1.0, len(gaps))
+    mean, half, n = interval(gaps)
+    error = half / stats.t.ppf(0.975, n - 1)
     p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error else float(mean == 0)
-    return Difference(mean, stats.t.ppf(0.975, n - 1) * error, stats.t.ppf(0.95, n - 1) * error, float(p), n)
+    return Difference(mean, half, stats.t.ppf(0.95, n - 1) * error, float(p), n)
 
 
 def holm(p_values: Sequence[float]) -> list[bool]:

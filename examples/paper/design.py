@@ -23,7 +23,7 @@ def functions(*names: str, more: str = "") -> dict[str, str]:
 
 COVERAGE = {
     "coverage": "py:examples/quickstart/rewards.py:coverage,isolate=false",
-    # In characters: words that are joined with hyphens, as Stage C found, are no shorter. RESULTS.md, Deviations.
+    # In characters: policies learned to join words with hyphens, which made them one word (PROTOCOL.md).
     "brevity": "builtin:length,unit=characters,scale=-60",
 }
 JUDGE = functions("judge", more=MONITOR)
@@ -90,11 +90,9 @@ class Stage(NamedTuple):
     only: dict[str, tuple[str, ...]] = {}
     at_once: int = 2
     jobs: int = 2
-    reported: bool = True
 
 
 STEPS = {"tiny": 45, "smollm2": 40}
-TRIES = (2e-4, 4e-4)  # of stage A
 LEARNING_RATES = {"tiny": 4e-4, "smollm2": 5e-5}
 A = ("length", "concise", "shares4", "shares8", "exploit")
 B = ("summary", "summary4")
@@ -107,17 +105,6 @@ def with_rate(arms: dict[str, str], policy: str) -> dict[str, str]:
 
 
 STAGES = {
-    "tune": Stage(
-        ("concise",),
-        {
-            f"{arm} {rate:g}": f"{ARMS[arm]} --actor.adam.lr {rate:g}"
-            for rate in TRIES
-            for arm in ARMS
-            if arm != "min_norm"
-        },
-        range(900, 901),
-        reported=False,
-    ),
     "A": Stage(
         A,
         with_rate(ARMS | CONTROL, "tiny"),

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from analysis import MARGIN, Difference, Run, difference, equal_distances, holm, load, smooth
 
-from pama_plugin.runs.report.pareto import interval
+from pama_plugin.runs.report.pareto import by_arm, interval
 
 HERE = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- (?P<name>[\w-]+) -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL)
@@ -40,13 +40,6 @@ CONTRASTS = (
     *(Contrast("way", "C-summary", arm, "linear") for arm in ("pama", "pama-paper")),
     *(Contrast("stay", where, arm, "linear") for where in ("A-concise", "C-summary") for arm in ("pama", "pama-paper")),
 )
-
-
-def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    arms: dict[str, list[Run]] = {}
-    for run in runs:
-        arms.setdefault(run.arm, []).append(run)
-    return arms
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:

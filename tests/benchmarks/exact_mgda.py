@@ -1,6 +1,6 @@
 """Cost of the combination and of the update: PAMA on advantages against exact MGDA on K gradients, for real models.
 
-    python tests/benchmarks/exact_mgda.py [--device cuda] [--model gpt2|smollm2-135m|qwen2.5-1.5b|FOLDER]
+    python tests/benchmarks/exact_mgda.py [--device cuda] [--model gpt2|qwen2.5-1.5b|FOLDER]
                                           [--responses 8] [--tokens 128]
 
 FOLDER is a model in the format of transformers; the shapes with a name get random weights, which take the same time.
@@ -18,21 +18,12 @@ import time
 import torch
 from torch import Tensor
 from torchjd.aggregation import MGDAWeighting
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from pama_plugin import aggregate
 
 CONFIGS = {
     "gpt2": lambda: GPT2Config(),  # 124 M parameters
-    "smollm2-135m": lambda: LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    ),
     "qwen2.5-1.5b": lambda: Qwen2Config(
         vocab_size=151936,
         hidden_size=1536,

@@ -133,7 +133,7 @@ def on_the_driver(samples: int = 64, tokens: int = 1024, rounds: int = 15) -> No
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
     from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
-    from pama_plugin.settings.run import load_config
+    from pama_plugin.settings.load import load_config
 
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)

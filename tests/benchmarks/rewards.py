@@ -33,7 +33,7 @@ from pama_plugin.host.actors import replicas  # noqa: E402
 from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker  # noqa: E402
 from pama_plugin.host.actors.rollout import ObjectiveExecutor  # noqa: E402
 from pama_plugin.host.preflight.placement import Role  # noqa: E402
-from pama_plugin.settings.run import load_config  # noqa: E402
+from pama_plugin.settings.load import load_config  # noqa: E402
 
 SECONDS = {"slow": 0.25, "fast": 0.15}  # per micro-batch
 HF_SECONDS = 0.1  # per response

@@ -9,7 +9,7 @@ import torch
 from faultserver import FaultServer, reward_of
 
 from pama_plugin.errors import PamaError, RewardError
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
 

@@ -19,7 +19,7 @@ import torch
 from pama_plugin.batch.state import RunState
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.preflight.resume import STATE, describe_saved, prepare_resume
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
 

@@ -9,7 +9,7 @@ from hosttools import as_reward_groups, host_args, make_rollout
 
 from pama_plugin.batch.state import RunState
 from pama_plugin.batch.table import RewardTable
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
 

@@ -13,7 +13,7 @@ from pama_plugin import aggregate, available_rules
 from pama_plugin.batch.keys import SAMPLED
 from pama_plugin.batch.state import RunState
 from pama_plugin.errors import PamaError, RewardError
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
 

@@ -16,7 +16,8 @@ from faultserver import FaultServer, reward_of
 from hosttools import BROKEN, as_reward_groups, host_args
 
 from pama_plugin.errors import RewardError
-from pama_plugin.settings.run import PamaConfig, load_config
+from pama_plugin.settings.load import load_config
+from pama_plugin.settings.run import PamaConfig
 
 pytestmark = pytest.mark.contract
 

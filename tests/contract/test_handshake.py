@@ -7,7 +7,7 @@ import pytest
 
 from pama_plugin import __version__
 from pama_plugin.errors import ConfigError, HandshakeError
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
 

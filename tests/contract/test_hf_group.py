@@ -9,7 +9,7 @@ import torch
 from hosttools import host_args, make_rollout, parse_host_flags
 
 from pama_plugin.host.preflight.placement import make_plan
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
 

@@ -1,9 +1,12 @@
 """A policy with LoRA adapters: what OpenRLHF's own weight sync sends to vLLM."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from pama_plugin.errors import ConfigError, PamaError
 
 pytestmark = pytest.mark.contract
 
@@ -94,7 +97,6 @@ def test_vllm_is_sent_the_merged_model_under_the_plain_models_names(policy, targ
 
 def test_adapters_on_a_shared_weight_are_refused(policy) -> None:
     """vLLM ties its head to the embedding, so it would get the adapter twice; PEFT's head uses the base."""
-    from pama_plugin.errors import ConfigError
     from pama_plugin.host.actors.policy import refuse_layers
 
     refuse_layers(load(policy, target_modules="all-linear").model)
@@ -102,8 +104,24 @@ def test_adapters_on_a_shared_weight_are_refused(policy) -> None:
         refuse_layers(load(policy, target_modules=["embed_tokens"]).model)
 
 
+def test_adapters_on_what_is_no_matrix_are_refused() -> None:
+    """PEFT adapts the experts of a mixture as one parameter, of a module that has no ``weight``."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from pama_plugin.host.actors.policy import refuse_layers
+
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_local_experts=2)
+    for targets, refused in (["q_proj", "v_proj"], False), ("all-linear", True):
+        mixture = MixtralForCausalLM(MixtralConfig(vocab_size=50, num_key_value_heads=2, **shape))
+        model = get_peft_model(mixture, LoraConfig(r=4, target_modules=targets))
+        with pytest.raises(ConfigError, match="must name linear layers.*mixture") if refused else nullcontext():
+            refuse_layers(model)
+
+
 def test_without_adapters_the_policy_is_the_base(policy) -> None:
-    from pama_plugin.host.actors.policy import PolicyModelActor, ReferenceInPolicy
+    from pama_plugin.host.actors.policy import PolicyModelActor
+    from pama_plugin.host.actors.reward_groups import ReferenceInPolicy
 
     actor = load(policy, target_modules="all-linear")
     adapt(actor)
@@ -128,6 +146,8 @@ def test_without_adapters_the_policy_is_the_base(policy) -> None:
     assert reference.async_init_model_from_pretrained(None, policy) == [] and reference.duplicate_actors == 2
     reference.async_run_method_batch(method_name="forward", sequences=[tokens])
     assert calls == [(("forward_without_adapters",), {"sequences": [tokens]})]
+    with pytest.raises(PamaError, match="log-probabilities only, found append"):
+        reference.async_run_method_batch(method_name="append", experience=[])
 
 
 def test_a_merged_weight_is_rounded_once(policy, monkeypatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hosttools import as_reward_groups, host_args, make_rollout
 
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 pytestmark = [pytest.mark.parity, pytest.mark.contract]
 

@@ -16,7 +16,8 @@ from hosttools import parse_host_flags
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.hook import HOST_COMMAND
 from pama_plugin.host.preflight.placement import Plan, make_plan
-from pama_plugin.settings.run import PamaConfig, load_config
+from pama_plugin.settings.load import load_config
+from pama_plugin.settings.run import PamaConfig
 
 pytestmark = pytest.mark.contract
 
@@ -80,7 +81,6 @@ def run_host(flags: list[str], config: PamaConfig | None = None, plan: Plan | No
     from openrlhf.utils.config import hierarchize
 
     from pama_plugin.host.actors import reward_groups
-    from pama_plugin.host.actors.policy import ReferenceInPolicy
 
     names = tuple(f"reward/{objective.name}" for objective in config.scored_in("ranks")) if config else ("reward/only",)
     ledger = Ledger(names)
@@ -95,9 +95,9 @@ def run_host(flags: list[str], config: PamaConfig | None = None, plan: Plan | No
     trainer = SimpleNamespace(remote=mock.Mock(side_effect=_Placed))
     build = command.RayActorGroup
     if plan is not None:
-        adapted = (actors["ReferenceModelActor"], ReferenceInPolicy) if args.ds.lora.rank else None
-        of_policy = actors["PolicyModelActor"]
-        build = reward_groups.group_builder(config, plan, build, actors["RewardModelActor"], of_policy, adapted)
+        inside = actors["ReferenceModelActor"] if args.ds.lora.rank else None
+        of_rewards, of_policy = actors["RewardModelActor"], actors["PolicyModelActor"]
+        build = reward_groups.group_builder(config, plan, build, of_rewards, of_policy, reference_in_policy=inside)
     indices = mock.Mock(side_effect=lambda pg, index, size: list(range(index * size, index * size + size)))
     with (
         mock.patch.multiple(command, get_strategy=mock.Mock(), RayActorGroup=build, **actors, **shared),

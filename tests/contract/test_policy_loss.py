@@ -12,7 +12,7 @@ import torch
 from hosttools import host_args, make_rollout
 from torch import Tensor
 
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
 

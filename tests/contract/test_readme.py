@@ -112,7 +112,7 @@ def test_every_objective_can_be_parsed(tmp_path, monkeypatch) -> None:
 
 def test_the_yaml_loads(tmp_path, monkeypatch) -> None:
     from pama_plugin.runs.sweep_file import load_sweep
-    from pama_plugin.settings.run import load_config
+    from pama_plugin.settings.load import load_config
 
     text, sweep = (text for language, text in BLOCKS if language == "yaml")
     (tmp_path / "reward-model").mkdir()

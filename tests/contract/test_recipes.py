@@ -13,7 +13,7 @@ from pama_plugin.errors import ConfigError
 from pama_plugin.host import seam
 from pama_plugin.host.hook import HOST_COMMAND
 from pama_plugin.settings.flags import add_flags
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
 

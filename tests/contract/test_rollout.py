@@ -8,7 +8,7 @@ import pytest
 
 from pama_plugin.errors import RewardError
 from pama_plugin.rewards import Response
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
 

@@ -465,3 +465,19 @@ def test_a_misspelt_flag_of_ours_is_not_left_to_the_host(capsys) -> None:
         main(["train", "--loss", "pama", "--pama.objective", LENGTH, "--pama.lvel=token"])
     assert end.value.code == 2
     assert capsys.readouterr().err == "pama train: error: there is no flag --pama.lvel; did you mean --pama.level?\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "compared"),
+    [
+        ([], True),
+        (["--rollout.temperature", "0.7"], False),
+        (["--rollout.top_p", "0.9"], False),
+        (["--train.async_enable"], False),
+        (["--algo.dynamic_filtering_enable"], False),
+    ],
+)
+def test_vllm_is_compared_with_the_policy_where_their_numbers_mean_the_same(flags, compared) -> None:
+    from pama_plugin.host.seam import _may_compare
+
+    assert _may_compare(parse_host_flags(*flags)) == compared

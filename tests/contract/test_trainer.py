@@ -11,7 +11,7 @@ from hosttools import host_args
 
 from pama_plugin.batch.state import RunState
 from pama_plugin.errors import PamaError
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
 

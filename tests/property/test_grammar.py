@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pama_plugin.errors import ConfigError
+from pama_plugin.settings.load import dump_config, load_config
 from pama_plugin.settings.objective import COMMON_OPTIONS
-from pama_plugin.settings.run import dump_config, load_config
 
 pytestmark = pytest.mark.property
 

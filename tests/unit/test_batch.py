@@ -14,8 +14,9 @@ from pama_plugin.batch.shaping import apply_failure_policy, fill_in, measure, sh
 from pama_plugin.batch.state import Moments, RunState
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.errors import RewardError
+from pama_plugin.settings.load import load_config
 from pama_plugin.settings.objective import parse_objective
-from pama_plugin.settings.run import PamaConfig, load_config
+from pama_plugin.settings.run import PamaConfig
 
 NAN = math.nan
 

@@ -8,8 +8,9 @@ import torch
 
 from pama_plugin.errors import ConfigError
 from pama_plugin.rewards.options import RmOptions
+from pama_plugin.settings.load import as_settings, dump_config, load_config
 from pama_plugin.settings.objective import parse_objective
-from pama_plugin.settings.run import PamaConfig, as_settings, dump_config, load_config, warn_of_many_objectives
+from pama_plugin.settings.run import PamaConfig, warn_of_many_objectives
 from pama_plugin.settings.values import Bounds, OnFailure
 
 LENGTH = "length=builtin:length,scale=140,min=0.5,max=1.5"

@@ -719,4 +719,4 @@ def test_invalid_options(options) -> None:
 
 def test_the_extra_is_not_needed_without_such_an_objective() -> None:
     hide = "import sys; sys.modules |= dict.fromkeys(('httpx', 'tenacity', 'circuitbreaker'))"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", f"{hide}; import pama_plugin.settings.run"], check=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", f"{hide}; import pama_plugin.settings.load"], check=True)

@@ -16,7 +16,7 @@ import {module}
 """
 
 
-MODULES = ("", ".aggregation", ".batch.state", ".rewards", ".runs.sweep", ".settings.run")
+MODULES = ("", ".aggregation", ".batch.state", ".rewards", ".runs.sweep", ".settings.load")
 
 
 @pytest.mark.parametrize("module", [f"pama_plugin{name}" for name in MODULES])

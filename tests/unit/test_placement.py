@@ -16,7 +16,7 @@ from pama_plugin.host.preflight.placement import (
     parse_cluster,
     place,
 )
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 # Two ranks per model. The keys are OpenRLHF's flags, which tests/contract/test_placement.py checks.
 FLAGS = {

@@ -13,7 +13,7 @@ from pama_plugin.batch.rollouts import choose_responses, describe_responses, ste
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.cli import main
 from pama_plugin.runs.rollouts import FILE, read_rollouts
-from pama_plugin.settings.run import load_config
+from pama_plugin.settings.load import load_config
 
 CONFIG = load_config(
     "pama",

@@ -1,4 +1,4 @@
-"""The policy with LoRA adapters: what vLLM is sent, and the reference model that it contains.
+"""The policy with LoRA adapters: what vLLM is sent, and its log-probabilities without them.
 
 OpenRLHF's ``broadcast_to_vllm`` sends ``model.named_parameters()`` one by one, and a PEFT model's have names and shapes
 that vLLM does not know. While it runs, the model lists what the plain model would, and an adapted matrix is
@@ -20,8 +20,7 @@ from openrlhf.trainer.ray import ppo_actor
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from pama_plugin.errors import ConfigError, PamaError
-from pama_plugin.host.protocols import ActorGroup, Strategy
+from pama_plugin.errors import ConfigError
 
 ADAPTED_MODEL, BASE = "base_model.model.", "base_layer."
 
@@ -122,22 +121,3 @@ class PolicyModelActor(ppo_actor.PolicyModelActor.__ray_metadata__.modified_clas
         with self.actor.model.module.disable_adapter():
             log_probs: Tensor = self.forward(*args, **kwargs)
         return log_probs
-
-
-class ReferenceInPolicy:
-    """Stands in for the group of reference models: the policy's ranks with their adapters off, so no second copy."""
-
-    def __init__(self, policy: ActorGroup) -> None:
-        self.policy = policy
-        self.duplicate_actors = policy.duplicate_actors
-
-    def async_init_model_from_pretrained(self, strategy: Strategy, pretrain: str) -> list[Any]:
-        return []  # the policy's group loads it
-
-    def async_run_method(self, method_name: str, *args: Any) -> list[Any]:
-        return self.policy.async_run_method(method_name, *args)
-
-    def async_run_method_batch(self, method_name: str, **batches: Any) -> list[Any]:
-        if method_name != "forward":
-            raise PamaError(f"the reference model is asked for its log-probabilities only, found {method_name}")
-        return self.policy.async_run_method_batch("forward_without_adapters", **batches)

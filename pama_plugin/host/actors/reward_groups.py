@@ -1,4 +1,4 @@
-"""K groups of reward models where OpenRLHF's driver and trainer expect one.
+"""K groups of reward models where OpenRLHF's driver and trainer expect one, and the groups of policy and reference.
 
 ``RankGroup`` and ``ReplicaGroup`` (in ``replicas``) are the two kinds of group. Both load their models, request rewards
 and collect them; only replicas read text.
@@ -16,6 +16,7 @@ from openrlhf.trainer.ray.launcher import RayActorGroup
 from ray.util.placement_group import PlacementGroup, placement_group
 from torch import Tensor
 
+from pama_plugin.errors import PamaError
 from pama_plugin.host.actors.critic import restore_normalization
 from pama_plugin.host.actors.pending import PendingRewards
 from pama_plugin.host.preflight.placement import Plan, Role, reward_role
@@ -124,28 +125,47 @@ class PolicyGroup(RayActorGroup):
         return super().async_run_method_batch(method_name, **kwargs)
 
 
+class ReferenceInPolicy:
+    """In place of the group of reference models: the ranks of a policy with LoRA, asked without their adapters."""
+
+    def __init__(self, policy: ActorGroup) -> None:
+        self.policy = policy
+        self.duplicate_actors = policy.duplicate_actors
+
+    def async_init_model_from_pretrained(self, strategy: Strategy, pretrain: str) -> list[Any]:
+        return []  # the policy's group loads it
+
+    def async_run_method(self, method_name: str, *args: Any) -> list[Any]:
+        return self.policy.async_run_method(method_name, *args)
+
+    def async_run_method_batch(self, method_name: str, **batches: Any) -> list[Any]:
+        if method_name != "forward":
+            raise PamaError(f"the reference model is asked for its log-probabilities only, found {method_name}")
+        return self.policy.async_run_method_batch("forward_without_adapters", **batches)
+
+
 def group_builder(
     config: PamaConfig,
     plan: Plan,
     stock: type[RayActorGroup],
     reward_actor: Any,
     policy_actor: Any,
-    adapted: tuple[Any, Any] | None = None,
+    *,
+    reference_in_policy: Any = None,
 ) -> Callable[..., Any]:
     """Return the function that OpenRLHF's driver calls in place of ``RayActorGroup``.
 
     Args:
-        adapted: OpenRLHF's reference actor, and what takes its place beside a policy with LoRA adapters: a function of
-            the policy's group, which OpenRLHF builds first.
+        reference_in_policy: OpenRLHF's reference actor, if the policy has LoRA adapters: it is not started.
     """
-    policies = []
+    policies: list[PolicyGroup] = []  # OpenRLHF builds it before the reference
 
     def build(num_nodes: int, num_gpus_per_node: int, ray_actor_type: Any, **placement: Any) -> Any:
         if ray_actor_type is policy_actor:
             policies.append(PolicyGroup(num_nodes, num_gpus_per_node, ray_actor_type, **placement))
             return policies[-1]
-        if adapted is not None and ray_actor_type is adapted[0]:
-            return adapted[1](policies[-1])
+        if ray_actor_type is reference_in_policy:
+            return ReferenceInPolicy(policies[-1])
         if ray_actor_type is not reward_actor:
             return stock(num_nodes, num_gpus_per_node, ray_actor_type, **placement)
 

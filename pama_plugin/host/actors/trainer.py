@@ -40,7 +40,8 @@ from pama_plugin.host.actors.rollout_log import RolloutLog
 from pama_plugin.host.preflight.resume import STATE
 from pama_plugin.host.protocols import Strategy
 from pama_plugin.runs.rollouts import SETTINGS
-from pama_plugin.settings.run import StopAtFront, as_settings, dump_config
+from pama_plugin.settings.load import as_settings, dump_config
+from pama_plugin.settings.run import StopAtFront
 
 if TYPE_CHECKING:
     from pama_plugin.host.protocols import Trainer as Host
@@ -228,7 +229,7 @@ class MultiObjectiveTrainer(Host):
         return stats | reduce_columns(columns, self.config.names)
 
     def _begin_step(self, steps_done: int) -> None:
-        """Tell the engines; with --train.full_determinism_enable, seed all by the seed and the step only.
+        """Announce the step to the engines. With --train.full_determinism_enable, seed every process by seed and step.
 
         OpenRLHF seeds the models' processes once, at their start: a resumed run would repeat the first step's numbers.
         """

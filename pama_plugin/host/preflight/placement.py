@@ -101,9 +101,8 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
 
     # Replicas accept unequal shares of a batch.
     independent = {reward_role(objective) for objective in config.scored_in("replicas")}
-    apart = (
-        [] if getattr(args, "ds.lora.rank") else references
-    )  # with adapters, the policy without them is the reference
+    # With LoRA the reference is the policy with its adapters off.
+    apart = [] if getattr(args, "ds.lora.rank") else references
     for role in (policy, *apart, *critics, *rewards):
         if role.name not in independent:
             _check_batches(args, role)

@@ -53,10 +53,8 @@ def whiten(rewards_KB: Tensor, tokens_B: Tensor) -> Tensor:
     >>> whiten(torch.tensor([[0.0, 0.0, 0.0, 4.0]]), torch.tensor([1, 1, 1, 1])).round(decimals=3)
     tensor([[-0.5770, -0.5770, -0.5770,  1.7320]])
     """
-    centred_KB = (rewards_KB.reshape(len(rewards_KB), -1, PER_PROMPT).mean(-1, keepdim=True)).repeat_interleave(
-        PER_PROMPT, 1
-    )
-    centred_KB = rewards_KB - centred_KB.flatten(1)
+    rewards_KGN = rewards_KB.reshape(len(rewards_KB), -1, PER_PROMPT)
+    centred_KB = (rewards_KGN - rewards_KGN.mean(-1, keepdim=True)).flatten(1)
     share_B = tokens_B / tokens_B.sum()
     centred_KB = centred_KB - (centred_KB * share_B).sum(1, keepdim=True)
     whitened_KB: Tensor = centred_KB / (centred_KB.square() * share_B).sum(1, keepdim=True).clamp(min=1e-8).sqrt()

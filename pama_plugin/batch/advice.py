@@ -15,7 +15,7 @@ def advise(config: PamaConfig, table: RewardTable) -> list[str]:
     """Sentences about the rule, given the rewards of one batch.
 
     >>> import torch
-    >>> from pama_plugin.settings.run import load_config
+    >>> from pama_plugin.settings.load import load_config
     >>> objectives = ["a=builtin:length", "b=builtin:repetition"]
     >>> config = load_config("morlhf", objectives, None, None, None, default_level="token")
     >>> values_KB = torch.tensor([[10.0, 90.0, 40.0, 80.0], [0.1, 0.2, 0.3, 0.1]])

@@ -85,7 +85,7 @@ def _number(value: float) -> float | None:
 def step_line(config: PamaConfig, step: int, steps: int | None, metrics: Mapping[str, float], *, colours: bool) -> str:
     """One line about a step, for people: rewards with the shares of the objectives, conflict, distance.
 
-    >>> from pama_plugin.settings.run import load_config
+    >>> from pama_plugin.settings.load import load_config
     >>> config = load_config("pama", ["a=builtin:length"], None, None, None, default_level="token")
     >>> metrics = {"reward/a": 1.25, "pama/coefficient/a": 1.0, "pama/kl_response": 0.5, "pama/reference_nll": 3.125}
     >>> step_line(config, 3, 50, metrics, colours=False)

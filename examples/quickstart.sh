@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Align a language model with two rewards that conflict, on OpenRLHF, Ray, DeepSpeed and vLLM, without a GPU.
 #
-#   examples/quickstart.sh [STEPS]        (default 16; SEED=1 examples/quickstart.sh for another seed)
+#   examples/quickstart.sh [STEPS [FLAGS]]        (default 16; SEED=1 examples/quickstart.sh for another seed)
+#
+# FLAGS come last in the training command, and override its flags: examples/quickstart.sh 16 --loss linear
+# OUT=runs/mine examples/quickstart.sh writes to another folder.
 #
 # The policy is SmolLM2-135M-Instruct, from 4-bit weights; it is to shorten a sentence. `coverage` is the share of the
 # sentence's content words in the answer, `brevity` is minus its words / 10, and `sentiment`, a model trained on human
@@ -11,6 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 steps=${1:-16}
+flags=("${@:2}")
 seed=${SEED:-0}
 prompts_per_step=8 # of 2,244
 if [[ ! $steps =~ ^[1-9][0-9]{0,2}$ ]] || ((steps > 280)); then
@@ -19,7 +23,7 @@ if [[ ! $steps =~ ^[1-9][0-9]{0,2}$ ]] || ((steps > 280)); then
 fi
 work=runs/smollm2
 models=$work/models
-out=$work/$steps-steps/seed-$seed
+out=${OUT:-$work/$steps-steps/seed-$seed}
 . examples/quickstart/stack.sh
 
 make_smollm2
@@ -34,7 +38,7 @@ objectives=( # without role=monitor, sentiment is trained on, too
 
 # The stock OpenRLHF command, plus --loss and one --pama.objective per reward.
 echo "== $steps steps of PPO with two objectives (40 s each, after a minute of start-up; log: $out/run.log)"
-rm -rf "$out"
+rm -rf "$out/model" "$out/checkpoints" "$out/logs"
 mkdir -p "$out"
 python -m openrlhf.cli.train_ppo_ray \
     --loss pama "${objectives[@]}" --pama.log_rollouts all \
@@ -49,7 +53,8 @@ python -m openrlhf.cli.train_ppo_ray \
     --train.colocate_actor_ref --actor.num_gpus_per_node 1 --ref.num_gpus_per_node 1 --reward.num_gpus_per_node 1 \
     --vllm.num_engines 1 --vllm.enforce_eager --vllm.gpu_memory_utilization 0.1 --vllm.sync_backend gloo \
     --ds.zero_stage 0 --ds.param_dtype fp32 --ds.attn_implementation sdpa \
-    --ckpt.output_dir "$out/model" --ckpt.path "$out/checkpoints" --logger.tensorboard_dir "$out/logs" 2>&1 |
+    --ckpt.output_dir "$out/model" --ckpt.path "$out/checkpoints" --logger.tensorboard_dir "$out/logs" \
+    "${flags[@]}" 2>&1 |
     python examples/quickstart/watch.py "$out/run.log" "$steps"
 
 echo "== start policy and trained policy, on prompts that were not trained on (about a minute)"

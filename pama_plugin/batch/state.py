@@ -73,14 +73,21 @@ class RunState(BaseModel):
     objectives: dict[str, ObjectiveState]
     heads: tuple[str, ...]  # names of the trained objectives, in the order of the critic's heads
     rule: dict[str, Any] = {}  # the rule and its settings; older checkpoints do not have it
+    adapters: dict[str, Any] = {}  # OpenRLHF's flags for those of the policy; empty if it has none
     front: str = ""  # settings for which steps_at_front was counted
     steps_at_front: int = 0  # consecutive steps at the front, for --pama.stop_at_front
     first_nll: float | None = None  # mean negative log-likelihood by the reference in the first step
     rating: str  # how evaluations were rated; other ratings are not comparable
 
     @classmethod
-    def start(cls, config: PamaConfig, agent: str | None = None) -> "RunState":
-        """The state before the first step; ``agent`` is the file of the user's agent, if any."""
+    def start(cls, config: PamaConfig, agent: str | None = None, adapters: dict[str, Any] | None = None) -> "RunState":
+        """The state before the first step.
+
+        Args:
+            config: the configuration of the run.
+            agent: the file of the user's agent, if any.
+            adapters: OpenRLHF's flags for adapters of the policy, if it has any.
+        """
         objectives = {
             objective.name: ObjectiveState(scorer=objective.identity(agent)) for objective in config.objectives
         }
@@ -90,6 +97,7 @@ class RunState(BaseModel):
             objectives=objectives,
             heads=config.trained_names,
             rule=rule,
+            adapters=adapters or {},
             rating=f"{config.best or 'min'} of {weights}",
             front=f"{rule} {config.stop_at_front} of {weights}",
         )

@@ -18,7 +18,7 @@ import torch
 
 from pama_plugin.batch.state import RunState
 from pama_plugin.errors import ConfigError
-from pama_plugin.host.preflight.resume import STATE, describe_saved, prepare_resume
+from pama_plugin.host.preflight.resume import STATE, adapters_of, describe_saved, prepare_resume
 from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
@@ -58,9 +58,23 @@ def save(tmp_path):
     return write
 
 
-def resume(tmp_path, config, estimator="gae", allow=False, load=True, universal=False, start=True, other_rule=False):
+FULL = {"ds.lora.rank": 0, "ds.lora.alpha": 16, "ds.lora.target_modules": "all-linear", "ds.load_in_4bit": False}
+LORA = FULL | {"ds.lora.rank": 8}
+
+
+def resume(
+    tmp_path,
+    config,
+    estimator="gae",
+    allow=False,
+    load=True,
+    universal=False,
+    start=True,
+    other_rule=False,
+    adapters=FULL,
+):
     flags = {"ckpt.load_enable": load, "ckpt.path": str(tmp_path), "algo.advantage.estimator": estimator}
-    flags["ds.use_universal_ckpt"] = universal
+    flags |= {"ds.use_universal_ckpt": universal, **adapters}
     flags.setdefault("train.agent_func_path", None)
     config, found = prepare_resume(
         argparse.Namespace(**flags), config, allow_other_objectives=allow, allow_other_rule=other_rule
@@ -150,6 +164,26 @@ def test_another_rule_is_refused_unless_asked_for(changed, message, configure, s
     assert re.search(
         f"resuming with another rule than that of .*{message.removeprefix('found ')}", capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "message"),
+    [
+        (LORA, LORA | {"ds.lora.alpha": 32}, "found ds.lora.alpha 32 instead of 16"),
+        (LORA, LORA | {"ds.lora.rank": 4}, "found ds.lora.rank 4 instead of 8"),
+        (LORA, LORA | {"ds.lora.target_modules": ["q_proj"]}, r"target_modules \['q_proj'\] instead of all-linear"),
+        (LORA, LORA | {"ds.load_in_4bit": True}, "found ds.load_in_4bit True instead of False"),
+        (LORA, FULL | {"ds.lora.alpha": 32}, "found ds.lora.rank None instead of 8"),
+        (FULL, LORA, "found ds.lora.rank 8 instead of None"),
+    ],
+)
+def test_other_adapters_are_refused(saved, now, message, configure, save, tmp_path) -> None:
+    """Of these only another alpha could be loaded, and would make another policy of the weights."""
+    config = configure(*TWO)
+    save(3, RunState.start(config, None, adapters_of(saved)).model_dump_json())
+    assert resume(tmp_path, config, adapters=saved).names == config.names
+    with pytest.raises(ConfigError, match=f"the policy's adapters must be those of .*{message}"):
+        resume(tmp_path, config, adapters=now)
 
 
 def test_another_rule_does_not_inherit_the_memory_of_the_old_one(configure) -> None:

@@ -95,6 +95,30 @@ def test_vllm_is_sent_the_merged_model_under_the_plain_models_names(policy, targ
     assert changed == (14 if targets == "all-linear" else 4)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_vllm_is_sent_what_a_base_in_4_bits_computes_with(policy, targets, monkeypatch) -> None:
+    """A plain model with the weights that are sent has the policy's log-probabilities."""
+    from pama_plugin.host.actors.policy import keep_4_bits
+
+    plain = load(policy, lora_rank=0, param_dtype="bf16")
+    actor = load(policy, target_modules=targets, lora_alpha=8, param_dtype="bf16", load_in_4bit=True)
+    actor.bfloat16()  # as DeepSpeed does; OpenRLHF loads the norms in float32
+    keep_4_bits(actor.model)
+    adapt(actor)
+    _, sent = sync(actor, monkeypatch)
+    assert [(name, value.shape, value.dtype) for name, value in sent.items()] == [
+        (name, value.shape, torch.bfloat16) for name, value in plain.model.named_parameters()
+    ]
+    tokens, mask = torch.randint(0, 50, (2, 7)), torch.ones(2, 6, dtype=torch.long)
+    attention_mask = torch.ones(2, 7, dtype=torch.long)
+    with torch.no_grad():
+        rounded = actor(tokens, mask, attention_mask)
+        before = plain(tokens, mask, attention_mask)
+        plain.model.load_state_dict(sent, strict=False)
+        after = plain(tokens, mask, attention_mask)
+    assert (after - rounded).abs().max() < 0.02 < (before - rounded).abs().max()
+
+
 def test_adapters_on_a_shared_weight_are_refused(policy) -> None:
     """vLLM ties its head to the embedding, so it would get the adapter twice; PEFT's head uses the base."""
     from pama_plugin.host.actors.policy import refuse_layers

@@ -153,6 +153,7 @@ def install(*flags: str):
 REINFORCE = ("--algo.advantage.estimator", "reinforce")
 GROUPS = ["--algo.advantage.estimator", "reinforce_baseline", "--rollout.n_samples_per_prompt", "4"]
 LORA = ("--ds.lora.rank", "8")
+FOUR_BITS = (*LORA, "--ds.load_in_4bit")
 TWO = ("--loss", "pama", "--pama.objective", LENGTH, "--pama.objective", "r=rm:org/model")
 
 
@@ -342,7 +343,9 @@ def test_stock_flags_come_through_untouched(flags) -> None:
             (*TWO, *GROUPS, "--data.max_images_per_prompt", "2"),
             "--data.max_images_per_prompt.*left out.*text alone.*found 2",
         ),
-        ((*TWO, *GROUPS, "--ds.load_in_4bit"), "--ds.load_in_4bit.*left out.*never run.*found True"),
+        ((*TWO, *GROUPS, "--ds.load_in_4bit"), "--ds.lora.rank must be above 0 with --ds.load_in_4bit.*found 0"),
+        ((*TWO, *GROUPS, *FOUR_BITS, "--ds.param_dtype", "fp16"), "--ds.param_dtype must be bf16.*found fp16"),
+        ((*TWO, *GROUPS, *FOUR_BITS, "--ds.zero_stage", "3"), "--ds.zero_stage must be at most 2.*found 3"),
         (
             (*TWO, "--algo.advantage.estimator", "gae", "--ds.tensor_parallel_size", "2"),
             "--ds.tensor_parallel_size.*1.*gae.*several objectives.*found 2",

@@ -47,6 +47,7 @@ def trainer(
         pama_terminal=False,
         train=SimpleNamespace(full_determinism_enable=False, dynamic_batch_enable=False, batch_size=8, max_epochs=1),
         algo=SimpleNamespace(dynamic_filtering_enable=False),
+        ds=SimpleNamespace(load_in_4bit=False),
     )
     made.responses_trained = made.steps_at_start = 0
     made.vllm_engines = [Engine()]
@@ -79,6 +80,16 @@ def test_the_engines_are_told_of_every_step_in_every_run() -> None:
     ours.init_checkpoint_states()
     ours._begin_step(5)
     assert [engine.steps for engine in ours.vllm_engines] == [[4, 5]]
+
+
+@pytest.mark.parametrize(("in_4_bits", "step", "sent"), [(False, 0, 0), (True, 0, 1), (True, 4, 0)])
+def test_vllm_is_sent_a_base_in_4_bits_before_the_first_rollout(in_4_bits, step, sent) -> None:
+    """It has loaded the weights before they were rounded. A run that is resumed sends them in OpenRLHF's ``fit``."""
+    ours, syncs = trainer({"global_step": step}), []
+    ours.args.ds.load_in_4bit = in_4_bits
+    ours.broadcast_to_vllm = lambda: syncs.append(1)
+    ours.init_checkpoint_states()
+    assert len(syncs) == sent
 
 
 def test_wandb_has_our_settings_as_values_to_group_runs_by(monkeypatch) -> None:

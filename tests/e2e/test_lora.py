@@ -25,13 +25,13 @@ def test_adapters_are_trained_sent_saved_and_resumed_with_zero_3_on_two_ranks(ru
     # vLLM samples from base and adapters: what it thinks of its tokens is what the policy thinks.
     assert all(abs(step["vllm_kl"]) < 1e-3 for step in run.steps)
     nats = [step["pama/kl_response"] for step in run.steps]
-    assert abs(nats[0]) < 1e-5 and max(map(abs, nats)) > 0.05, "the reference is the policy with its adapters off"
+    assert abs(nats[0]) < 1e-5 and max(map(abs, nats)) > 1e-3, "the reference is the policy with its adapters off"
 
     resumed = run_host(*flags, "--ckpt.load_enable", "--data.max_samples", "40", steps=5)
     assert resumed.status == 0, resumed.output[-5000:]
     assert list(resumed.by_step) == [4, 5]
     assert all(abs(step["vllm_kl"]) < 1e-3 for step in resumed.steps)
-    assert abs(resumed.by_step[4]["pama/kl_response"]) > 0.05
+    assert abs(resumed.by_step[4]["pama/kl_response"]) > 1e-3, "the adapters are those of the checkpoint"
 
     assert (tmp_path / "model" / "adapter_config.json").is_file()
     combine = [sys.executable, "-m", "openrlhf.cli.lora_combiner", "--model_path", str(models / "policy")]

@@ -32,7 +32,8 @@ class CriticModelActor(ppo_critic.CriticModelActor.__ray_metadata__.modified_cla
     """OpenRLHF's critic; with several objectives, one value head per objective replaces its value head."""
 
     def init_model_from_pretrained(self, strategy: Strategy, pretrain: str, max_steps: int) -> None:
-        strategy.args.ds.lora.rank = 0  # of the policy only: OpenRLHF would adapt the value head, which starts anew
+        # Of the policy only: OpenRLHF would adapt the value head, which starts anew, and train nothing of 4 bits.
+        strategy.args.ds.lora.rank, strategy.args.ds.load_in_4bit = 0, False
         objectives = strategy.args.pama.trained
         objective = objective_of(objectives, pretrain)
         if objective is not None:  # this rank has its own copy of the strategy and its arguments

@@ -7,6 +7,7 @@ that vLLM does not know. While it runs, the model lists what the plain model wou
 
 made when it is sent, added in float32, rounded to the base's precision, and dropped afterwards. The base is never
 written, so nothing drifts in bfloat16. So the base is also the reference model: the policy with its adapters off.
+A base in 4 bits (--ds.load_in_4bit) is sent as the numbers that its layers compute with.
 """
 
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import ray
 import torch
 from openrlhf.trainer.ray import ppo_actor
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from pama_plugin.errors import ConfigError
@@ -26,7 +28,7 @@ ADAPTED_MODEL, BASE = "base_model.model.", "base_layer."
 
 
 class MergedWeight:
-    """Stands in for an adapted parameter in OpenRLHF's weight sync.
+    """Stands in for a parameter that is adapted, or stored in 4 bits, in OpenRLHF's weight sync.
 
     ``data`` exists within ``deepspeed.zero.GatheredParameters([merged])``, which OpenRLHF enters on every rank before
     it sends a parameter; with ZeRO-3 the shards of base and adapters are gathered there.
@@ -35,19 +37,19 @@ class MergedWeight:
     requires_grad = True  # of a policy that reads images OpenRLHF sends these only
     data: Tensor
 
-    def __init__(self, layer: LoraLayer) -> None:
-        self.layer: Any = layer
-        self.base: Any = self.layer.get_base_layer().weight
-        self.dtype = self.base.dtype
-        self.shape = getattr(self.base, "ds_shape", self.base.shape)
+    def __init__(self, base: Any, layer: Any = None) -> None:
+        self.base, self.layer = base, layer
+        self.quantization = getattr(base, "quant_state", None)
+        self.dtype = (self.quantization or base).dtype
+        self.shape = self.quantization.shape if self.quantization else getattr(base, "ds_shape", base.shape)
         self.ds_shape = self.shape
 
     @contextmanager
     def gathered(self, gather: Any, **options: Any) -> Iterator[None]:
-        adapters = [parameter for name, parameter in self.layer.named_parameters() if "lora_" in name]
-        with gather([self.base, *adapters], **options), torch.no_grad():
-            weight = self.base.data.float()
-            for adapter in self.layer.active_adapters:
+        adapters = self.layer.named_parameters() if self.layer else ()
+        with gather([self.base, *(value for name, value in adapters if "lora_" in name)], **options), torch.no_grad():
+            weight = (dequantize_bnb_weight(self.base) if self.quantization else self.base.data).float()
+            for adapter in self.layer.active_adapters if self.layer else ():
                 weight = weight + self.layer.get_delta_weight(adapter).float()
             self.data = weight.to(self.dtype)
             yield
@@ -61,7 +63,8 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     }
     for name, parameter in nn.Module.named_parameters(model):
         if ".lora_" not in name:
-            value = MergedWeight(adapted[name]) if name in adapted else parameter
+            stands_in = name in adapted or hasattr(parameter, "quant_state")
+            value = MergedWeight(parameter, adapted.get(name)) if stands_in else parameter
             yield name.removeprefix(ADAPTED_MODEL).replace(f".{BASE}", "."), value
 
 
@@ -104,6 +107,17 @@ def refuse_layers(model: nn.Module) -> None:
             )
 
 
+def keep_4_bits(model: nn.Module) -> None:
+    """Have layers of 4 bits keep their numbers.
+
+    On a CPU with AVX512-BF16, bitsandbytes packs them for evaluation with rounded scales, and cannot train them then.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 @ray.remote(num_gpus=1)
 class PolicyModelActor(ppo_actor.PolicyModelActor.__ray_metadata__.modified_class):
     """OpenRLHF's policy with LoRA adapters."""
@@ -111,6 +125,7 @@ class PolicyModelActor(ppo_actor.PolicyModelActor.__ray_metadata__.modified_clas
     def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
         super().init_model_from_pretrained(*args, **kwargs)
         refuse_layers(self.actor.model.module)
+        keep_4_bits(self.actor.model.module)
 
     def broadcast_to_vllm(self) -> None:
         with merged(self.actor.model.module):

@@ -106,8 +106,9 @@ def _strategy_of(objective: Objective, strategy: Strategy) -> Strategy:
     changed = copy.copy(strategy)
     changed.args = copy.copy(strategy.args)
     options = objective.settings
+    changed.args.ds = copy.copy(strategy.args.ds)
+    changed.args.ds.load_in_4bit = False  # of the policy only: other rewards would come out
     if options.value_head_prefix is not None:
-        changed.args.ds = copy.copy(strategy.args.ds)
         changed.args.ds.value_head_prefix = options.value_head_prefix
     if options.offload is not None:
         changed.args.reward = copy.copy(strategy.args.reward)

@@ -151,6 +151,8 @@ class MultiObjectiveTrainer(Host):
             states = {name: value for name, value in states.items() if not name.startswith("best_eval_metric")}
         self.steps_at_start = states["global_step"]
         self._begin_step(self.steps_at_start)
+        if self.args.ds.load_in_4bit and not self.steps_at_start:
+            self.broadcast_to_vllm()  # vLLM has loaded the weights before they were rounded to 4 bits
         return states
 
     def train_step(self, rollout_samples: list[Any], *args: Any) -> tuple[dict[str, Any], int]:

@@ -1,6 +1,7 @@
 """Checks OpenRLHF's flags and the models that they name against the configuration, before Ray starts."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from pama_plugin.aggregation import get_rule
@@ -14,7 +15,6 @@ STOCK_REWARD_FLAGS = ("reward.model_name_or_path", "reward.remote_url")
 
 # Flags that must be left out.
 REFUSED = {
-    "ds.load_in_4bit": "it was never run, and vLLM would start from other weights than the 4-bit ones",
     "data.max_images_per_prompt": "rewards would read the text alone, and a policy that reads images was never run",
 }
 
@@ -61,6 +61,8 @@ def check_flags(args: argparse.Namespace, config: PamaConfig) -> PamaConfig:
                 "--ds.lora.target_modules must be left out for all linear layers: as a flag, all-linear is the name of "
                 "a module, found all-linear"
             )
+    if getattr(args, "ds.load_in_4bit"):
+        _check_4_bits(args)
     if not getattr(args, "vllm.num_engines"):
         raise ConfigError(
             "--vllm.num_engines must be at least 1, because OpenRLHF's PPO generates with vLLM, found none"
@@ -166,6 +168,20 @@ def _choose_filter(args: argparse.Namespace, config: PamaConfig) -> PamaConfig:
                 f"{config.filter_by}, found none: every prompt would be filtered out"
             )
     return config
+
+
+def _check_4_bits(args: argparse.Namespace) -> None:
+    rank, dtype, stage = (getattr(args, f"ds.{flag}") for flag in ("lora.rank", "param_dtype", "zero_stage"))
+    if not rank:
+        raise ConfigError(
+            "--ds.lora.rank must be above 0 with --ds.load_in_4bit, whose weights no step changes; found 0"
+        )
+    if dtype != "bf16":
+        raise ConfigError(f"--ds.param_dtype must be bf16 with --ds.load_in_4bit, as OpenRLHF demands, found {dtype}")
+    if stage == 3:
+        raise ConfigError("--ds.zero_stage must be at most 2 with --ds.load_in_4bit: ZeRO-3 splits numbers, found 3")
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("--ds.load_in_4bit needs the package bitsandbytes, found none: pip install bitsandbytes")
 
 
 def _check_agent(agent: str | None, config: PamaConfig) -> None:

@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ FORMER = {
     **dict.fromkeys(("gdpo", "gd2po", "rvpo"), "--pama.option whiten_sum=true"),
     "lagrangian": "gradient ascent in log λ (it goes on from the saved multipliers), without --pama.rescale",
 }
+# Flags of the policy's adapters that make another policy of the saved weights.
+ADAPTERS = ("ds.lora.rank", "ds.lora.alpha", "ds.lora.target_modules", "ds.load_in_4bit")
 TAG = re.compile(r"(?:best_)?global_step(\d+)")
 
 
@@ -82,6 +85,10 @@ def prepare_resume(
         print(f"PAMA: {source} is a stock checkpoint; the objectives' statistics start anew", flush=True)
         return config, resume
 
+    if changes := _differences(saved.adapters, adapters_of(vars(args))):
+        raise ConfigError(
+            f"--ckpt.load_enable: the policy's adapters must be those of {source}, found {', '.join(changes)}"
+        )
     names = list(saved.objectives)
     if with_critic and set(saved.heads) != set(config.trained_names):
         raise ConfigError(
@@ -93,7 +100,7 @@ def prepare_resume(
             f"--ckpt.load_enable: the objectives must be those of {source}, {', '.join(names)}, found "
             f"{', '.join(config.names)}; --pama.allow_other_objectives resumes anyway"
         )
-    if changes := _differences(saved.rule, config.rule_settings()):
+    if saved.rule and (changes := _differences(saved.rule, config.rule_settings())):
         if not allow_other_rule:
             raise ConfigError(
                 f"--ckpt.load_enable: the rule must be that of {source}, found {', '.join(changes)}; "
@@ -119,12 +126,17 @@ def prepare_resume(
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings of the rule that are not those of the checkpoint, if it has any."""
+    """The settings that are not those of the checkpoint."""
     return [
         f"{key} {now.get(key)} instead of {saved.get(key)}"
         for key in {**saved, **now}
-        if saved and saved.get(key) != now.get(key)
+        if saved.get(key) != now.get(key)
     ]
+
+
+def adapters_of(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of the policy's adapters among OpenRLHF's, flat; empty if it has no adapters."""
+    return {flag: flags[flag] for flag in ADAPTERS} if flags["ds.lora.rank"] else {}
 
 
 def describe_saved(root: Path, *, with_critic: bool) -> str:

@@ -1,4 +1,4 @@
-"""Time and memory of a step with LoRA adapters and with full training, and what SmolLM2 learns of the quickstart's task.
+"""Time and memory of a step with LoRA adapters and with full training; what SmolLM2 learns of the quickstart's task.
 
     .venv/bin/python tests/benchmarks/lora.py [STEPS]        about 25 minutes for 16 steps
 

@@ -57,15 +57,21 @@ python -m openrlhf.cli.train_ppo_ray \
     "${flags[@]}" 2>&1 |
     python examples/quickstart/watch.py "$out/run.log" "$steps"
 
+trained=$out/model
+if [ -e "$trained/adapter_config.json" ]; then # with --ds.lora.rank
+    trained=$out/merged
+    python -m openrlhf.cli.lora_combiner --model_path "$models/policy" --lora_path "$out/model" \
+        --output_path "$trained" >"$out/merge.log" 2>&1 || { cat "$out/merge.log" >&2 && exit 1; }
+fi
 echo "== start policy and trained policy, on prompts that were not trained on (about a minute)"
-python examples/quickstart/compare.py sample "$models/policy" "$out/model" "$models/held_out.jsonl" "$out/answers.jsonl"
+python examples/quickstart/compare.py sample "$models/policy" "$trained" "$models/held_out.jsonl" "$out/answers.jsonl"
 pama score "$out/answers.jsonl" "${objectives[@]}" --tokenizer "$models/policy" --out "$out/scored.jsonl" \
     >"$out/score.log" 2>&1 || { cat "$out/score.log" >&2 && exit 1; }
 python examples/quickstart/compare.py show "$out/scored.jsonl"
 pama report "$out/logs" --out "$out"
 cat <<EOF
 
-$out/model         the trained policy
+$trained         the trained policy
 $out/paths.png     its way through the rewards
 $out/report.html   everything on one page
 .venv/bin/pama rollouts $out --best coverage   what it wrote while it was trained

@@ -22,7 +22,7 @@ SHA256 = {
     "0.11.2": "c969d70db03a70724c3d8a5a01186c6e0728bce624fb3dff95e39b5396acefa6",
 }
 # OpenRLHF requires these two unconditionally; both are CUDA extensions that its CPU code paths do not call.
-CUDA_ONLY = ("flash-attn",)
+CUDA_ONLY = ("flash-attn", "bitsandbytes")
 PATCH = Path(__file__).parent.resolve() / f"openrlhf-{PATCHED}" / "run-without-cuda.patch"
 
 

@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3.11}
 release=patches/openrlhf-0.11.2
 torch="torch==2.13.0+cpu"
+bitsandbytes="bitsandbytes==0.50.2"
 
 fingerprint() { cat "$@" | sha256sum | cut -c1-16; }
 install() { .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile "$@"; }
@@ -36,6 +37,8 @@ if [ ! -e "$stack" ]; then
     rm -rf .venv/hosts
     .venv/bin/python patches/build_wheel.py .venv/hosts
     install --no-deps --force-reinstall .venv/hosts/openrlhf-0.11.2+cpu-*.whl
+    # Apart: where it is installed, transformers and PEFT import it, and it warns of a kernel that it does not find.
+    install --no-deps --upgrade --target .venv/bitsandbytes "$bitsandbytes"
     # On all cores, where pip would use one. Templates and examples of some packages are no valid Python.
     .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
     rm -f .venv/.stack-* .venv/.plugin-*

@@ -25,6 +25,7 @@ from typing import Any, cast
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.preflight.fingerprints import check_host
 from pama_plugin.host.preflight.flags import check_flags, check_models
+from pama_plugin.host.preflight.memory import estimate
 from pama_plugin.host.preflight.nodes import ask_nodes
 from pama_plugin.host.preflight.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
 from pama_plugin.host.preflight.resume import Resume, prepare_resume
@@ -68,7 +69,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         logger.warning("PAMA: %s", warning)
     if plan_for is not None:
         cluster = parse_cluster(plan_for)
-        print(f"{format_plan(plan, cluster)}\n\n{dump_config(config)}", end="")
+        print(f"{format_plan(plan, cluster, estimate(args, config, plan))}\n\n{dump_config(config)}", end="")
         check_cluster(plan, cluster)
         sys.exit()
     config, resume = prepare_resume(

@@ -1,6 +1,11 @@
 """A policy with LoRA adapters: what OpenRLHF's own weight sync sends to vLLM."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +100,16 @@ def test_vllm_is_sent_the_merged_model_under_the_plain_models_names(policy, targ
     assert changed == (14 if targets == "all-linear" else 4)
 
 
+def test_a_base_in_4_bits(request) -> None:
+    """The tests below, in a process that has bitsandbytes: PEFT asks for it when it is imported."""
+    folder = Path(sys.executable).parents[1] / "bitsandbytes"
+    path = os.pathsep.join([str(folder), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    command = [sys.executable, "-m", "pytest", "-q", str(request.path), "-k", "4_bits_computes"]
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert run.returncode == 0 and "2 passed" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="run by test_a_base_in_4_bits")
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
 def test_vllm_is_sent_what_a_base_in_4_bits_computes_with(policy, targets, monkeypatch) -> None:
     """A plain model with the weights that are sent has the policy's log-probabilities."""

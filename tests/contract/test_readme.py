@@ -174,11 +174,12 @@ MODES = (
     "packing",
     "ring attention",
     "tensor parallel",
-    "4-bit",
+    "4 bits",
 )
 ROWS = re.findall(r"^\| (.+?) \| (CPU|refused)(.*?) \| `(.+?)::(.+?)` \|$", README, flags=re.MULTILINE)
 # Where a mode was run: whole runs, which only the end-to-end tests are, or the host's functions alone.
 RUN_ON = {", 1 rank": "tests/e2e/", ", 2 ranks": "tests/e2e/", ", functions": "tests/contract/"}
+RUN_ON[", 1 or 2 ranks, by hand"] = "tests/e2e/"
 
 
 @pytest.mark.parametrize("mode", MODES)

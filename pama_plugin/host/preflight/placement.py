@@ -8,7 +8,7 @@ this with OpenRLHF's ``train``; the reward groups take their sizes and shares fr
 import argparse
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from pama_plugin.errors import ConfigError
@@ -254,19 +254,26 @@ def place(plan: Plan, cluster: Sequence[Node]) -> list[list[str]]:
     return placed
 
 
-def format_plan(plan: Plan, cluster: Sequence[Node]) -> str:
-    """Format the plan as a table: one line per role, with the nodes on which it is expected."""
-    rows = [("role", "ranks", "GPUs each", "block", "node")]
+def format_plan(plan: Plan, cluster: Sequence[Node], memory: Mapping[str, float] | None = None) -> str:
+    """Format the plan as a table: one line per role, with the nodes on which it is expected.
+
+    Args:
+        memory: role → GiB of each rank; without it the table has no such column.
+    """
+    rows = [("role", "ranks", "GPUs each", *(["GiB each"] if memory else []), "block", "node")]
     for index, (block, nodes) in enumerate(zip(plan.blocks, place(plan, cluster)), start=1):
         for role in block.roles:
             where = list(dict.fromkeys(nodes[: role.ranks])) + ["none"] * (len(nodes) < min(role.ranks, block.gpus))
-            rows.append((role.name, str(role.ranks), f"{role.share:g}", str(index), ", ".join(where) or "any"))
+            size = [f"{memory[role.name]:.1f}" if role.name in memory else "–"] if memory else []
+            rows.append((role.name, str(role.ranks), f"{role.share:g}", *size, str(index), ", ".join(where) or "any"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
-        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:4])), node])
+        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:-1])), node])
         for name, *cells, node in rows
     ]
     total = f"PAMA plan: {plan.gpus} of {sum(node.gpus for node in cluster)} GPUs, one CPU beside each"
+    if memory:
+        lines.append("GiB each: weights, gradients and optimizer. Activations, buffers and vLLM's cache need more.")
     return "\n".join([total, *lines])
 
 

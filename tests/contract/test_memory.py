@@ -1,0 +1,91 @@
+"""The GPU memory of a plan, from the config.json of its models."""
+
+import pytest
+from hosttools import parse_host_flags
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from pama_plugin.host.preflight.memory import IN_4_BITS, estimate
+from pama_plugin.host.preflight.placement import format_plan, make_plan, parse_cluster
+from pama_plugin.settings.flags import add_flags
+from pama_plugin.settings.load import load_config
+
+pytestmark = pytest.mark.contract
+
+HEAD = 50 * 32
+LINEAR = 2 * (4 * 32 * 32 + 3 * 32 * 64)
+REST = 50 * 32 + 5 * 32  # the embeddings, and the norms
+POLICY, TRUNK = HEAD + LINEAR + REST, LINEAR + REST
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=50, num_labels=1, **shape)
+    for name, kind in {"policy": LlamaForCausalLM, "reward": LlamaForSequenceClassification}.items():
+        kind(config).half().save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("policy", "reward")}
+
+
+def bytes_of(models, *flags: str, objectives=()) -> dict[str, int]:
+    args = parse_host_flags("--actor.model_name_or_path", models["policy"], *flags, extend=add_flags)
+    config = load_config("pama", ["length=builtin:length", *objectives], None, None, None, default_level="token")
+    return {role: round(gib * 2**30) for role, gib in estimate(args, config, make_plan(args, config)).items()}
+
+
+GROUPS = ("--algo.advantage.estimator", "reinforce_baseline")
+TWO_RANKS = "--actor.num_gpus_per_node 2 --ref.num_gpus_per_node 2 --critic.num_gpus_per_node 2".split()
+
+
+@pytest.mark.parametrize(
+    ("flags", "policy", "reference"),
+    [
+        (["--ds.zero_stage", "0"], 16 * POLICY, 2 * POLICY),
+        (["--ds.zero_stage", "0", "--ds.param_dtype", "fp32"], 16 * POLICY, 4 * POLICY),
+        (["--ds.zero_stage", "1"], (2 + 2 + 6) * POLICY, 2 * POLICY),
+        (["--ds.zero_stage", "2"], (2 + 1 + 6) * POLICY, 2 * POLICY),
+        (["--ds.zero_stage", "2", "--ds.param_dtype", "fp32"], (4 + 2 + 6) * POLICY, 4 * POLICY),
+        (["--ds.zero_stage", "3"], 8 * POLICY, POLICY),
+        (["--ds.zero_stage", "3", "--ds.adam_offload", "--ref.offload"], 2 * POLICY, 0),
+    ],
+)
+def test_stages_of_zero_on_two_ranks(flags, policy, reference, models) -> None:
+    found = bytes_of(models, *GROUPS, *TWO_RANKS, *flags)
+    assert found == {"policy": policy, "reference": reference, "rollout": 2 * POLICY}
+
+
+@pytest.mark.parametrize(
+    ("flags", "weights", "adapters"),
+    [
+        ([], 2 * POLICY, 4 * 2 * (4 * 64 + 3 * 96)),
+        (["--ds.lora.target_modules", "q_proj", "down_proj"], 2 * POLICY, 4 * 2 * (64 + 96)),
+        (["--ds.load_in_4bit"], 2 * (POLICY - LINEAR) + IN_4_BITS * LINEAR, 4 * 2 * (4 * 64 + 3 * 96)),
+    ],
+)
+def test_adapters(flags, weights, adapters, models) -> None:
+    """They are all that is trained, and the reference is the policy."""
+    found = bytes_of(models, *GROUPS, "--ds.zero_stage", "0", "--ds.lora.rank", "4", *flags)
+    assert found == {"policy": round(weights + 16 * adapters), "rollout": 2 * POLICY}
+
+
+def test_critic_and_rewards(models) -> None:
+    rewards = (f"a=rm:{models['reward']}", f"b=hf:{models['reward']}", f"c=hf:{models['reward']},dtype=float32")
+    cpu, unknown = f"d=hf:{models['reward']},gpus=0", "e=hf:org/that-is-not-here"
+    found = bytes_of(models, "--ds.zero_stage", "0", objectives=(*rewards, cpu, unknown))
+    assert found["critic"] == 16 * TRUNK and found["reward/a"] == 2 * TRUNK
+    assert (found["reward/b"], found["reward/c"]) == (2 * (TRUNK + 32), 4 * (TRUNK + 32))
+    assert not {"reward/d", "reward/e"} & set(found)
+
+
+def test_the_table_has_a_column_if_anything_is_known(models) -> None:
+    args = parse_host_flags("--actor.model_name_or_path", models["policy"], *GROUPS, extend=add_flags)
+    config = load_config("pama", ["length=builtin:length"], None, None, None, default_level="token")
+    table = format_plan(make_plan(args, config), parse_cluster("1x8"), {"policy": 112.25, "rollout": 14})
+    assert table.splitlines() == [
+        "PAMA plan: 3 of 8 GPUs, one CPU beside each",
+        "role       ranks  GPUs each  GiB each  block  node",
+        "rollout        1          1      14.0      1  1",
+        "policy         1          1     112.2      2  1",
+        "reference      1          1         –      3  1",
+        "GiB each: weights, gradients and optimizer. Activations, buffers and vLLM's cache need more.",
+    ]

@@ -3,8 +3,8 @@
 #
 #   examples/quickstart.sh [STEPS [FLAGS]]        (default 16; SEED=1 examples/quickstart.sh for another seed)
 #
-# FLAGS come last in the training command, and override its flags: examples/quickstart.sh 16 --loss linear
-# OUT=runs/mine examples/quickstart.sh writes to another folder.
+# FLAGS come last in the training command, and override its flags: examples/quickstart.sh 16 --loss linear. Its folders
+# are needed afterwards: OUT, and no flag, chooses another.
 #
 # The policy is SmolLM2-135M-Instruct, from 4-bit weights; it is to shorten a sentence. `coverage` is the share of the
 # sentence's content words in the answer, `brevity` is minus its words / 10, and `sentiment`, a model trained on human
@@ -38,7 +38,7 @@ objectives=( # without role=monitor, sentiment is trained on, too
 
 # The stock OpenRLHF command, plus --loss and one --pama.objective per reward.
 echo "== $steps steps of PPO with two objectives (40 s each, after a minute of start-up; log: $out/run.log)"
-rm -rf "$out/model" "$out/checkpoints" "$out/logs"
+rm -rf "$out"/{model,checkpoints,logs,run.log,answers.jsonl,scored.jsonl,score.log,report.html} "$out"/*.png
 mkdir -p "$out"
 python -m openrlhf.cli.train_ppo_ray \
     --loss pama "${objectives[@]}" --pama.log_rollouts all \
@@ -57,21 +57,15 @@ python -m openrlhf.cli.train_ppo_ray \
     "${flags[@]}" 2>&1 |
     python examples/quickstart/watch.py "$out/run.log" "$steps"
 
-trained=$out/model
-if [ -e "$trained/adapter_config.json" ]; then # with --ds.lora.rank
-    trained=$out/merged
-    python -m openrlhf.cli.lora_combiner --model_path "$models/policy" --lora_path "$out/model" \
-        --output_path "$trained" >"$out/merge.log" 2>&1 || { cat "$out/merge.log" >&2 && exit 1; }
-fi
 echo "== start policy and trained policy, on prompts that were not trained on (about a minute)"
-python examples/quickstart/compare.py sample "$models/policy" "$trained" "$models/held_out.jsonl" "$out/answers.jsonl"
+python examples/quickstart/compare.py sample "$models/policy" "$out/model" "$models/held_out.jsonl" "$out/answers.jsonl"
 pama score "$out/answers.jsonl" "${objectives[@]}" --tokenizer "$models/policy" --out "$out/scored.jsonl" \
     >"$out/score.log" 2>&1 || { cat "$out/score.log" >&2 && exit 1; }
 python examples/quickstart/compare.py show "$out/scored.jsonl"
 pama report "$out/logs" --out "$out"
 cat <<EOF
 
-$trained         the trained policy
+$out/model         the trained policy
 $out/paths.png     its way through the rewards
 $out/report.html   everything on one page
 .venv/bin/pama rollouts $out --best coverage   what it wrote while it was trained

@@ -48,7 +48,9 @@ def host_args(*flags: str) -> SimpleNamespace:
     """The same, nested as the host nests it."""
     from openrlhf.utils.config import hierarchize
 
-    return hierarchize(parse_host_flags(*flags))
+    args = hierarchize(parse_host_flags(*flags))
+    args.pama_adapters = {}  # as our own start sets it
+    return args
 
 
 def make_rollout(samples: int, seed: int = 0, names: tuple[str, ...] = ()) -> list[Any]:

@@ -17,6 +17,7 @@ from statistics import StatisticsError, correlation, fmean, pstdev
 from typing import Any
 
 import torch
+from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -46,7 +47,7 @@ def sample(start: Path, trained: Path, prompts: Path, out: Path) -> None:
     answers: list[Row] = []
     for policy in tqdm(POLICIES, desc="responses", unit="policy"):
         set_seed(0)
-        model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32) if policy == "trained" else reference
+        model = load(trained) if policy == "trained" else reference
         sequences = model.generate(
             **batch,
             do_sample=True,
@@ -71,6 +72,12 @@ def sample(start: Path, trained: Path, prompts: Path, out: Path) -> None:
             for index, text in enumerate(tokenizer.batch_decode(responses, skip_special_tokens=True))
         ]
     out.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+
+
+def load(folder: Path) -> Any:
+    """A policy; adapters, which training with --ds.lora.rank saves, with the base that they name."""
+    kind = AutoPeftModelForCausalLM if (folder / "adapter_config.json").exists() else AutoModelForCausalLM
+    return kind.from_pretrained(folder, dtype=torch.float32)
 
 
 def negative_log_likelihood(

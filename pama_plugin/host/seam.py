@@ -19,7 +19,7 @@ travels by value, with the globals that it refers to. So this module replaces ac
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from pama_plugin.errors import ConfigError
@@ -28,7 +28,7 @@ from pama_plugin.host.preflight.flags import check_flags, check_models
 from pama_plugin.host.preflight.memory import estimate
 from pama_plugin.host.preflight.nodes import ask_nodes
 from pama_plugin.host.preflight.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
-from pama_plugin.host.preflight.resume import Resume, prepare_resume
+from pama_plugin.host.preflight.resume import Resume, adapters_of, prepare_resume
 from pama_plugin.host.protocols import Command, Strategy
 from pama_plugin.host.sigterm import end_on_sigterm
 from pama_plugin.settings.load import dump_config, load_config
@@ -69,7 +69,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         logger.warning("PAMA: %s", warning)
     if plan_for is not None:
         cluster = parse_cluster(plan_for)
-        print(f"{format_plan(plan, cluster, estimate(args, config, plan))}\n\n{dump_config(config)}", end="")
+        print(_describe(args, config, plan, cluster), dump_config(config), sep="\n\n", end="")
         check_cluster(plan, cluster)
         sys.exit()
     config, resume = prepare_resume(
@@ -79,7 +79,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         allow_other_rule=allowed["other_rule"],
     )
 
-    args.pama, args.pama_terminal = config, sys.stdout.isatty()
+    args.pama, args.pama_adapters, args.pama_terminal = config, adapters_of(vars(args)), sys.stdout.isatty()
     if scored_by_models := config.scored_in("ranks", "replicas"):
         # Truthy, so that OpenRLHF initialises the reward groups.
         setattr(args, "reward.model_name_or_path", scored_by_models[0].location)
@@ -96,6 +96,19 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     setattr(args, "reward.remote_url", "pama")
     _swap(args, config, plan, resume, allow_waiting=allowed["waiting"])
     return args
+
+
+def _describe(args: argparse.Namespace, config: PamaConfig, plan: Plan, cluster: Sequence[Node]) -> str:
+    """The plan with the memory of its models, and what the numbers leave out."""
+    memory = estimate(args, config, plan)
+    lines = [format_plan(plan, cluster, memory.by_role)]
+    if memory.by_role:
+        lines.append(
+            "GiB each: weights, gradients and optimizer, with what its step needs, without activations and buffers. "
+            f"vLLM takes {getattr(args, 'vllm.gpu_memory_utilization'):g} of each of its GPUs."
+        )
+    lines += [f"GiB of {role} not known: {reason}" for role, reason in memory.unknown.items()]
+    return "\n".join(lines)
 
 
 def _swap(

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -176,7 +176,7 @@ class Objective(BaseModel):
         paths = self.files()
         if kind.scored_in == "agent" and agent is not None:
             paths = [Path(agent)]
-        return f"{text} sha256:{_digest(*map(_sample, paths))}" if paths else text
+        return f"{text} sha256:{digest(paths)}" if paths else text
 
     def dump(self) -> dict[str, Any]:
         """The objective as a mapping for a configuration file, without defaults."""
@@ -190,16 +190,17 @@ class Objective(BaseModel):
         return fields | self.options
 
 
+def digest(paths: Iterable[Path]) -> str:
+    """A hash of name, size, and first and last MiB of each file."""
+    return hashlib.sha256(b"".join(map(_sample, paths))).hexdigest()[:16]
+
+
 def _sample(path: Path) -> bytes:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(_MIB)
         file.seek(max(size - _MIB, 0))
         return f"{path.name} {size}".encode() + start + file.read(_MIB)
-
-
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def parse_objective(text: str) -> Objective:

@@ -58,7 +58,13 @@ def save(tmp_path):
     return write
 
 
-FULL = {"ds.lora.rank": 0, "ds.lora.alpha": 16, "ds.lora.target_modules": "all-linear", "ds.load_in_4bit": False}
+FULL = {
+    "actor.model_name_or_path": "org/a",
+    "ds.lora.rank": 0,
+    "ds.lora.alpha": 16,
+    "ds.lora.target_modules": "all-linear",
+    "ds.load_in_4bit": False,
+}
 LORA = FULL | {"ds.lora.rank": 8}
 
 
@@ -172,6 +178,7 @@ def test_another_rule_is_refused_unless_asked_for(changed, message, configure, s
         (LORA, LORA | {"ds.lora.alpha": 32}, "found ds.lora.alpha 32 instead of 16"),
         (LORA, LORA | {"ds.lora.rank": 4}, "found ds.lora.rank 4 instead of 8"),
         (LORA, LORA | {"ds.lora.target_modules": ["q_proj"]}, r"target_modules \['q_proj'\] instead of all-linear"),
+        (LORA, LORA | {"actor.model_name_or_path": "org/b"}, "found base org/b instead of org/a"),
         (LORA, LORA | {"ds.load_in_4bit": True}, "found ds.load_in_4bit True instead of False"),
         (LORA, FULL | {"ds.lora.alpha": 32}, "found ds.lora.rank None instead of 8"),
         (FULL, LORA, "found ds.lora.rank 8 instead of None"),

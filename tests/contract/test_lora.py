@@ -104,9 +104,9 @@ def test_a_base_in_4_bits(request) -> None:
     """The tests below, in a process that has bitsandbytes: PEFT asks for it when it is imported."""
     folder = Path(sys.executable).parents[1] / "bitsandbytes"
     path = os.pathsep.join([str(folder), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    command = [sys.executable, "-m", "pytest", "-q", str(request.path), "-k", "4_bits_computes"]
+    command = [sys.executable, "-m", "pytest", "-q", str(request.path), "-k", "base_in_4_bits_"]
     run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    assert run.returncode == 0 and "2 passed" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 0 and "3 passed" in run.stdout, run.stdout + run.stderr
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="run by test_a_base_in_4_bits")
@@ -132,6 +132,28 @@ def test_vllm_is_sent_what_a_base_in_4_bits_computes_with(policy, targets, monke
         plain.model.load_state_dict(sent, strict=False)
         after = plain(tokens, mask, attention_mask)
     assert (after - rounded).abs().max() < 0.02 < (before - rounded).abs().max()
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="run by test_a_base_in_4_bits")
+def test_the_checkpoint_of_a_base_in_4_bits_holds_its_adapters(policy) -> None:
+    """Without the base, whose numbers torch would refuse; a checkpoint without an adapter is refused."""
+    from pama_plugin.errors import PamaError
+    from pama_plugin.host.actors.policy import load_what_is_trained
+
+    trained, resumed = (load(policy, param_dtype="bf16", load_in_4bit=True, target_modules="all-linear") for _ in "ab")
+    adapt(trained)
+    frozen = {name for name, parameter in trained.model.named_parameters() if not parameter.requires_grad}
+    state = {name: value for name, value in trained.model.state_dict().items() if name not in frozen}
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        resumed.model.load_state_dict(state, strict=True)
+    load_what_is_trained(resumed.model)
+    resumed.model.load_state_dict(state, strict=True)
+    for name, parameter in trained.model.named_parameters():
+        if name not in frozen:
+            assert torch.equal(dict(resumed.model.named_parameters())[name], parameter)
+    lost = next(name for name in state if "lora_B" in name)
+    with pytest.raises(PamaError, match=f"found none for {lost}"):
+        resumed.model.load_state_dict({name: value for name, value in state.items() if name != lost}, strict=True)
 
 
 def test_adapters_on_a_shared_weight_are_refused(policy) -> None:

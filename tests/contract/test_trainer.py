@@ -50,6 +50,7 @@ def trainer(
         ds=SimpleNamespace(load_in_4bit=False),
     )
     made.responses_trained = made.steps_at_start = 0
+    made.sent_at_start = False
     made.vllm_engines = [Engine()]
     return made
 
@@ -89,6 +90,7 @@ def test_vllm_is_sent_a_base_in_4_bits_before_the_first_rollout(in_4_bits, step,
     ours.args.ds.load_in_4bit = in_4_bits
     ours.broadcast_to_vllm = lambda: syncs.append(1)
     ours.init_checkpoint_states()
+    ours.init_checkpoint_states()  # as in asynchronous training
     assert len(syncs) == sent
 
 

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from pama_plugin.host.actors.gradients import gradient_products
 from pama_plugin.host.actors.probe import check_sampler, probe_rollout
 from pama_plugin.host.actors.rollout_log import add_texts
 from pama_plugin.host.actors.write_back import explain_variance, join, weighted_sum, write_back
-from pama_plugin.host.preflight.resume import ADAPTERS, adapters_of
 from pama_plugin.host.protocols import Experience
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
@@ -52,8 +50,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
     def __init__(self, *args: Any, vllm_engines: Sequence[Any] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config: PamaConfig = self.args.pama
-        adapters = adapters_of({flag: attrgetter(flag)(self.args) for flag in ADAPTERS})
-        self.state = RunState.start(self.config, self.args.train.agent_func_path, adapters)
+        self.state = RunState.start(self.config, self.args.train.agent_func_path, self.args.pama_adapters)
         groups = {} if self.reward_model_group is None else self.reward_model_group.groups
         self.collector = RewardCollector(self.strategy, self.tokenizer, groups, vllm_engines)
         self.estimator = Estimator(self.advantage_estimator, self.args.reward.clip_range)

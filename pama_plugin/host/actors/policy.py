@@ -10,9 +10,10 @@ written, so nothing drifts in bfloat16. So the base is also the reference model:
 A base in 4 bits (--ds.load_in_4bit) is sent as the numbers that its layers compute with.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import deepspeed
 import ray
@@ -21,8 +22,10 @@ from openrlhf.trainer.ray import ppo_actor
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from pama_plugin.errors import ConfigError
+from pama_plugin.errors import ConfigError, PamaError
+from pama_plugin.host.protocols import Strategy
 
 ADAPTED_MODEL, BASE = "base_model.model.", "base_layer."
 
@@ -101,6 +104,11 @@ def refuse_layers(model: nn.Module) -> None:
                 "--ds.lora.target_modules must name linear layers, such as q_proj v_proj: adapters on the experts or "
                 f"the router of a mixture cannot be sent to vLLM, found {name.removeprefix(ADAPTED_MODEL)}"
             )
+        if getattr(module, "source_cls", None) is Conv1D:
+            raise ConfigError(
+                "--ds.load_in_4bit must be left out for a model of Conv1D layers, as GPT-2 has, which are stored "
+                f"transposed, found {name.removeprefix(ADAPTED_MODEL)}"
+            )
         if isinstance(module, LoraLayer) and len(tied := owners[id(module.get_base_layer().weight)]) > 1:
             raise ConfigError(
                 f"--ds.lora.target_modules must leave out weights that two layers share, found {' and '.join(tied)}"
@@ -118,14 +126,40 @@ def keep_4_bits(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def load_what_is_trained(model: nn.Module) -> None:
+    """Have ``load_state_dict`` load the adapters only: a checkpoint of a base in 4 bits has nothing else."""
+    stock, module = model.load_state_dict, cast(Any, model)
+
+    def load_state_dict(state: Mapping[str, Any], **_: Any) -> Any:
+        result = stock(state, strict=False)
+        trained = {name for name, parameter in nn.Module.named_parameters(model) if parameter.requires_grad}
+        if lost := sorted(trained & set(result.missing_keys)):
+            raise PamaError(f"the checkpoint must hold every adapter, found none for {lost[0]}")
+        return result
+
+    module.load_state_dict = load_state_dict
+
+
 @ray.remote(num_gpus=1)
 class PolicyModelActor(ppo_actor.PolicyModelActor.__ray_metadata__.modified_class):
     """OpenRLHF's policy with LoRA adapters."""
 
-    def init_model_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        super().init_model_from_pretrained(*args, **kwargs)
-        refuse_layers(self.actor.model.module)
-        keep_4_bits(self.actor.model.module)
+    def init_model_from_pretrained(self, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
+        in_4_bits, prepare = strategy.args.ds.load_in_4bit, strategy.prepare
+
+        def prepare_policy(pair: tuple[Any, Any]) -> Any:
+            """OpenRLHF calls it once, after it builds the model and before DeepSpeed wraps it."""
+            refuse_layers(pair[0].model)
+            if in_4_bits:
+                keep_4_bits(pair[0].model)
+                load_what_is_trained(pair[0].model)
+            return prepare(pair)
+
+        strategy.prepare = prepare_policy
+        super().init_model_from_pretrained(strategy, *args, **kwargs)
+        if in_4_bits:  # the base is that of the model's files; its numbers could not be loaded again
+            engine = self.actor.model
+            engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
 
     def broadcast_to_vllm(self) -> None:
         with merged(self.actor.model.module):

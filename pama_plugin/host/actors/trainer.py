@@ -86,6 +86,7 @@ class MultiObjectiveTrainer(Host):
         self.alarms = Alarms(self.config.trained_names, monitors)
         self.steps_done = 0
         self.steps_at_start = self.responses_trained = 0
+        self.sent_at_start = False
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Shake hands with every actor, probe every reward, train; a ``RewardError`` names its step."""
@@ -151,7 +152,8 @@ class MultiObjectiveTrainer(Host):
             states = {name: value for name, value in states.items() if not name.startswith("best_eval_metric")}
         self.steps_at_start = states["global_step"]
         self._begin_step(self.steps_at_start)
-        if self.args.ds.load_in_4bit and not self.steps_at_start:
+        if self.args.ds.load_in_4bit and not self.steps_at_start and not self.sent_at_start:
+            self.sent_at_start = True  # in asynchronous training the states are read twice
             self.broadcast_to_vllm()  # vLLM has loaded the weights before they were rounded to 4 bits
         return states
 

@@ -180,8 +180,6 @@ def _check_4_bits(args: argparse.Namespace) -> None:
         raise ConfigError(f"--ds.param_dtype must be bf16 with --ds.load_in_4bit, as OpenRLHF demands, found {dtype}")
     if stage == 3:
         raise ConfigError("--ds.zero_stage must be at most 2 with --ds.load_in_4bit: ZeRO-3 splits numbers, found 3")
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError("--ds.load_in_4bit needs the package bitsandbytes, found none: pip install bitsandbytes")
 
 
 def _check_agent(agent: str | None, config: PamaConfig) -> None:
@@ -201,6 +199,8 @@ def check_models(args: argparse.Namespace, config: PamaConfig) -> list[str]:
         warnings.append(
             "--train.agent_func_path: the agent's reward is no objective; --pama.objective NAME=agent:reward adds it"
         )
+    if getattr(args, "ds.load_in_4bit") and find_spec("bitsandbytes") is None:
+        raise ConfigError("--ds.load_in_4bit needs the package bitsandbytes, found none: pip install bitsandbytes")
     if args.use_ms:  # OpenRLHF switches to another hub only after its flags are parsed
         return warnings
     readers = {f"--pama.objective {objective.name}": objective.location for objective in config.scored_in("ranks")}

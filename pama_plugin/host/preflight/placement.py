@@ -272,8 +272,6 @@ def format_plan(plan: Plan, cluster: Sequence[Node], memory: Mapping[str, float]
         for name, *cells, node in rows
     ]
     total = f"PAMA plan: {plan.gpus} of {sum(node.gpus for node in cluster)} GPUs, one CPU beside each"
-    if memory:
-        lines.append("GiB each: weights, gradients and optimizer. Activations, buffers and vLLM's cache need more.")
     return "\n".join([total, *lines])
 
 

@@ -12,6 +12,8 @@ import torch
 
 from pama_plugin.batch.state import RunState
 from pama_plugin.errors import ConfigError
+from pama_plugin.rewards.options import model_files
+from pama_plugin.settings.objective import digest
 from pama_plugin.settings.run import PamaConfig
 
 STATE = "pama"  # our key in OpenRLHF's client_states
@@ -22,7 +24,7 @@ FORMER = {
     **dict.fromkeys(("gdpo", "gd2po", "rvpo"), "--pama.option whiten_sum=true"),
     "lagrangian": "gradient ascent in log λ (it goes on from the saved multipliers), without --pama.rescale",
 }
-# Flags of the policy's adapters that make another policy of the saved weights.
+# Flags of the policy's adapters that, changed, make another policy of the saved weights.
 ADAPTERS = ("ds.lora.rank", "ds.lora.alpha", "ds.lora.target_modules", "ds.load_in_4bit")
 TAG = re.compile(r"(?:best_)?global_step(\d+)")
 
@@ -135,8 +137,14 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def adapters_of(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of the policy's adapters among OpenRLHF's, flat; empty if it has no adapters."""
-    return {flag: flags[flag] for flag in ADAPTERS} if flags["ds.lora.rank"] else {}
+    """What identifies the policy's adapters and their base, by OpenRLHF's flags, flat; empty if it has no adapters."""
+    if not flags["ds.lora.rank"]:
+        return {}
+    targets, base = flags["ds.lora.target_modules"], str(flags["actor.model_name_or_path"])
+    if files := model_files(base):  # a folder may be elsewhere after a move
+        base = f"sha256:{digest(files)}"
+    named = {"ds.lora.target_modules": targets if isinstance(targets, str) else sorted(targets)}
+    return {flag: flags[flag] for flag in ADAPTERS} | named | {"base": base}
 
 
 def describe_saved(root: Path, *, with_critic: bool) -> str:

@@ -49,7 +49,7 @@ def host_args(*flags: str) -> SimpleNamespace:
     from openrlhf.utils.config import hierarchize
 
     args = hierarchize(parse_host_flags(*flags))
-    args.pama_adapters = {}  # as our own start sets it
+    args.pama_adapters = SimpleNamespace()  # as our own start sets it
     return args
 
 

@@ -1,9 +1,9 @@
 """What one rank keeps according to ``--pama.plan``, and what DeepSpeed keeps, for the stages of ZeRO.
 
-    .venv/bin/python tests/benchmarks/memory.py        two minutes
+    PYTHONPATH=.venv/bitsandbytes .venv/bin/python tests/benchmarks/memory.py        four minutes
 
 A Llama of 11 M parameters on one rank, which has nothing to share with others. Counted are the tensors that the process
-holds in the second step, when Adam's step begins.
+holds in the second step: after the backward pass, and when Adam's step begins.
 """
 
 import gc
@@ -74,21 +74,28 @@ def compare(folder: str, flags: list[str]) -> None:
     adam.register_step_pre_hook(lambda *_: found.append(held() - before))
     for _ in range(2):
         strategy.backward(actor(tokens, mask, torch.ones_like(tokens)).float().mean(), actor, optimizer)
+        found.append(held() - before)
         strategy.optimizer_step(optimizer, actor, scheduler)
+    after_backward, in_step = found[-2:]
 
     width = BYTES[ds.param_dtype]
     weights = width * (size.base + size.adapters) + ds.load_in_4bit * (IN_4_BITS - width) * size.linear
     trained = size.adapters if ds.lora.rank else size.base
     estimated = kept(weights, trained, width, stage=ds.zero_stage, ranks=1)
-    print(f"{' '.join(flags):86} {estimated / 2**20:9.1f} {found[-1] / 2**20:9.1f}", flush=True)
+    print(
+        f"{' '.join(flags):86} {estimated / 2**20:9.1f} {after_backward / 2**20:9.1f} {in_step / 2**20:9.1f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         compare(sys.argv[1], sys.argv[2:])
         sys.exit()
-    print(f"{'MiB on one rank':86} {'estimated':>9} {'held':>9}", flush=True)
+    print(f"{'MiB on one rank':86} {'estimated':>9} {'backward':>9} {'step':>9}", flush=True)
     with tempfile.TemporaryDirectory() as model:
         LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(model)
         for case in CASES:
-            subprocess.run([sys.executable, __file__, model, *case.split()], check=True, stderr=subprocess.DEVNULL)
+            command = [sys.executable, __file__, model, *case.split()]
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            print(run.stdout.splitlines()[-1], flush=True)

@@ -46,7 +46,7 @@ TWO_RANKS = "--actor.num_gpus_per_node 2 --ref.num_gpus_per_node 2 --critic.num_
         (["--ds.zero_stage", "1"], (2 + 2 + 8) * POLICY, 2 * POLICY),
         (["--ds.zero_stage", "2"], (2 + 1 + 8) * POLICY, 2 * POLICY),
         (["--ds.zero_stage", "2", "--ref.offload"], (2 + 1 + 8) * POLICY, 2 * POLICY),
-        (["--ds.zero_stage", "2", "--ds.param_dtype", "fp32"], (4 + 2 + 6) * POLICY, 4 * POLICY),
+        (["--ds.zero_stage", "2", "--ds.param_dtype", "fp32"], (4 + 2 + 8) * POLICY, 4 * POLICY),
         (["--ds.zero_stage", "2", "--ds.ring_attn_size", "2"], (2 + 1 + 8) * POLICY, 2 * POLICY),
         (["--ds.zero_stage", "3"], 10 * POLICY, POLICY),
         (["--ds.zero_stage", "3", "--ds.adam_offload", "--ref.offload"], POLICY, 0),

@@ -50,7 +50,8 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
     def __init__(self, *args: Any, vllm_engines: Sequence[Any] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config: PamaConfig = self.args.pama
-        self.state = RunState.start(self.config, self.args.train.agent_func_path, self.args.pama_adapters)
+        adapters = vars(self.args.pama_adapters)  # OpenRLHF makes a namespace of every dict
+        self.state = RunState.start(self.config, self.args.train.agent_func_path, adapters)
         groups = {} if self.reward_model_group is None else self.reward_model_group.groups
         self.collector = RewardCollector(self.strategy, self.tokenizer, groups, vllm_engines)
         self.estimator = Estimator(self.advantage_estimator, self.args.reward.clip_range)

@@ -7,7 +7,7 @@ A rank of a model with P parameters in its base, of which it trains T, or T in a
     optimizer   12 T: float32 weights and Adam's two moments           ÷ N with ZeRO-1, 2 and 3
     step        4 T: gradients in float32, while the optimizer runs    ÷ N with ZeRO-1, 2 and 3
 
-with b = 2 for bf16 and fp16. In fp32, b = 4, there is no second copy for the step, and ZeRO-0 has none of the weights.
+with b = 2 for bf16 and fp16, b = 4 for fp32, of which ZeRO-0 has a second copy neither of weights nor of gradients.
 A weight in 4 bits takes 0.516. Not counted: activations, buckets of DeepSpeed (up to 2 GiB), --ds.zpg and
 --train.enable_ema. After Rajbhandari et al., ZeRO, arXiv 1910.02054, section 3; ``tests/benchmarks/memory.py`` compares
 it with what DeepSpeed keeps.
@@ -81,8 +81,7 @@ def kept(weights: float, trained: int, size: int, *, stage: int, ranks: int, ada
     >>> kept(2 * 7e9, 7_000_000_000, 2, stage=2, ranks=8) / 1e9  # 14 + (14 + 84 + 28) / 8
     29.75
     """
-    step = 0 if size == 4 else 4
-    optimizer = (8 if size == 4 and stage == 0 else 12) + step
+    optimizer = 8 if size == 4 and stage == 0 else 12 + 4
     return (
         weights / (ranks if stage == 3 else 1)
         + (0 if adam_offload and stage >= 2 else size * trained / (ranks if stage >= 2 else 1))

@@ -50,8 +50,10 @@ def save(tmp_path):
             content = {"module": {"weight": torch.ones(2)}, "global_step": step, "dp_world_size": ranks}
             if state is not None and role == "_actor":
                 content[STATE] = state
+            if stage == 0:
+                content["optimizer"] = {"state": torch.ones(2)}
             torch.save(content, folder / f"{prefix}mp_rank_00_model_states.pt")
-            for rank in range(ranks):
+            for rank in range(ranks if stage else 0):
                 torch.save({"optimizer": torch.ones(2)}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
             (tmp_path / role / "latest").write_text(folder.name)
 
@@ -97,7 +99,7 @@ def state_of(config, **rewards: float) -> str:
     return state.model_dump_json()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_same_objectives_resume_in_the_order_of_the_heads(stage, configure, save, tmp_path, capsys) -> None:
     save(3, state_of(configure(*TWO)), stage=stage)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

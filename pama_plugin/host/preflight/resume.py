@@ -202,7 +202,10 @@ def _what_is_broken(folder: Path) -> str | None:
     models, optimizers = (len(list(folder.glob(f"*{kind}_states.pt"))) for kind in ("model", "optim"))
     if not models:
         return f"no model states in {folder}"
-    ranks = _load(_first_model_file(folder)).get("dp_world_size", 1)
+    content = _load(_first_model_file(folder))
+    if content.get("optimizer") is not None:  # without ZeRO it is in the file of the model
+        return None
+    ranks = content.get("dp_world_size", 1)
     return None if optimizers >= ranks else f"{optimizers} of {ranks} optimizer states in {folder}"
 
 

@@ -55,6 +55,7 @@ MODES = {
     "ZeRO-0 with dropout": ("--ds.zero_stage 0 --ds.lora.dropout 0.1", 1e-3),
     "ZeRO-1 in bfloat16 on two ranks": ("--ds.zero_stage 1 --ds.param_dtype bf16 --actor.num_gpus_per_node 2", 0.05),
     "ZeRO-2 with a base in 4 bits": ("--ds.zero_stage 2 --ds.param_dtype bf16 --ds.load_in_4bit", 0.05),
+    "ZeRO-3 in bfloat16 on two ranks": ("--ds.zero_stage 3 --ds.param_dtype bf16 --actor.num_gpus_per_node 2", 0.05),
     "asynchronous": ("--ds.zero_stage 2 --train.async_enable --train.async_queue_size 1", 1.0),
     "all on one GPU, with sleep and gradient checkpoints": (
         "--ds.zero_stage 2 --train.colocate_all --ds.enable_sleep --actor.gradient_checkpointing_enable",
@@ -64,7 +65,7 @@ MODES = {
 
 
 @pytest.mark.skipif(
-    "PAMA_ALL_MODES" not in os.environ, reason="15 minutes; run with PAMA_ALL_MODES=1 and PYTHONPATH=.venv/bitsandbytes"
+    "PAMA_ALL_MODES" not in os.environ, reason="20 minutes; run with PAMA_ALL_MODES=1 and PYTHONPATH=.venv/bitsandbytes"
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_adapters_in_other_modes(mode, run_host, models) -> None:

@@ -17,13 +17,14 @@ prompts=${PROMPTS:-OpenRLHF/prompt-collection-v0.1}
 # GPU memory in GB, at 6.74 G parameters (bf16: 2 bytes each = 13.5 GB). Adapters with r = 64 on all linear layers have
 # 160 M parameters, 64 × (inputs + outputs) for every matrix: 5.0 M in each of 32 layers.
 #   always       policy, which with its adapters off is the reference too                         13.5
-#                adapters: weights and gradients 2 × 2 bytes, Adam's fp32 copy and moments 12      2.6
-#                the reward model of 0.8 G parameters                                              1.5
+#                adapters: weights and gradients 2 × 2 bytes, Adam's fp32 copy, moments and
+#                gradients 16                                                                      3.2
+#                the reward model of 0.8 G parameters, in fp32 as it is saved                      3.1
 #   generating   vLLM's share (weights 13.5, the rest KV at 0.5 MB per token), none while it sleeps
 #                  48 GB: 0.5 = 24, KV for 20,000 tokens      80 GB: 0.6 = 48, KV for 66,000 tokens
 #   training     one response of 1,024 tokens: logits 0.2, checkpoints of 32 layers 0.3, one layer again 1
 #   sending      one matrix at a time: 11,008 × 4,096 in fp32, three times                         0.5
-# So at most 17.6 + 24 = 42 GB, or 17.6 + 48 = 66 GB.
+# So at most 19.8 + 24 = 44 GB, or 19.8 + 48 = 68 GB. --pama.plan prints the first three from the models' config.json.
 case ${GPU_GB:-48} in
     48) share=0.5 micro_batch=1 ;;
     80) share=0.6 micro_batch=4 ;;

@@ -19,6 +19,7 @@ travels by value, with the globals that it refers to. So this module replaces ac
 import argparse
 import logging
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -107,7 +108,9 @@ def _describe(args: argparse.Namespace, config: PamaConfig, plan: Plan, cluster:
             "GiB each: weights, gradients and optimizer, with what its step needs, without activations and buffers. "
             f"vLLM takes {getattr(args, 'vllm.gpu_memory_utilization'):g} of each of its GPUs."
         )
-    lines += [f"GiB of {role} not known: {reason}" for role, reason in memory.unknown.items()]
+    for reason in dict.fromkeys(memory.unknown.values()):
+        roles = ", ".join(role for role, why in memory.unknown.items() if why == reason)
+        lines.append(f"GiB of {roles} not known: {textwrap.shorten(reason, 100)}")
     return "\n".join(lines)
 
 

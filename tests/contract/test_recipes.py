@@ -12,6 +12,7 @@ from hosttools import parse_host_flags
 from pama_plugin.errors import ConfigError
 from pama_plugin.host import seam
 from pama_plugin.host.hook import HOST_COMMAND
+from pama_plugin.host.preflight.memory import Memory
 from pama_plugin.settings.flags import add_flags
 from pama_plugin.settings.load import load_config
 
@@ -79,7 +80,8 @@ def test_every_recipe_has_its_plan_here() -> None:
 
 
 @pytest.mark.parametrize(("recipe", "cluster"), PLANS, ids=lambda value: value)
-def test_a_recipe_fits_the_machine_that_it_is_for(recipe, cluster, tmp_path, capsys) -> None:
+def test_a_recipe_fits_the_machine_that_it_is_for(recipe, cluster, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(seam, "estimate", lambda *_: Memory({}, {"policy": "not here", "reference": "not here"}))
     module, name, *flags = command_of(recipe, tmp_path, "--pama.plan", cluster)
     assert (module, name) == ("-m", HOST_COMMAND)
     args = parse_host_flags(*flags, extend=add_flags)
@@ -88,6 +90,8 @@ def test_a_recipe_fits_the_machine_that_it_is_for(recipe, cluster, tmp_path, cap
         seam.install(args)
     assert not end.value.code
     table, _, settings = capsys.readouterr().out.partition("\n\n")
+    table, *more = table.rpartition("\n")
+    assert more[-1] == "GiB of policy, reference not known: not here"
     assert table.splitlines() == dedent(PLANS[recipe, cluster])
     objectives = yaml.safe_load(settings)["objectives"]
     assert [name for name, options in objectives.items() if options["kind"] != "builtin"] == [

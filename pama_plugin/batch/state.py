@@ -73,7 +73,7 @@ class RunState(BaseModel):
     objectives: dict[str, ObjectiveState]
     heads: tuple[str, ...]  # names of the trained objectives, in the order of the critic's heads
     rule: dict[str, Any] = {}  # the rule and its settings; older checkpoints do not have it
-    adapters: dict[str, Any] = {}  # OpenRLHF's flags for those of the policy; empty if it has none
+    adapters: dict[str, Any] = {}  # what identifies those of the policy, and their base; empty if it has none
     front: str = ""  # settings for which steps_at_front was counted
     steps_at_front: int = 0  # consecutive steps at the front, for --pama.stop_at_front
     first_nll: float | None = None  # mean negative log-likelihood by the reference in the first step
@@ -86,7 +86,7 @@ class RunState(BaseModel):
         Args:
             config: the configuration of the run.
             agent: the file of the user's agent, if any.
-            adapters: OpenRLHF's flags for adapters of the policy, if it has any.
+            adapters: what identifies the adapters of the policy, if it has any.
         """
         objectives = {
             objective.name: ObjectiveState(scorer=objective.identity(agent)) for objective in config.objectives

@@ -53,6 +53,8 @@ def run(name: str, steps: str) -> dict[str, float]:
 
 
 def main(steps: str) -> None:
+    if int(steps) < 2:
+        sys.exit(f"STEPS must be at least 2, the first of which is a warm-up, found {steps}")
     peaks = {name: run(name, steps) for name in VARIANTS}
     print(f"{'GiB at most':26}", *(f"{name:>8}" for name in VARIANTS))
     for role in ROLES:

@@ -15,6 +15,11 @@ from pama_plugin.errors import ConfigError, PamaError
 
 pytestmark = pytest.mark.contract
 
+# PEFT asks for bitsandbytes when it is imported, so these have a process of their own: ``test_a_base_in_4_bits``.
+IN_A_PROCESS_WITH_BITSANDBYTES = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="run by test_a_base_in_4_bits"
+)
+
 
 def load(folder: str, **settings):
     import openrlhf.trainer.ray.vllm_engine  # noqa: F401  before deepspeed
@@ -101,7 +106,7 @@ def test_vllm_is_sent_the_merged_model_under_the_plain_models_names(policy, targ
 
 
 def test_a_base_in_4_bits(request) -> None:
-    """The tests below, in a process that has bitsandbytes: PEFT asks for it when it is imported."""
+    """The tests below, none of them skipped."""
     folder = Path(sys.executable).parents[1] / "bitsandbytes"
     path = os.pathsep.join([str(folder), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     command = [sys.executable, "-m", "pytest", "-q", str(request.path), "-k", "base_in_4_bits_"]
@@ -109,7 +114,7 @@ def test_a_base_in_4_bits(request) -> None:
     assert run.returncode == 0 and "3 passed" in run.stdout, run.stdout + run.stderr
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="run by test_a_base_in_4_bits")
+@IN_A_PROCESS_WITH_BITSANDBYTES
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
 def test_vllm_is_sent_what_a_base_in_4_bits_computes_with(policy, targets, monkeypatch) -> None:
     """A plain model with the weights that are sent has the policy's log-probabilities."""
@@ -134,7 +139,7 @@ def test_vllm_is_sent_what_a_base_in_4_bits_computes_with(policy, targets, monke
     assert (after - rounded).abs().max() < 0.02 < (before - rounded).abs().max()
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="run by test_a_base_in_4_bits")
+@IN_A_PROCESS_WITH_BITSANDBYTES
 def test_the_checkpoint_of_a_base_in_4_bits_holds_its_adapters(policy) -> None:
     """Without the base, whose numbers torch would refuse; a checkpoint without an adapter is refused."""
     from pama_plugin.errors import PamaError
@@ -178,6 +183,69 @@ def test_adapters_on_what_is_no_matrix_are_refused() -> None:
         model = get_peft_model(mixture, LoraConfig(r=4, target_modules=targets))
         with pytest.raises(ConfigError, match="must name linear layers.*mixture") if refused else nullcontext():
             refuse_layers(model)
+
+
+def test_layers_that_4_bits_store_transposed_are_refused(policy) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    from pama_plugin.host.actors.policy import refuse_layers
+
+    model = load(policy).model
+    model.base_model.model.model.layers[1].self_attn.q_proj.base_layer.source_cls = Conv1D  # as transformers marks them
+    with pytest.raises(ConfigError, match="--ds.load_in_4bit must be left out.*found model.layers.1.self_attn.q_proj"):
+        refuse_layers(model)
+
+
+@pytest.mark.parametrize("in_4_bits", [False, True])
+def test_checkpoints_hold_the_adapters_alone_only_with_a_base_in_4_bits(in_4_bits, policy, monkeypatch) -> None:
+    """What our actor changes around the host's own initialisation, which is left out here."""
+    from openrlhf.trainer.ray import ppo_actor
+
+    from pama_plugin.host.actors.policy import PolicyModelActor
+
+    actor, saved, prepared = load(policy, target_modules="all-linear"), [], []
+    stock = actor.model.load_state_dict
+
+    def init(self, strategy, *_) -> None:
+        strategy.prepare((actor, {}))
+        engine = SimpleNamespace(module=actor.model, save_checkpoint=lambda *_, **options: saved.append(options))
+        self.actor = SimpleNamespace(model=engine)
+
+    host = ppo_actor.PolicyModelActor.__ray_metadata__.modified_class
+    monkeypatch.setattr(host, "init_model_from_pretrained", init)
+    kind = PolicyModelActor.__ray_metadata__.modified_class
+    ours = kind.__new__(kind)
+    settings = SimpleNamespace(ds=SimpleNamespace(load_in_4bit=in_4_bits))
+    ours.init_model_from_pretrained(SimpleNamespace(args=settings, prepare=prepared.append), policy, 3, [])
+    ours.actor.model.save_checkpoint("folder", tag="global_step1")
+    assert prepared == [(actor, {})]
+    assert saved == [{"tag": "global_step1"} | ({"exclude_frozen_parameters": True} if in_4_bits else {})]
+    assert (actor.model.load_state_dict == stock) is not in_4_bits
+
+
+def test_only_the_policy_has_adapters_and_a_base_in_4_bits(monkeypatch) -> None:
+    from openrlhf.trainer.ray import ppo_critic
+
+    from pama_plugin.host.actors.critic import CriticModelActor
+    from pama_plugin.host.actors.reward_groups import _strategy_of
+    from pama_plugin.settings.objective import parse_objective
+
+    objective = parse_objective("a=rm:org/a")
+    ds = SimpleNamespace(load_in_4bit=True, lora=SimpleNamespace(rank=8), value_head_prefix="score")
+    strategy = SimpleNamespace(args=SimpleNamespace(ds=ds, pama=SimpleNamespace(trained=(objective,))))
+    assert _strategy_of(objective, strategy).args.ds.load_in_4bit is False and ds.load_in_4bit is True
+
+    class Stopped(Exception): ...
+
+    def init(self, strategy, *_) -> None:
+        raise Stopped(strategy.args.ds.lora.rank, strategy.args.ds.load_in_4bit)
+
+    host = ppo_critic.CriticModelActor.__ray_metadata__.modified_class
+    monkeypatch.setattr(host, "init_model_from_pretrained", init)
+    kind = CriticModelActor.__ray_metadata__.modified_class
+    with pytest.raises(Stopped) as stopped:
+        kind.__new__(kind).init_model_from_pretrained(strategy, "org/b", 3)
+    assert stopped.value.args == (0, False)
 
 
 def test_without_adapters_the_policy_is_the_base(policy) -> None:

@@ -81,6 +81,27 @@ def test_critic_and_rewards(models) -> None:
     assert not {"reward/d", "reward/e"} & set(found)
 
 
+def test_the_plan_says_what_its_numbers_leave_out(models, capsys, monkeypatch) -> None:
+    from pama_plugin.host import seam
+
+    flags = (*GROUPS, *"--actor.num_gpus_per_node 1 --ref.num_gpus_per_node 1".split(), "--pama.plan", "1x8")
+    objective = ("--loss", "pama", "--pama.objective", "length=builtin:length")
+    args = parse_host_flags(
+        "--actor.model_name_or_path",
+        models["policy"],
+        "--vllm.gpu_memory_utilization",
+        "0.45",
+        *flags,
+        *objective,
+        extend=add_flags,
+    )
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        seam.install(args)
+    found = capsys.readouterr().out
+    assert "GiB each  block" in found and "vLLM takes 0.45 of each of its GPUs." in found and "not known" not in found
+
+
 def test_a_model_that_cannot_be_read_is_named_with_the_reason(models, tmp_path) -> None:
     args = parse_host_flags("--actor.model_name_or_path", str(tmp_path / "nowhere"), *GROUPS, extend=add_flags)
     config = load_config("pama", ["length=builtin:length"], None, None, None, default_level="token")

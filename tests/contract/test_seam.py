@@ -242,6 +242,18 @@ def test_the_host_looks_names_up_where_they_are_swapped() -> None:
     assert "RolloutRayActor" in vllm_engine.create_vllm_engines.__code__.co_names
 
 
+def test_4_bits_need_their_package(monkeypatch) -> None:
+    from pama_plugin.errors import ConfigError
+    from pama_plugin.host.preflight import flags
+    from pama_plugin.settings.flags import add_flags
+    from pama_plugin.settings.load import load_config
+
+    monkeypatch.setattr(flags, "find_spec", lambda name: None)
+    args = parse_host_flags(*TWO, *GROUPS, *FOUR_BITS, extend=add_flags)
+    with pytest.raises(ConfigError, match="--ds.load_in_4bit needs the package bitsandbytes, found none"):
+        flags.check_models(args, load_config("pama", [LENGTH], None, None, None, default_level="token"))
+
+
 @pytest.mark.parametrize("flags", [(), ("--loss", "ppo")])
 def test_stock_flags_come_through_untouched(flags) -> None:
     args, swap = install(*GROUPS, *flags)

@@ -179,7 +179,9 @@ def _check_4_bits(args: argparse.Namespace) -> None:
     if dtype != "bf16":
         raise ConfigError(f"--ds.param_dtype must be bf16 with --ds.load_in_4bit, as OpenRLHF demands, found {dtype}")
     if stage == 3:
-        raise ConfigError("--ds.zero_stage must be at most 2 with --ds.load_in_4bit: ZeRO-3 splits numbers, found 3")
+        raise ConfigError(
+            "--ds.zero_stage must be at most 2 with --ds.load_in_4bit: ZeRO-3 was never run with it, found 3"
+        )
 
 
 def _check_agent(agent: str | None, config: PamaConfig) -> None:

@@ -61,23 +61,27 @@ MODES = {
         "--ds.zero_stage 2 --train.colocate_all --ds.enable_sleep --actor.gradient_checkpointing_enable",
         1e-3,
     ),
+    "rloo": ("--algo.advantage.estimator rloo", 1e-3),
+    "group_norm": ("--algo.advantage.estimator group_norm", 1e-3),
+    "dr_grpo": ("--algo.advantage.estimator dr_grpo", 1e-3),
+    "reinforce": ("--algo.advantage.estimator reinforce", 1e-3),
 }
 
 
 @pytest.mark.skipif(
-    "PAMA_ALL_MODES" not in os.environ, reason="20 minutes; run with PAMA_ALL_MODES=1 and PYTHONPATH=.venv/bitsandbytes"
+    "PAMA_ALL_MODES" not in os.environ, reason="half an hour; with PAMA_ALL_MODES=1 and PYTHONPATH=.venv/bitsandbytes"
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_adapters_in_other_modes(mode, run_host, models) -> None:
     mode_flags, most = MODES[mode]
     flags = (
-        *mode_flags.split(),
         *"--ds.lora.rank 4 --ds.lora.alpha 8 --actor.adam.lr 3e-2 --ckpt.save_steps 2".split(),
         *"--algo.advantage.estimator reinforce_baseline --rollout.n_samples_per_prompt 4 --train.batch_size 16".split(),
         *"--algo.kl.use_loss --algo.kl.estimator k2 --algo.kl.init_coef 1e-3".split(),
         *"--algo.advantage.is_correction_level token".split(),
         *("--loss", "pama", "--pama.objective", "length=builtin:length,scale=12"),
         *("--pama.objective", f"helpful=rm:{models}/helpful"),
+        *mode_flags.split(),  # last, because a mode may replace a flag
     )
     run = run_host(*flags, "--data.max_samples", "16", steps=4)
     assert run.status == 0, run.output[-5000:]

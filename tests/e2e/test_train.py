@@ -1,6 +1,7 @@
 """Whole runs on the real Ray, DeepSpeed and vLLM, a few steps each."""
 
 import math
+import os
 
 import pytest
 
@@ -17,6 +18,8 @@ GROUPS = [
     "--train.batch_size",
     "16",
 ]
+ADAPTERS = "--ds.lora.rank 4 --ds.lora.alpha 8 --actor.adam.lr 3e-2".split()
+BY_HAND = pytest.mark.skipif("PAMA_ALL_MODES" not in os.environ, reason="two minutes; run with PAMA_ALL_MODES=1")
 WITHOUT_REFERENCE = ["--algo.kl.init_coef", "0"]  # a process less to start, where it adds nothing
 
 AGENT = """
@@ -48,7 +51,8 @@ class AgentExecutor(MultiTurnAgentExecutor):
 """
 
 
-def test_all_six_kinds_with_the_stock_command(run_host, models, serve_rm, tmp_path) -> None:
+@pytest.mark.parametrize("adapters", [[], pytest.param(ADAPTERS, marks=BY_HAND)], ids=["full", "LoRA"])
+def test_all_six_kinds_with_the_stock_command(adapters, run_host, models, serve_rm, tmp_path) -> None:
     """Models of two tokenizers, the host's reward server, a function, a rule and a multi-turn agent in one run."""
     (tmp_path / "agent.py").write_text(AGENT)
     (tmp_path / "rewards.py").write_text(
@@ -67,6 +71,7 @@ def test_all_six_kinds_with_the_stock_command(run_host, models, serve_rm, tmp_pa
     }
     run = run_host(
         *GROUPS,
+        *adapters,
         *("--train.agent_func_path", f"{tmp_path}/agent.py", "--loss", "pama"),
         *(word for name, spec in objectives.items() for word in ("--pama.objective", f"{name}={spec}")),
         # At batch level some objective always binds; at the others so many untrained ones may well agree on nothing.
@@ -95,7 +100,7 @@ def test_all_six_kinds_with_the_stock_command(run_host, models, serve_rm, tmp_pa
     # The host ends a conversation whose turn is cut off by its length, as most are here.
     assert max(step["turns"] for step in run.steps) > 1
     assert run.steps[-1]["kl"] > 1e-4, "the policy did not move, so the agreement above shows nothing"
-    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert (tmp_path / "model" / f"{'adapter_' if adapters else ''}model.safetensors").exists()
 
     assert "PAMA step 3/3  helpful " in run.output and "form 0 (monitor)" in run.output
     rollouts = read_rollouts(tmp_path / "logs")

@@ -14,11 +14,14 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from pama_plugin.batch.outcome import Outcome, attempt, check_reward
+from pama_plugin.batch.outcome import NOT_ASKED, Outcome, attempt, check_results
 from pama_plugin.errors import ConfigError, PamaError, printable, problem_of
 from pama_plugin.rewards import Conversation, Response
+from pama_plugin.settings.condition import text_of
 from pama_plugin.settings.load import load_objectives
+from pama_plugin.settings.names import DATASOURCE, DEFAULT_DATASOURCE
 from pama_plugin.settings.objective import Objective
+from pama_plugin.settings.source import Source, group_by_source
 
 AT_ONCE = 64  # responses that an objective of the rollout scores in parallel
 
@@ -42,7 +45,6 @@ def score_file(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: the file or a line cannot be read, or an objective cannot be scored without a run.
     """
-    from tqdm import tqdm
 
     flags = vars(options)
     objectives = load_objectives(flags["pama.objective"], flags["pama.config"])
@@ -53,36 +55,68 @@ def score_file(options: argparse.Namespace) -> int:
     numbered = load_rows(options.file)
     rows = list(numbered.values())
     tokenizer = _load_tokenizer(options.tokenizer, objectives)
-    responses = [_as_response(row, tokenizer, f"{options.file}, line {line}") for line, row in numbered.items()]
+    check_columns(objectives, rows, str(options.file))
+    responses = [
+        _as_response(row, tokenizer, objectives, f"{options.file}, line {line}") for line, row in numbered.items()
+    ]
     partial = out.with_name(f"{out.name}.partial")
     _reserve(partial, rows, [objective.name for objective in objectives])
     results: dict[str, list[Outcome]] = {}
-    seconds = {}
-    for objective in objectives:
+    seconds: dict[str, float] = {}
+    for source in group_by_source(objectives):
         start = time.perf_counter()
-        with tqdm(total=len(rows), desc=objective.name, unit="response") as bar:
-            results[objective.name] = _score(objective, rows, responses, tokenizer, bar.update)
-        seconds[objective.name] = time.perf_counter() - start
+        results |= _score_with_progress(source, rows, responses, tokenizer)
+        seconds |= dict.fromkeys((objective.name for objective in source.objectives), time.perf_counter() - start)
         _write(partial, rows, results)
     with partial.open("r+b") as file:
         file.truncate(len(file.read().rstrip()) + 1)
     partial.replace(out)
-    _print_table(results, seconds)
+    _print_table({objective.name: results[objective.name] for objective in objectives}, seconds)
     print(f"rewards  {out}")
-    return int(any(all(outcome.problem for outcome in outcomes) for outcomes in results.values()))
+    return int(any(all(math.isnan(outcome.reward) for outcome in outcomes) for outcomes in results.values()))
 
 
 def score_rows(objectives: Sequence[Objective], rows: list[Row], tokenizer: Any) -> dict[str, list[Outcome]]:
     """Score rows with a prompt and a response with every objective, with progress. Raises as ``score_file``."""
+    _refuse_agents(objectives)
+    responses = [_as_response(row, tokenizer, objectives, f"response {index}") for index, row in enumerate(rows)]
+    results: dict[str, list[Outcome]] = {}
+    for source in group_by_source(objectives):
+        results |= _score_with_progress(source, rows, responses, tokenizer)
+    return {objective.name: results[objective.name] for objective in objectives}
+
+
+def check_columns(objectives: Sequence[Objective], rows: Sequence[Row], where: str) -> None:
+    """Refuse rows without a column that an objective needs, and conditions that hold for none of them."""
+    for objective in objectives:
+        for column in objective.columns:
+            if lacking := [row for row in rows if column not in (*row, DATASOURCE)]:
+                raise ConfigError(
+                    f"objective {objective.name!r}: every line of {where} must have the column {column}, found "
+                    f"{', '.join(lacking[0])} in one"
+                )
+        if objective.when is not None:
+            name = objective.when.column
+            objective.when.check({text_of(row.get(name, DEFAULT_DATASOURCE)) for row in rows}, objective.name)
+
+
+def _score_with_progress(
+    source: Source, rows: list[Row], responses: list[Response], tokenizer: Any
+) -> dict[str, list[Outcome]]:
+    """The outcomes of each objective of the source, those of rows to which it does not apply among them."""
     from tqdm import tqdm
 
-    _refuse_agents(objectives)
-    responses = [_as_response(row, tokenizer, f"response {index}") for index, row in enumerate(rows)]
-    results = {}
-    for objective in objectives:
-        with tqdm(total=len(rows), desc=objective.name, unit="response") as bar:
-            results[objective.name] = _score(objective, rows, responses, tokenizer, bar.update)
-    return results
+    applies = [[objective.applies_to(response.columns) for response in responses] for objective in source.objectives]
+    asked = [index for index, flags in enumerate(zip(*applies)) if any(flags)]
+    with tqdm(total=len(asked), desc=source.name, unit="response") as bar:
+        chosen = [rows[index] for index in asked], [responses[index] for index in asked]
+        scored = dict(zip(asked, _score(source, *chosen, tokenizer, bar.update)))
+    return {
+        objective.name: [
+            scored[index][position] if applied else NOT_ASKED for index, applied in enumerate(applies[position])
+        ]
+        for position, objective in enumerate(source.objectives)
+    }
 
 
 def _refuse_agents(objectives: Sequence[Objective]) -> None:
@@ -138,7 +172,7 @@ def _write(partial: Path, rows: list[Row], results: dict[str, list[Outcome]]) ->
         file.seek(0)
         for index, row in enumerate(rows):
             outcomes = {name: outcomes[index] for name, outcomes in results.items()}
-            rewards = {name: None if outcome.problem else outcome.reward for name, outcome in outcomes.items()}
+            rewards = {n: None if math.isnan(outcome.reward) else outcome.reward for n, outcome in outcomes.items()}
             file.write(json.dumps(row | {"rewards": row.get("rewards", {}) | rewards}) + "\n")
         file.write(" " * (size - file.tell()))
 
@@ -169,13 +203,15 @@ def _load_tokenizer(location: str | None, objectives: tuple[Objective, ...]) -> 
         raise ConfigError(f"--tokenizer: cannot load the tokenizer of {location}: {_first_line(error)}") from error
 
 
-def _as_response(row: Row, tokenizer: Any, where: str) -> Response:
+def _as_response(row: Row, tokenizer: Any, objectives: Sequence[Objective], where: str) -> Response:
     """Build a ``Response`` as in a rollout: messages are formatted with the chat template of the tokenizer."""
     prompt, text = row["prompt"], row["response"]
     if not isinstance(prompt, str):
         prompt = _format(prompt, tokenizer, where)
     end = tokenizer.eos_token or "" if tokenizer else ""
-    fields = {"query": prompt + text + end, "prompt": prompt, "label": row.get("label", ""), "response": text}
+    needed = {name for objective in objectives for name in objective.columns}
+    fields: dict[str, Any] = {"columns": {name: row.get(name, DEFAULT_DATASOURCE) for name in needed}}
+    fields |= {"query": prompt + text + end, "prompt": prompt, "label": row.get("label", ""), "response": text}
     if tokenizer is None:
         return _Uncounted(**fields, num_tokens=0)
     try:
@@ -199,60 +235,65 @@ def _format(messages: list[Row], tokenizer: Any, where: str) -> str:
 
 
 def _score(
-    objective: Objective, rows: list[Row], responses: list[Response], tokenizer: Any, advance: Callable[[int], Any]
-) -> list[Outcome]:
-    scored_in = objective.reward_kind.scored_in
-    if scored_in == "replicas":
-        return _score_texts(objective, rows, advance)
-    if scored_in == "ranks":
+    source: Source, rows: list[Row], responses: list[Response], tokenizer: Any, advance: Callable[[int], Any]
+) -> list[list[Outcome]]:
+    """For each row, the outcome of each objective."""
+    first = source.objectives[0]
+    if not rows:
+        return []
+    if first.reward_kind.scored_in == "replicas":
+        return _score_texts(source, rows, advance)
+    if first.reward_kind.scored_in == "ranks":
         from pama_plugin.host.reward_model import score_responses
 
-        return _judge(objective, score_responses(objective, responses, tokenizer, advance))
-    return asyncio.run(_score_in_turn(objective, responses, advance))
+        return _check_each(source, score_responses(first, responses, tokenizer, advance))
+    return asyncio.run(_score_in_turn(source, responses, advance))
 
 
-def _score_texts(objective: Objective, rows: list[Row], advance: Callable[[int], Any]) -> list[Outcome]:
+def _score_texts(source: Source, rows: list[Row], advance: Callable[[int], Any]) -> list[list[Outcome]]:
     import torch
 
-    options = objective.settings
+    options = source.objectives[0].settings
     device = "cuda" if torch.cuda.is_available() and options.gpus else "cpu"
     try:
-        model = objective.reward_kind.resolve("load")(objective.location, options, device)
+        model = source.load(device)
     except Exception as error:  # unknown label or model, damaged file
-        raise ConfigError(f"objective {objective.name!r}: {_first_line(error)}") from error
+        raise ConfigError(f"objective {source.name!r}: {_first_line(error)}") from error
     outcomes = []
     for start in range(0, len(rows), options.batch_size):
         part = rows[start : start + options.batch_size]
         prompts = [row["prompt"] for row in part]
         messages = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
         conversations = [Conversation(prompt, row["response"]) for prompt, row in zip(messages, part)]
-        outcomes += _judge(objective, model.score_each(conversations))
+        outcomes += _check_each(source, model.score_each(conversations))
         advance(len(part))
     return outcomes
 
 
-def _judge(objective: Objective, rewards: list[float | str]) -> list[Outcome]:
-    """Check the rewards of a model, some of which may be reasons why there is none."""
+def _check_each(source: Source, results: list[Any]) -> list[list[Outcome]]:
+    """Check the rewards of a model, some of which may be reasons why there are none."""
     return [
-        Outcome(math.nan, printable(reward)) if isinstance(reward, str) else check_reward(objective, reward)
-        for reward in rewards
+        [Outcome(math.nan, printable(result))] * len(source.objectives)
+        if isinstance(result, str)
+        else check_results(source, result)
+        for result in results
     ]
 
 
 async def _score_in_turn(
-    objective: Objective, responses: list[Response], advance: Callable[[int], Any]
-) -> list[Outcome]:
+    source: Source, responses: list[Response], advance: Callable[[int], Any]
+) -> list[list[Outcome]]:
     try:
-        scorer = objective.load_scorer(patient=False)  # a failure does not end a run here
+        scorer = source.load(patient=False)  # a failure does not end a run here
     except Exception as error:  # user code may raise any exception
-        raise ConfigError(f"objective {objective.name!r} cannot be loaded: {problem_of(error)}") from error
+        raise ConfigError(f"objective {source.name!r} cannot be loaded: {problem_of(error)}") from error
     slots = asyncio.Semaphore(AT_ONCE)
 
-    async def score(response: Response) -> Outcome:
+    async def score(response: Response) -> list[Outcome]:
         async with slots:
-            outcome = await attempt(objective, scorer(response))
+            outcomes = await attempt(source, scorer(response))
             advance(1)
-            return outcome
+            return outcomes
 
     return list(await asyncio.gather(*map(score, responses)))
 
@@ -265,12 +306,17 @@ def _print_table(results: dict[str, list[Outcome]], seconds: dict[str, float]) -
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("objective", *("mean", "std", "min", "max", "no reward", "seconds"), padding=(0, 0))
+    partial = any(
+        outcome.problem is None and math.isnan(outcome.reward) for each in results.values() for outcome in each
+    )
+    headings = ("mean", "std", "min", "max", *(["applies to"] if partial else []), "no reward", "seconds")
+    table = Table("objective", *headings, padding=(0, 0))
     for name, outcomes in results.items():
-        rewards = [outcome.reward for outcome in outcomes if outcome.problem is None]
+        rewards = [outcome.reward for outcome in outcomes if not math.isnan(outcome.reward)]
         numbers = [f"{measure(rewards):.4g}" if rewards else "–" for measure in (fmean, pstdev, min, max)]
-        failed = len(outcomes) - len(rewards)
-        table.add_row(name, *numbers, f"{failed} of {len(outcomes)}", f"{seconds[name]:.1f}")
+        failed = sum(outcome.problem is not None for outcome in outcomes)
+        applies = [f"{len(rewards) + failed} of {len(outcomes)}"] if partial else []
+        table.add_row(name, *numbers, *applies, f"{failed} of {len(rewards) + failed}", f"{seconds[name]:.1f}")
     console = Console(emoji=False)
     console.print(table)
     for name, outcomes in results.items():

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pama_plugin.batch.gradient_gram import FEWEST, Estimate, MinNorm, cosines, jackknife, min_norm, sketch
 from pama_plugin.errors import ConfigError
-from pama_plugin.score import load_rows, score_rows
+from pama_plugin.score import check_columns, load_rows, score_rows
 from pama_plugin.settings.load import load_objectives
 from pama_plugin.settings.objective import Objective
 
@@ -71,6 +71,7 @@ def measure_stationarity(options: argparse.Namespace) -> int:
         )
     if not options.out.parent.is_dir() or options.out.is_dir():
         raise ConfigError(f"--out must be a file in an existing folder, found {options.out}")
+    check_columns(objectives, prompts, str(options.prompts))
     found = []
     for policy in options.policy:
         found.append(measure_policy(policy, objectives, prompts[:needed], options))
@@ -123,14 +124,18 @@ def measure_policy(
 
 
 def estimate(rewards_KB: Tensor, per_prompt: int) -> Tensor:
-    """(K, B) as OpenRLHF's ``reinforce_baseline``: minus the mean of the prompt, whitened; 0 without a reward.
+    """(K, B) as OpenRLHF's ``reinforce_baseline``: minus the mean of the prompt, whitened over the rewards there are.
+
+    0 without a reward.
 
     >>> estimate(torch.tensor([[1.0, 3.0, 5.0, 7.0]]), per_prompt=2).round(decimals=3)
     tensor([[-0.8660,  0.8660, -0.8660,  0.8660]])
     """
     rewards_KGN = rewards_KB.reshape(len(rewards_KB), -1, per_prompt)
     centred_KB = (rewards_KGN - rewards_KGN.nanmean(-1, keepdim=True)).flatten(1).nan_to_num()
-    whitened_KB: Tensor = centred_KB / centred_KB.std(1, keepdim=True).clamp(min=1e-8)
+    count_K1 = rewards_KB.isfinite().sum(1, keepdim=True)
+    std_K1 = (centred_KB.square().sum(1, keepdim=True) / (count_K1 - 1).clamp(min=1)).sqrt()
+    whitened_KB: Tensor = centred_KB / std_K1.clamp(min=1e-8)
     return whitened_KB
 
 

@@ -33,6 +33,7 @@ class FaultServer:
         count: how many requests "flaky" fails, and "dying" answers before it closes the port.
         delay: seconds before every reply.
         retry_after: the header of status 429 and 503.
+        answer: what "ok" answers to the document of a request, instead of a reward.
 
     Attributes:
         bodies: every request's document, in the order of arrival.
@@ -41,8 +42,16 @@ class FaultServer:
         most_in_flight: the largest number of requests that were waiting out their ``delay`` at once.
     """
 
-    def __init__(self, mode: str = "ok", *, count: int = 0, delay: float = 0.0, retry_after: str = "0") -> None:
-        self.count, self.delay, self.retry_after = count, delay, retry_after
+    def __init__(
+        self,
+        mode: str = "ok",
+        *,
+        count: int = 0,
+        delay: float = 0.0,
+        retry_after: str = "0",
+        answer: Callable[[dict[str, Any]], Any] | None = None,
+    ) -> None:
+        self.count, self.delay, self.retry_after, self.answer = count, delay, retry_after, answer
         self.bodies: list[dict[str, Any]] = []
         self.authorization: str | None = None
         self.cookies: list[str | None] = []
@@ -154,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
             faults.in_flight += 1
             faults.most_in_flight = max(faults.most_in_flight, faults.in_flight)
             self.number = len(faults.bodies)
-        self.query = body["query"][0]
+        self.body, self.query = body, body.get("query", [""])[0]
         faults.stopping.wait(faults.delay)
         with faults.lock:
             faults.in_flight -= 1  # before the reply, after which the client may send the next
@@ -167,9 +176,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(head.encode() + body)
 
 
+def judgement(content: str, **choice: Any) -> dict[str, Any]:
+    """The reply of a server with OpenAI's protocol, whose model answered ``content``."""
+    return {"id": "1", "choices": [{"index": 0, "message": {"role": "assistant", "content": content}} | choice]}
+
+
 def _ok(handler: _Handler) -> None:
     rewards = [reward_of(handler.query)]
-    handler.reply(json.dumps({"rewards": rewards, "scores": rewards, "extra_logs": {"dummy_scores": rewards}}))
+    document = {"rewards": rewards, "scores": rewards, "extra_logs": {"dummy_scores": rewards}}
+    answer = handler.faults.answer
+    handler.reply(json.dumps(document if answer is None else answer(handler.body)))
 
 
 def _double(delay: float) -> Callable[[_Handler], None]:

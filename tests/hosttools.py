@@ -146,3 +146,13 @@ def save_tiny_model(folder: Path, tokens: int, *, embeddings: int | None = None,
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"{word}1").save_pretrained(folder)
     (Path(folder) / "model.safetensors.index.json").write_text('{"weight_map": {"score.weight": "model.safetensors"}}')
     return str(folder)
+
+
+def evaluations(folder: Path) -> dict[str, list[float]]:
+    """What the host's TensorBoard has of every ``eval/`` key, in order."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (run,) = (folder / "logs").iterdir()
+    events = EventAccumulator(str(run)).Reload()
+    keys = [key for key in events.Tags()["scalars"] if key.startswith("eval/")]
+    return {key.removeprefix("eval/"): [event.value for event in events.Scalars(key)] for key in keys}

@@ -4,7 +4,8 @@
 # problem codes, which are removed when the table is built.
 REWARD, SECONDS, PROBLEM = "reward/", "seconds/", "pama/problem/"
 SAMPLED = "pama/sampled_log_prob"  # the log-probability of a response by vLLM; removed when it has been compared
-FAILURES, PAMA, EXPLAINED = "pama/failures/", "pama/", "explained_variance/"
+FAILURES, ABSTAINED = "pama/failures/", "pama/abstained/"
+PAMA, EXPLAINED = "pama/", "explained_variance/"
 OUR_COLUMNS = (REWARD, SECONDS, PAMA, EXPLAINED)
 # Keys and prefixes of metrics that are no columns.
 ACTIVE, CONFLICT, STEPS_AT_FRONT = f"{PAMA}active_fraction", f"{PAMA}conflict_rate", f"{PAMA}steps_at_front"

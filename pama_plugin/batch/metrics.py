@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pama_plugin.aggregation import Aggregation
 from pama_plugin.batch.gradient_gram import cosines, jackknife, min_norm, unbiased_gram
-from pama_plugin.batch.keys import COEFFICIENT, FAILURES, GRADIENT, GROUP_CORRELATION, PAMA, REWARD
+from pama_plugin.batch.keys import ABSTAINED, COEFFICIENT, FAILURES, GRADIENT, GROUP_CORRELATION, PAMA, REWARD
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.settings.run import PamaConfig
 
@@ -29,7 +29,8 @@ def name_metrics(config: PamaConfig, result: Aggregation, steps_done: int) -> di
 def reduce_columns(columns: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
     """Reduce each column of a rollout batch to one number, and add the correlations of the rewards of ``names``.
 
-    Failures are summed. All other columns are averaged over the responses that have a number.
+    Failures and abstentions are summed. All other columns are averaged over the responses that have a number; a column
+    without any gives no metric.
     """
     metrics = {}
     for one, other in itertools.combinations(names, 2):
@@ -37,7 +38,10 @@ def reduce_columns(columns: Mapping[str, Tensor], names: Iterable[str]) -> dict[
         if not math.isnan(correlation):
             metrics[f"{PAMA}correlation/{one}/{other}"] = correlation
     for key, column in columns.items():
-        metrics[key] = (column.sum() if key.startswith(FAILURES) else column.nanmean()).item()
+        if key.startswith((FAILURES, ABSTAINED)):
+            metrics[key] = column.sum().item()
+        elif not column.isnan().all():
+            metrics[key] = column.nanmean().item()
     return metrics
 
 

@@ -1,33 +1,63 @@
-"""The outcome of one objective for one response: a reward or a failure, checked where the reward is computed."""
+"""The outcome of one objective for one response: a reward, a failure, or that it does not apply."""
 
 import hashlib
 import math
 from collections.abc import Awaitable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from pama_plugin.errors import RewardError, printable, problem_of
 from pama_plugin.rewards.options import LARGEST
 from pama_plugin.settings.objective import Objective
+from pama_plugin.settings.source import Source
 from pama_plugin.settings.values import Bounds
 
 
 class Outcome(NamedTuple):
-    """A reward, or NaN and the reason why there is none."""
+    """A reward, or NaN and the reason why there is none; without a reason, the objective does not apply."""
 
     reward: float
     problem: str | None = None
 
 
-async def attempt(objective: Objective, reward: Awaitable[float]) -> Outcome:
-    """Await the reward. An exception becomes the problem of the outcome."""
+# Codes of outcomes that are neither a reward (0) nor a failure (positive).
+UNASKED, ABSTAINED = -1, -2
+NOT_ASKED = Outcome(math.nan)  # because of when=
+
+
+async def attempt(source: Source, call: Awaitable[Any]) -> list[Outcome]:
+    """Await the call; return the outcome of each objective of the source. An exception becomes their problem."""
     try:
-        return check_reward(objective, await reward)
+        return check_results(source, await call)
     except RewardError:  # ends the run
         raise
     except Exception as error:  # user code may raise any exception
-        return Outcome(math.nan, problem_of(error))
+        return [Outcome(math.nan, problem_of(error))] * len(source.objectives)
+
+
+def check_results(source: Source, result: Any) -> list[Outcome]:
+    """The outcome of each objective, from the result of their call."""
+    results = source.split(result)
+    shared = len(results) > 1  # then a text is the reason why one of them is missing
+    return [
+        Outcome(math.nan, printable(each)) if shared and isinstance(each, str) else check_result(objective, each)
+        for objective, each in zip(source.objectives, results, strict=True)
+    ]
+
+
+def check_result(objective: Objective, result: Any) -> Outcome:
+    """The outcome of a result: a number, or None where the objective does not apply.
+
+    >>> from pama_plugin.settings.objective import parse_objective
+    >>> check_result(parse_objective("a=http:http://localhost/,abstain=true"), None)
+    Outcome(reward=nan, problem=None)
+    """
+    if result is None and objective.abstain:
+        return Outcome(math.nan)
+    if result is None:
+        return Outcome(math.nan, "returned None (abstain=true takes it as: does not apply to this response)")
+    return check_reward(objective, result)
 
 
 def check_reward(objective: Objective, reward: float, bounds: Bounds | None = None) -> Outcome:
@@ -58,10 +88,14 @@ def judge_column(objective: Objective, rewards_B: Tensor) -> dict[int, str]:
     return {response: outcome.problem for response, outcome in outcomes if outcome.problem is not None}
 
 
-def code_of(problem: str | None) -> int:
-    """A code for the text of a problem that a float64 column can represent; 0 for no problem.
+def code_of(outcome: Outcome) -> int:
+    """A code that a float64 column can represent: 0 for a reward, positive for the text of a problem, else negative.
 
-    >>> code_of(None), 0 < code_of("HTTP 502") < 2**48
-    (0, True)
+    >>> code_of(Outcome(0.5)), code_of(NOT_ASKED), 0 < code_of(Outcome(math.nan, "HTTP 502")) < 2**48
+    (0, -1, True)
     """
-    return 0 if problem is None else int.from_bytes(hashlib.sha256(problem.encode()).digest()[:6], "big") or 1
+    if outcome.problem is not None:
+        return int.from_bytes(hashlib.sha256(outcome.problem.encode()).digest()[:6], "big") or 1
+    if outcome is NOT_ASKED:
+        return UNASKED
+    return ABSTAINED if math.isnan(outcome.reward) else 0

@@ -12,14 +12,17 @@ BEST = "eval_pama_best"
 ALL = "all"  # name of the union of all datasets
 
 
-def summarise(rewards: dict[str, Tensor], datasets: list[str], n_samples_per_prompt: int) -> dict[str, float]:
+def summarise(
+    rewards: dict[str, Tensor], applies: dict[str, Tensor], datasets: list[str], n_samples_per_prompt: int
+) -> dict[str, float]:
     """Mean and standard error of every objective, for each dataset and for all datasets together.
 
     Responses to one prompt are correlated, so the standard error is computed from the means of the prompts. Responses
-    without a reward (NaN) are ignored.
+    without a reward (NaN) are ignored, and an objective has no metrics for a dataset to which it does not apply.
 
     Args:
         rewards: objective → (P·n,) rewards for P prompts with n responses each, grouped by prompt.
+        applies: objective → (P·n,) true where it applies.
         datasets: the dataset of each of the P·n responses.
         n_samples_per_prompt: n.
 
@@ -27,15 +30,20 @@ def summarise(rewards: dict[str, Tensor], datasets: list[str], n_samples_per_pro
         ``eval_<dataset>/<name>``, ``…_se`` and ``…_std``, the standard deviation over prompts. The dataset ``all``
         stands for all datasets.
 
-    >>> summarise({"length": torch.tensor([1.0, 3.0, 2.0, 6.0])}, ["a"] * 4, 2)["eval_a/length_se"]
+    >>> rewards = torch.tensor([1.0, 3.0, 2.0, 6.0])
+    >>> summarise({"length": rewards}, {"length": rewards > 0}, ["a"] * 4, 2)["eval_a/length_se"]
     1.0
     """
     names = datasets[::n_samples_per_prompt]
     metrics: dict[str, float] = {}
     for objective, rewards_PN in rewards.items():
         means_P = rewards_PN.double().reshape(-1, n_samples_per_prompt).nanmean(1)
+        applies_P = applies[objective].reshape(-1, n_samples_per_prompt).any(1)
         for dataset in (*dict.fromkeys(names), ALL):
-            means = means_P[torch.tensor([dataset in (ALL, name) for name in names])]
+            chosen_P = torch.tensor([dataset in (ALL, name) for name in names])
+            if not (applies_P & chosen_P).any():
+                continue
+            means = means_P[chosen_P]
             means = means[~means.isnan()]
             std = float(means.std()) if len(means) > 1 else math.nan
             error = std / math.sqrt(max(1, len(means)))
@@ -57,10 +65,12 @@ def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> floa
 
     Weights are the final ones of their schedules. ``state``, and so the checkpoint, stores the first evaluation of each
     objective. An objective that has never varied over the prompts has no unit, and no say in ``min``; ``min`` is 0 if
-    none has varied. For a single prompt, ``min`` and ``hypervolume`` are NaN.
+    none has varied. An objective that applies to no held-out prompt has no say at all. For a single prompt, ``min`` and
+    ``hypervolume`` are NaN.
     """
     rises: list[tuple[float, float]] = []  # of each objective that has a unit, and its weight
-    for objective in config.trained:
+    evaluated = [objective for objective in config.trained if f"eval_{ALL}/{objective.name}" in metrics]
+    for objective in evaluated:
         mean, std = metrics[f"eval_{ALL}/{objective.name}"], metrics[f"eval_{ALL}/{objective.name}_std"]
         measured = state.objectives[objective.name]
         if measured.first_evaluation is None and std > 0:
@@ -71,7 +81,7 @@ def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> floa
         elif std != 0:  # NaN: with a single prompt there never is a standard deviation
             rises.append((math.nan, objective.weight.end))
     if config.best == "weighted":
-        return sum(objective.weight.end * metrics[f"eval_{ALL}/{objective.name}"] for objective in config.trained)
+        return sum(objective.weight.end * metrics[f"eval_{ALL}/{objective.name}"] for objective in evaluated)
     if any(math.isnan(rise) for rise, _ in rises):
         return math.nan  # never better than another rating
     if config.best == "hypervolume":

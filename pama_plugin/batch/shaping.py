@@ -28,7 +28,6 @@ def apply_failure_policy(objectives: Sequence[Objective], table: RewardTable, te
     Raises:
         RewardError: names the objective, the reason and one of the responses.
     """
-    responses = table.values_KB.shape[1]
     for objective in objectives:
         failures = table.problems_of(objective.name)
         if not failures:
@@ -36,6 +35,7 @@ def apply_failure_policy(objectives: Sequence[Objective], table: RewardTable, te
         response, problem = failures[0]
         if objective.on_failure.action == "fail":
             raise RewardError(objective.name, problem, text(response))
+        responses = int(table.applies_to(objective.name).sum())
         if len(failures) > objective.max_failures * responses:
             most, count = Counter(why for _, why in failures).most_common(1)[0]
             many = f"{len(failures)} of {responses} responses have no reward, more than max_failures"
@@ -56,7 +56,7 @@ def shape_trained(
         by_group: whether the estimator compares the responses to one prompt, or those of the whole batch.
 
     Returns:
-        (K, B) float32, finite; (K, B) bool, false where a reward was neither computed nor imputed.
+        (K, B) float32, finite; (K, B) bool, false where a reward was neither computed nor imputed, or does not apply.
     """
     moments = [state.objectives[objective.name].rewards for objective in objectives]
     filled_KB = torch.stack([fill_in(*each, table) for each in zip(objectives, moments)])
@@ -75,8 +75,9 @@ def measure(objectives: Sequence[Objective], table: RewardTable, state: RunState
         if objective.freeze_after is not None and statistics.steps >= objective.freeze_after and moments.std > 0:
             continue
         rewards_B = table.row(objective.name)
-        moments.update(rewards_B[rewards_B.isfinite()])
-        statistics.steps += 1
+        rewards = rewards_B[rewards_B.isfinite()]
+        moments.update(rewards)
+        statistics.steps += bool(len(rewards))
 
 
 def spreads(objectives: Sequence[Objective], table: RewardTable, state: RunState) -> dict[str, float]:
@@ -127,7 +128,7 @@ def fill_in(objective: Objective, moments: Moments, table: RewardTable) -> Tenso
         if value is None and moments.count:
             value = moments.mean
         if value is not None:
-            return rewards_B.nan_to_num(value)
+            return torch.where(table.applies_to(objective.name), rewards_B.nan_to_num(value), rewards_B)
     return rewards_B
 
 
@@ -135,9 +136,7 @@ def shape_rewards(objective: Objective, rewards_GN: Tensor, running: Moments, *,
     """Normalise to ``(r − mean) / std`` by ``objective.normalize``, apply ``objective.clip``, fill missing rewards.
 
     A response without a reward is excluded from the combination, but OpenRLHF's estimator compares all responses. So a
-    missing reward is filled with the mean of the rewards with which it is compared, which keeps that mean. If k of n
-    responses in a group have a reward, their advantages are those of a group of k, times ``n (k − 1) / (k (n − 1))``
-    for ``rloo`` and ``√((n − 1) / (k − 1))`` for ``group_norm``.
+    missing reward is filled with the mean of the rewards with which it is compared, which keeps that mean.
 
     Args:
         objective: has ``normalize`` and ``clip``.
@@ -178,13 +177,23 @@ def shape_rewards(objective: Objective, rewards_GN: Tensor, running: Moments, *,
     if objective.clip is not None:
         shaped_GN = shaped_GN.clamp(*objective.clip)
 
-    missing_GN = shaped_GN.isnan()
+    return fill_with_means(shaped_GN, by_group=fill_by_group)
+
+
+def fill_with_means(rewards_GN: Tensor, *, by_group: bool) -> Tensor:
+    """(G, N) with missing rewards (NaN) replaced by the mean of those of the group, or of the batch; 0 if it has none.
+
+    >>> fill_with_means(torch.tensor([[1.0, 3.0], [5.0, torch.nan]]), by_group=False)
+    tensor([[1., 3.],
+            [5., 3.]])
+    """
+    missing_GN = rewards_GN.isnan()
     if not missing_GN.any():
-        return shaped_GN
-    means = shaped_GN.nanmean().expand(len(shaped_GN), 1)
-    if fill_by_group:
-        means = torch.where(shaped_GN.isnan().all(1, keepdim=True), means, shaped_GN.nanmean(1, keepdim=True))
-    return torch.where(missing_GN, means.nan_to_num(0.0), shaped_GN)  # 0 if the batch has no reward at all
+        return rewards_GN
+    means = rewards_GN.nanmean().expand(len(rewards_GN), 1)
+    if by_group:
+        means = torch.where(missing_GN.all(1, keepdim=True), means, rewards_GN.nanmean(1, keepdim=True))
+    return torch.where(missing_GN, means.nan_to_num(0.0), rewards_GN)
 
 
 def _standardize(rewards_GN: Tensor, mean: Tensor, std: Tensor, largest: Tensor) -> Tensor:

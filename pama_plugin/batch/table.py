@@ -14,7 +14,8 @@ class RewardTable:
     Attributes:
         names: names of the objectives.
         values_KB: float64 rewards, NaN if missing.
-        problems: (objective, response) → reason for the missing reward.
+        problems: (objective, response) → reason for the missing reward. Where a reward is missing without a reason, the
+            objective does not apply to the response.
         order_B: position of each response in the rollout, where the responses to one prompt are consecutive.
         group_size: number of responses to each prompt.
         sizes: sizes of the micro-batches.
@@ -46,6 +47,12 @@ class RewardTable:
     def row(self, name: str) -> Tensor:
         """(B,) rewards of one objective."""
         return self.values_KB[self.names.index(name)]
+
+    def applies_to(self, name: str) -> Tensor:
+        """(B,) true where the objective ``name`` applies, whether it has a reward or has failed."""
+        applies_B = ~self.row(name).isnan()
+        applies_B[[response for response, _ in self.problems_of(name)]] = True
+        return applies_B
 
     def problems_of(self, name: str) -> list[tuple[int, str]]:
         """The responses without a reward from the objective ``name``, in order, with the reasons."""

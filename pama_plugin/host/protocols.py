@@ -27,6 +27,8 @@ class Experience(Protocol):
     action_log_probs: Tensor  # (b, A)
     base_action_log_probs: Tensor | None  # (b, A) by the reference, for a KL loss
     kl: Tensor  # (b, A) to the reference, by --algo.kl.estimator; 0 with a KL loss
+    response_length: Tensor  # (b,)
+    truncated: Tensor | None  # (b,)
     prompts: list[str]
     labels: list[str]
     info: dict[str, Any]  # columns (b,) for the logs

@@ -7,6 +7,8 @@ The plugin relies on (``fingerprints`` guards it, ``tests/contract/test_seam.py`
   the policy's group before the reference's and one group of reward models unless ``args.reward.remote_url`` is set,
   imports ``PPOTrainer`` or ``PPOTrainerAsync`` in its body, and calls ``get_strategy``, another global, after Ray has
   started and before it reserves what ``placement`` computes;
+- ``openrlhf.trainer.ppo_trainer``: ``prepare_datasets`` looks up ``PromptDataset`` in its module's globals, where our
+  trainers replace it in their own processes;
 - ``openrlhf.trainer.ppo_trainer_async``: ``PPOTrainerAsync`` looks up its two halves in its module's globals;
 - ``openrlhf.trainer.ray.vllm_engine``: ``create_vllm_engines`` looks up ``RolloutRayActor`` in its module's globals;
 - the classes that ``critic``, ``evaluation``, ``experience``, ``reward_groups``, ``rollout`` and the trainers subclass.
@@ -24,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from pama_plugin.errors import ConfigError
+from pama_plugin.host.preflight.columns import check_columns
 from pama_plugin.host.preflight.fingerprints import check_host
 from pama_plugin.host.preflight.flags import check_flags, check_models
 from pama_plugin.host.preflight.memory import estimate
@@ -66,6 +69,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     plan = make_plan(args, config)
     if plan_for is None:  # a plan is made anywhere, also where the models are not
         warnings += check_models(args, config)
+        warnings += check_columns(args, config)
     for warning in warnings:
         logger.warning("PAMA: %s", warning)
     if plan_for is not None:

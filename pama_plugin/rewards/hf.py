@@ -26,6 +26,8 @@ _Row = dict[str, list[int]]  # name → input of the model for one conversation
 class HfScorer:
     """A loaded classifier. ``score`` equals the output of transformers for each conversation alone, without padding.
 
+    With ``keys``, the labels of several objectives, it gives each conversation a list of rewards, from one forward.
+
     A text that is too long is truncated on the left: first the prompt and, if the response alone is too long, the
     response. Tokens that the tokenizer adds at the beginning (BOS, CLS) and all tokens after the response are kept. The
     end of the response is kept because a head on the last token reads it there, before the same end-of-text tokens, and
@@ -36,7 +38,9 @@ class HfScorer:
             missing, there is no chat template, or ``max_length`` is missing, too short or too long.
     """
 
-    def __init__(self, location: str, options: HfOptions, device: str) -> None:
+    def __init__(
+        self, location: str, options: HfOptions, device: str, *, keys: Sequence[int | str | None] | None = None
+    ) -> None:
         trust = options.trust_remote_code
         self._options = options
         self._tokenizer: Any = AutoTokenizer.from_pretrained(location, trust_remote_code=trust)
@@ -46,7 +50,8 @@ class HfScorer:
         )
         self._embeddings = model.get_input_embeddings().weight.shape[0]
         _check_weights(model, info["missing_keys"], len(self._tokenizer), self._embeddings, location)
-        self._label = _find_label(options.label, model.config.id2label, location)
+        self._alone = keys is None
+        self._labels = [_find_label(key, model.config.id2label, location) for key in keys or (options.label,)]
         self._text = options.text or ("chat" if self._tokenizer.chat_template else "full")
         if self._text == "chat" and not self._tokenizer.chat_template:
             raise ValueError(f"text=chat needs a chat template, and the tokenizer of {location} has none")
@@ -65,20 +70,20 @@ class HfScorer:
         self._batch_size = 1 if alone or "attention_mask" not in self._parameters else options.batch_size
         self._model = model.to(device).eval()
 
-    def score(self, conversations: Sequence[Conversation]) -> list[float]:
-        """One reward per conversation, in order; NaN for a text without tokens."""
+    def score(self, conversations: Sequence[Conversation]) -> list[Any]:
+        """One reward per conversation, or one for each of the ``keys``, in order; NaN for a text without tokens."""
         rows = [row for row, _ in self._encode(conversations)]
         lengths = [len(row["input_ids"]) for row in rows]
         # Batches have texts of similar length. The longest come first, so that a lack of memory shows immediately.
         order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
-        rewards = [math.nan] * len(rows)
+        rewards = [[math.nan] * len(self._labels)] * len(rows)
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
             for index, reward in zip(batch, self._reward(self._logits([rows[index] for index in batch])).tolist()):
                 rewards[index] = reward
-        return rewards
+        return [each for (each,) in rewards] if self._alone else rewards
 
-    def score_each(self, conversations: Sequence[Conversation]) -> list[float | str]:
+    def score_each(self, conversations: Sequence[Conversation]) -> list[Any]:
         """As ``score``, but an error of the model or its template concerns only the conversations that cause it."""
         return score_apart(self.score, conversations)
 
@@ -159,12 +164,16 @@ class HfScorer:
         return logits.float()
 
     def _reward(self, logits: torch.Tensor) -> torch.Tensor:
-        chosen = logits[:, self._label]
+        """Rewards (B, number of labels)."""
+        return torch.stack([self._reward_of(label, logits) for label in self._labels], dim=1)
+
+    def _reward_of(self, label: int, logits: torch.Tensor) -> torch.Tensor:
+        chosen = logits[:, label]
         if self._options.output == "logit":
             return chosen
         log_odds = chosen  # for a sigmoid; for a softmax subtract the logsumexp of the other logits
         if logits.shape[1] > 1 and self._model.config.problem_type != "multi_label_classification":
-            others = torch.cat([logits[:, : self._label], logits[:, self._label + 1 :]], dim=1)
+            others = torch.cat([logits[:, :label], logits[:, label + 1 :]], dim=1)
             log_odds = chosen - others.logsumexp(1)
         return log_odds if self._options.output == "log_odds" else log_odds.sigmoid()
 

@@ -1,16 +1,18 @@
 """Kind ``http``: a reward server with OpenRLHF's protocol. The rollout sends one request per response.
 
-The reply to POST ``{"query": [q], "prompts": [p], "labels": [l]}`` is ``{"rewards": [r]}``; other keys are ignored.
+The reply to POST ``{"query": [q], "prompts": [p], "labels": [l]}`` is ``{"rewards": [r]}``; other keys are ignored,
+unless ``key=`` picks them. Columns of the data set are sent in the same way as labels.
 
     failure                                                  repeated   counts against the replica
     no connection, time-out, status 5xx, body is not JSON    yes        yes
     status 429                                               yes        no
     any other status, reward is not one finite number        no         no
 
-The module contains, in this order: the public functions, the failures, a replica with its circuit breaker, the scorer
-with its methods in the order of a request (``__call__``, ``_attempt``, ``_next``, ``_post``, ``_reward``), and helpers.
+The module contains, in this order: the public functions, the failures, a replica with its circuit breaker, ``Server``
+with its methods in the order of a request (``ask``, ``_attempt``, ``_next``, ``_post``, ``_read``), and helpers.
+``judge`` asks a ``Server``, too.
 
-It needs the extra ``rewards``, so it is imported only for objectives of this kind.
+It needs the extra ``rewards``, so it is imported only for objectives of these kinds.
 """
 
 import asyncio
@@ -22,7 +24,7 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -34,8 +36,8 @@ from circuitbreaker import STATE_HALF_OPEN, STATE_OPEN, CircuitBreaker  # type: 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from pama_plugin.errors import PamaError
-from pama_plugin.rewards.options import HttpOptions
-from pama_plugin.rewards.response import Response
+from pama_plugin.rewards.options import HttpOptions, refuse_columns
+from pama_plugin.rewards.response import Response, Scorer
 from pama_plugin.rewards.urls import forms_of, is_loopback, keys_of, redact, split_replicas
 
 BACKOFF = wait_exponential_jitter(multiplier=0.5, max=30, jitter=1)  # 0.5, 1, 2, 4 … s, plus up to 1 s
@@ -57,6 +59,12 @@ def check_http(location: str, options: HttpOptions) -> list[str]:
     Raises:
         ValueError: a URL or the environment variable of the token is invalid.
     """
+    refuse_columns(options.columns, ("query", "prompts", "labels"))
+    return check_servers(location, options)
+
+
+def check_servers(location: str, options: HttpOptions) -> list[str]:
+    """``check_http`` without the columns."""
     _token(options)
     sent = f"prompts, responses and the token in {options.token_env}" if options.token_env else "prompts and responses"
     return [
@@ -66,26 +74,59 @@ def check_http(location: str, options: HttpOptions) -> list[str]:
     ]
 
 
-def load_http(location: str, options: HttpOptions, *, patient: bool = False) -> Callable[[Response], Awaitable[float]]:
+def load_http(
+    location: str, options: HttpOptions, *, patient: bool = False, keys: Sequence[str | None] | None = None
+) -> Scorer:
     """Load a scorer. Await it in one event loop only; it raises ``ServerFailure`` for a response without a reward.
 
     Args:
         location: the replicas.
         options: limits of the requests, and the token.
+        keys: of the reply, for several rewards; None stands for ``rewards``.
         patient: while all replicas are suspended, wait for up to the time of one attempt, because a failure ends the
             run. Otherwise wait for up to 30 s, because the run goes on without these rewards.
 
     Raises:
         ValueError: as ``check_http``.
     """
-    return _HttpScorer(location, options, patient)
+    return _HttpScorer(location, options, patient, keys or (options.key,))
 
 
-class _Failure(Exception):
+def pick(document: Any, keys: Sequence[str | None]) -> list[float | str | None]:
+    """The number or null of each key of a JSON object; a text, why there is none, where a number is missing.
+
+    Args:
+        document: what the server sent.
+        keys: each with a number, alone or in a list; None stands for ``rewards``, a list as OpenRLHF's protocol has it.
+
+    >>> pick({"helpful": [0.5], "safe": 1.0}, ["helpful", "safe", "polite"])
+    [0.5, 1.0, 'polite must be one finite number, found the keys helpful, safe']
+    """
+    return [_number(document, key) for key in keys]
+
+
+def _number(document: Any, key: str | None) -> float | str | None:
+    match document, key:
+        case {"rewards": [float(number)]}, None if math.isfinite(number):
+            return number
+        case {"rewards": [None]}, None:
+            return None
+        case dict(), str() if key in document:
+            found = document[key]
+            found = found[0] if isinstance(found, list) and len(found) == 1 else found
+            if found is None or isinstance(found, float) and math.isfinite(found):
+                return found
+    rule = f"{key} must be one finite number" if key else "rewards must be a list of one finite number"
+    if isinstance(document, dict) and (key or "rewards") not in document:
+        rule += f", found the keys {', '.join(document) or 'none'}"
+    return rule
+
+
+class Failure(Exception):
     """A failed attempt that would fail again."""
 
 
-class _Transient(_Failure):
+class _Transient(Failure):
     """A failed attempt that may succeed if repeated, after at least ``retry_after`` seconds."""
 
     def __init__(self, problem: str, retry_after: float = 0.0) -> None:
@@ -126,14 +167,20 @@ class _Replica:
             self.on_trial = self.on_trial and not trial
 
 
-class _HttpScorer:
-    """Connections, slots and replicas of one objective."""
+class Server:
+    """Connections, slots and replicas, which answer a JSON document with another.
 
-    def __init__(self, location: str, options: HttpOptions, patient: bool) -> None:
+    Args:
+        urls: of the replicas.
+        options: limits of the requests, and the token.
+        keys: what is secret in the URLs.
+        patient: how long to wait while all replicas are suspended, as in ``load_http``.
+    """
+
+    def __init__(self, urls: Sequence[str], options: HttpOptions, keys: Sequence[str], *, patient: bool) -> None:
         self.options, self.patient = options, patient
-        self.replicas = [_Replica(url) for url in split_replicas(location)]  # least recently used first
+        self.replicas = [_Replica(url) for url in urls]  # least recently used first
         self.token = _token(options)
-        keys = keys_of(location)
         self.secrets = forms_of([*keys, *([self.token] if self.token else [])])
         if keys:  # it logs the URL of every request
             logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -158,9 +205,22 @@ class _HttpScorer:
             verify=ssl.create_default_context(),
         )
 
-    async def __call__(self, response: Response) -> float:
+    async def ask(self, document: dict[str, Any], read: Callable[[Any], list[Any]], *, quote: bool = True) -> Any:
+        """Send a document; return what ``read`` makes of the reply, in which numbers are floats.
+
+        Args:
+            document: what is sent as JSON.
+            read: returns a reward for each of its keys, or a text that says why it is missing.
+            quote: whether such a text gets the beginning of the reply.
+
+        Returns:
+            The only reward, or a list of several.
+
+        Raises:
+            ServerFailure: there is no reply, or not the only reward.
+        """
         # Escaped to ASCII, as in OpenRLHF's client, because an unpaired surrogate cannot be encoded as UTF-8.
-        body = json.dumps({"query": [response.query], "prompts": [response.prompt], "labels": [response.label]})
+        body = json.dumps(document)
         attempted: list[_Replica] = []
         attempts = AsyncRetrying(
             stop=stop_after_attempt(1 + self.options.retries),
@@ -169,17 +229,21 @@ class _HttpScorer:
             reraise=True,
         )
         try:
-            reward: float = await attempts(self._attempt, body, attempted)
-        except _Failure as failure:
+            rewards: list[Any] = await attempts(self._attempt, body, read, quote, attempted)
+        except Failure as failure:
             raise ServerFailure(f"{failure} (attempts: {len(attempted)})") from None  # the message has all details
-        return reward
+        if len(rewards) == 1 and isinstance(rewards[0], str):
+            raise ServerFailure(f"{rewards[0]} (attempts: {len(attempted)})")
+        return rewards if len(rewards) > 1 else rewards[0]
 
-    async def _attempt(self, body: str, attempted: list[_Replica]) -> float:
+    async def _attempt(
+        self, body: str, read: Callable[[Any], list[Any]], quote: bool, attempted: list[_Replica]
+    ) -> list[Any]:
         async with self.slots:
             replica = await self._next(attempted)
             attempted.append(replica)
             with replica.request():
-                return self._reward(redact(replica.url), *await self._post(replica.url, body))
+                return self._read(redact(replica.url), *await self._post(replica.url, body), read, quote)
 
     async def _next(self, attempted: list[_Replica]) -> _Replica:
         """The least recently used of the replicas with the fewest attempts for this response."""
@@ -190,7 +254,7 @@ class _HttpScorer:
             # A trial may show that the server is back, as after a training step during which nobody asked.
             on_trial = any(replica.on_trial for replica in self.replicas)
             if time.monotonic() - self.down_since >= patience and not on_trial:
-                raise _Failure(
+                raise Failure(
                     f"all replicas have been suspended for {patience:g} s, each failed {FAILURES_TO_OPEN} times in a "
                     f"row; last error: {self.replicas[-1].breaker.last_failure}"
                 )
@@ -227,30 +291,32 @@ class _HttpScorer:
             async for chunk in reply.aiter_raw(LARGEST_REPLY):  # a kilobyte of nested gzip would unpack to gigabytes
                 received += chunk
                 if len(received) > LARGEST_REPLY:  # limits the memory of the rollout
-                    raise _Failure(f"{redact(url)}: the body is longer than {LARGEST_REPLY} bytes")
+                    raise Failure(f"{redact(url)}: the body is longer than {LARGEST_REPLY} bytes")
         return reply, bytes(received)
 
-    def _reward(self, where: str, reply: httpx.Response, body: bytes) -> float:
+    def _read(
+        self, where: str, reply: httpx.Response, body: bytes, read: Callable[[Any], list[Any]], quote: bool
+    ) -> list[Any]:
         if not reply.is_success:
             raise self._refused(where, reply, body)
         encoding = reply.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
             found = self._without_secrets(encoding)[:40]
-            raise _Failure(f"{where}: Content-Encoding must be identity, as requested, found {found!r}")
+            raise Failure(f"{where}: Content-Encoding must be identity, as requested, found {found!r}")
         try:
             # Parse integers as floats: too large ones become inf, and true is not a number.
-            document = json.loads(body, parse_int=float, object_pairs_hook=_unique)
-        except _Failure as failure:
-            raise _Failure(f"{where}: {failure}, found {self._quoted(body)}") from None
+            document = json.loads(body, parse_int=float, object_pairs_hook=unique)
+        except Failure as failure:
+            raise Failure(f"{where}: {failure}, found {self._quoted(body)}") from None
         except (ValueError, RecursionError):
             raise _ServerTrouble(f"{where}: the body is not JSON, found {self._quoted(body)}") from None
-        rewards = document.get("rewards") if isinstance(document, dict) else None
-        match rewards:
-            case [float(reward)] if math.isfinite(reward):
-                return reward
-        raise _Failure(f"{where}: rewards must be a list of one finite number, found {self._quoted(body)}")
+        found = f", found {self._quoted(body)}" if quote else ""
+        return [
+            f"{where}: {self._without_secrets(reward)}{found}" if isinstance(reward, str) else reward
+            for reward in read(document)
+        ]
 
-    def _refused(self, where: str, reply: httpx.Response, body: bytes) -> _Failure:
+    def _refused(self, where: str, reply: httpx.Response, body: bytes) -> Failure:
         status = reply.status_code
         problem = f"{where}: HTTP {status}, {self._quoted(body)}"
         if status >= 500:
@@ -263,7 +329,7 @@ class _HttpScorer:
             problem += f"; {hint}"
         if reply.is_redirect:
             problem += "; redirects are not followed, use the target URL"
-        return _Failure(problem)
+        return Failure(problem)
 
     def _quoted(self, body: bytes) -> str:
         """The beginning of the body."""
@@ -276,11 +342,24 @@ class _HttpScorer:
         return text
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class _HttpScorer(Server):
+    """Sends each response with OpenRLHF's protocol."""
+
+    def __init__(self, location: str, options: HttpOptions, patient: bool, keys: Sequence[str | None]) -> None:
+        super().__init__(split_replicas(location), options, keys_of(location), patient=patient)
+        self.keys = keys
+
+    async def __call__(self, response: Response) -> Any:
+        body = {"query": [response.query], "prompts": [response.prompt], "labels": [response.label]}
+        body |= {column: [response.columns[column]] for column in self.options.columns}
+        return await self.ask(body, lambda document: pick(document, self.keys))
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of a repeated key it is not clear which value counts."""
     document = dict(pairs)
     if len(document) < len(pairs):
-        raise _Failure("the keys of an object must differ")
+        raise Failure("the keys of an object must differ")
     return document
 
 

@@ -8,6 +8,17 @@ from typing import Any
 from pama_plugin.errors import PamaError
 
 
+def number_or_none(value: Any) -> float | None:
+    """``only_number``, but None for None, alone or in a list.
+
+    >>> number_or_none([None]), number_or_none([0.5])
+    (None, 0.5)
+    """
+    while isinstance(value, list | tuple) and len(value) == 1:
+        (value,) = value
+    return None if value is None else only_number(value)
+
+
 def only_number(value: Any) -> float:
     """Return the only number in a number, tensor, array or nested list. It may be NaN or infinite.
 

@@ -1,5 +1,6 @@
 """Options of each kind, and checks of a model's location. This module does not import the libraries of the kinds."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,21 @@ def refuse_bool(number: Any) -> Any:
 
 
 RejectBool = BeforeValidator(refuse_bool)
+
+
+def split_names(value: Any) -> Any:
+    """``A|B`` as a list; a list, as in a file, unchanged."""
+    return value.split("|") if isinstance(value, str) else value
+
+
+Key = Annotated[str | None, Field(min_length=1)]
+Columns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(split_names)]
+
+
+def refuse_columns(columns: Iterable[str], reserved: Iterable[str]) -> None:
+    """Raise ``ValueError`` for columns that would take the place of what every reward receives."""
+    if taken := sorted(set(columns) & set(reserved)):
+        raise ValueError(f"columns must not have the names of {', '.join(reserved)}, found {', '.join(taken)}")
 
 
 def check_model(location: str, options: BaseModel) -> None:
@@ -92,6 +108,8 @@ class PyOptions(BaseModel):
     """Options of a ``py`` objective.
 
     Args:
+        key: the key of the reward in the dict that the function returns.
+        columns: columns of the data set that the function takes as keyword arguments.
         timeout: seconds per call.
         concurrency: maximum number of parallel calls per rollout engine.
         isolate: whether each parallel call has a process of its own, in which it can be ended. Otherwise calls run in
@@ -100,6 +118,8 @@ class PyOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    key: Key = None
+    columns: Columns = ()
     timeout: Annotated[float, RejectBool, Field(gt=0, allow_inf_nan=False)] = 180.0
     concurrency: Annotated[int, RejectBool, Field(ge=1)] = 16
     isolate: bool = True
@@ -109,21 +129,48 @@ class HttpOptions(BaseModel):
     """Options of an ``http`` objective.
 
     Args:
+        key: the key of the reward in the reply.
+        columns: columns of the data set that are sent with the response.
         timeout: seconds per attempt, from connecting to the last byte.
         retries: maximum number of attempts after the first.
         concurrency: maximum number of parallel requests per rollout engine.
         token_env: name of the environment variable with the bearer token. It is read where the rollout runs.
 
     >>> HttpOptions.model_validate({"timeout": "30"})
-    HttpOptions(timeout=30.0, retries=4, concurrency=32, token_env=None)
+    HttpOptions(key=None, columns=(), timeout=30.0, retries=4, concurrency=32, token_env=None)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    key: Key = None
+    columns: Columns = ()
     timeout: Annotated[float, RejectBool, Field(gt=0, allow_inf_nan=False)] = 180.0
     retries: Annotated[int, RejectBool, Field(ge=0)] = 4
     concurrency: Annotated[int, RejectBool, Field(ge=1)] = 32
     token_env: str | None = Field(None, min_length=1)
+
+
+class JudgeOptions(HttpOptions):
+    """Options of a ``judge`` objective, and those of ``http``.
+
+    Args:
+        rubric: file with the text of the request, in which ``{prompt}``, ``{response}``, ``{label}`` and columns are
+            replaced; doubled braces are braces.
+        model: name of the model on the server.
+        key: the key of the reward in the JSON object of the answer, or the named group of ``pattern``.
+        pattern: a regular expression whose last match in the answer has the reward, as its only group or as named
+            groups. Without it, the answer must be a JSON object.
+        json_schema: file with the JSON schema that the server must enforce for the answer.
+        temperature: of the judge's sampling. Default: that of the server.
+        max_tokens: of the answer. Default: that of the server.
+    """
+
+    rubric: str = Field(min_length=1)
+    model: str = Field(min_length=1)
+    pattern: str | None = None
+    json_schema: Annotated[str | None, Field(min_length=1)] = None
+    temperature: Annotated[Annotated[float, Field(ge=0, allow_inf_nan=False)] | None, RejectBool] = None
+    max_tokens: Annotated[Annotated[int, Field(ge=1)] | None, RejectBool] = None
 
 
 class ReplicaOptions(BaseModel):

@@ -54,7 +54,13 @@ class Finding(NamedTuple):
 
 
 def judge(
-    good: Sequence[float], bad: Sequence[float], *, aspect: str | None, learned: bool, tolerant: bool = False
+    good: Sequence[float],
+    bad: Sequence[float],
+    *,
+    aspect: str | None,
+    learned: bool,
+    tolerant: bool = False,
+    abstains: bool = False,
 ) -> list[Finding]:
     """Evaluate the rewards of all pairs, in the order of ``PAIRS``.
 
@@ -64,11 +70,12 @@ def judge(
         aspect: the pairs that must be ranked correctly, if any.
         learned: whether a model computes the reward. Other rewards, such as valid JSON, may be constant.
         tolerant: whether the failure policy tolerates missing rewards.
+        abstains: whether a missing reward may mean that the objective does not apply to the text.
 
     >>> [finding.text for finding in judge([1.0, 1.0], [1.0, 1.0], aspect=None, learned=True)]
     ['gives 1 to all 4 texts']
     """
-    rewards = [*good, *bad]
+    rewards = [reward for reward in (*good, *bad) if math.isfinite(reward) or not abstains]
     missing = sum(not math.isfinite(reward) for reward in rewards)
     findings = [Finding(f"gives no number to {missing} of {len(rewards)} texts", not tolerant)] if missing else []
     if not missing and len(rewards) > 1 and min(rewards) == max(rewards):
@@ -76,7 +83,8 @@ def judge(
     if aspect is not None:
         first = sum(len(PAIRS[earlier]) for earlier in list(PAIRS)[: list(PAIRS).index(aspect)])
         indices = range(first, first + len(PAIRS[aspect]))
-        wrong = [index for index in indices if good[index] <= bad[index]]
+        # A reward that does not apply to the pair ranks it no better than a wrong one; failures are found above.
+        wrong = [index for index in indices if good[index] <= bad[index] or abstains and not good[index] > bad[index]]
         if wrong:
             prompt = PAIRS[aspect][wrong[0] - first].prompt
             findings.append(

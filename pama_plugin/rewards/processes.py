@@ -32,6 +32,7 @@ class Processes:
     Args:
         path: the file.
         name: the function.
+        keys: what it is asked for, as ``user_code.load`` takes them.
         limit: maximum number of processes, and of parallel calls.
         timeout: seconds per call.
 
@@ -39,15 +40,15 @@ class Processes:
         PamaError: the file cannot be imported.
     """
 
-    def __init__(self, path: str, name: str, limit: int, timeout: float) -> None:
-        self.path, self.name, self.limit, self.timeout = path, name, limit, timeout
+    def __init__(self, path: str, name: str, keys: tuple[str | None, ...], limit: int, timeout: float) -> None:
+        self.path, self.function, self.limit, self.timeout = path, (path, name, keys), limit, timeout
         self.slots = asyncio.Semaphore(limit)
         self.idle: asyncio.LifoQueue[_Process | PamaError] = asyncio.LifoQueue()
         self.count, self.waiting = 1, 0  # processes, with those that are starting; calls that find none idle
         self.queue_since: float | None = None  # no call has found an idle process since
         self.starts: set[asyncio.Task[None]] = set()
         start = time.perf_counter()
-        first = _Process(path, name)
+        first = _Process(*self.function)
         self.patience = time.perf_counter() - start
         self.idle.put_nowait(first)
         if first.megabytes > MUCH_MEMORY and limit > 1:
@@ -57,7 +58,7 @@ class Processes:
                 *(path, first.megabytes, limit),
             )
 
-    async def call(self, *arguments: Any) -> float:
+    async def call(self, *arguments: Any) -> Any:
         """Return ``function(*arguments)``; raise ``PamaError`` if it raises, crashes or takes too long."""
         async with self.slots:
             process = await self._take()
@@ -74,7 +75,7 @@ class Processes:
                     self.idle.put_nowait(process)
         if answer == "problem":
             raise PamaError(value)
-        return float(value)
+        return value
 
     async def _take(self) -> "_Process":
         while True:
@@ -119,7 +120,7 @@ class Processes:
 
     async def _start(self) -> None:
         try:
-            self.idle.put_nowait(await asyncio.to_thread(_Process, self.path, self.name))
+            self.idle.put_nowait(await asyncio.to_thread(_Process, *self.function))
         except (PamaError, OSError) as error:
             self.count -= 1
             if self.count:  # those that run go on, and no more are tried
@@ -133,7 +134,7 @@ class Processes:
 class _Process:
     """One process, which is loaded when the constructor returns."""
 
-    def __init__(self, path: str, name: str) -> None:
+    def __init__(self, path: str, name: str, keys: tuple[str | None, ...]) -> None:
         self.busy = False
         self.socket, theirs = socket.socketpair()
         with theirs:
@@ -141,7 +142,7 @@ class _Process:
                 [
                     *(sys.executable, "-c"),
                     f"import sys; sys.path[:] = {sys.path!r}; from pama_plugin.rewards.worker import serve; "
-                    f"serve({theirs.fileno()}, {path!r}, {name!r})",
+                    f"serve({theirs.fileno()}, {path!r}, {name!r}, {keys!r})",
                 ],
                 stdin=subprocess.PIPE,  # closes with this process, which ends the other
                 pass_fds=[theirs.fileno()],

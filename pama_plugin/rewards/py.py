@@ -3,10 +3,11 @@
 import ast
 import functools
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from pama_plugin.rewards.options import PyOptions
+from pama_plugin.rewards.options import PyOptions, refuse_columns
 from pama_plugin.rewards.processes import Processes
 from pama_plugin.rewards.response import Response, Scorer
 from pama_plugin.rewards.threads import Threads
@@ -45,6 +46,7 @@ def check_function(location: str, options: PyOptions) -> None:
     Raises:
         ValueError: the file does not exist or is not Python, or the function is missing or has another signature.
     """
+    refuse_columns(options.columns, ("queries", "prompts", "labels"))
     path, function = split_location(location)
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
@@ -58,13 +60,13 @@ def check_function(location: str, options: PyOptions) -> None:
     definitions = [node for node in module.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     for node in definitions:
         if node.name == function and function not in others and not node.decorator_list:
-            _check_signature(node, path)
+            _check_signature(node, path, options.columns)
 
 
-def _check_signature(node: ast.FunctionDef | ast.AsyncFunctionDef, path: Path) -> None:
+def _check_signature(node: ast.FunctionDef | ast.AsyncFunctionDef, path: Path, columns: Sequence[str]) -> None:
     parameters = node.args
     positional = len(parameters.posonlyargs) + len(parameters.args)
-    fits = positional - len(parameters.defaults) <= 3 <= (math.inf if parameters.vararg else positional)
+    fits = (math.inf if parameters.vararg else positional) >= 3
     names = [parameter.arg for parameter in (*parameters.posonlyargs, *parameters.args)]
     signature = f"def {node.name}({ast.unparse(parameters)})"
     if wrapper := _adapt(node.name, names):
@@ -72,9 +74,18 @@ def _check_signature(node: ast.FunctionDef | ast.AsyncFunctionDef, path: Path) -
             f"{path}: must be def {node.name}(queries, prompts, labels), where a query is prompt and response as one "
             f"text, found {signature}; wrap it:\n{wrapper}"
         )
-    if isinstance(node, ast.AsyncFunctionDef) or not fits or None in parameters.kw_defaults:
-        found = "async " * isinstance(node, ast.AsyncFunctionDef) + signature
-        raise ValueError(f"{path}: must be def {node.name}(queries, prompts, labels), found {found}")
+    required = [
+        parameter.arg for parameter, default in zip(parameters.kwonlyargs, parameters.kw_defaults) if default is None
+    ]
+    if positional - len(parameters.defaults) > 3:
+        required += names[3 : positional - len(parameters.defaults)]
+    takes = {*names[3:], *(parameter.arg for parameter in parameters.kwonlyargs)}
+    refuse_columns(columns, names[:3])
+    unknown = [] if parameters.kwarg else [column for column in columns if column not in takes]
+    if not fits or not set(required) <= set(columns) or unknown:
+        wanted = "".join(f", {column}" for column in columns)
+        hint = "; columns= passes columns of the data set by name" if set(required) - set(columns) else ""
+        raise ValueError(f"{path}: must be def {node.name}(queries, prompts, labels{wanted}), found {signature}{hint}")
 
 
 def _adapt(name: str, parameters: list[str]) -> str | None:
@@ -117,21 +128,25 @@ def _top_level_names(module: ast.Module) -> tuple[set[str], set[str]]:
     return functions, others
 
 
-def load_function(location: str, options: PyOptions, *, patient: bool = False) -> Scorer:
+def load_function(
+    location: str, options: PyOptions, *, patient: bool = False, keys: tuple[str | None, ...] | None = None
+) -> Scorer:
     """Import the file, in a process of its own with ``isolate``, and wrap the function.
 
     The function returns a dict with ``rewards``, as OpenRLHF's ``reward_func`` does, or the rewards themselves: one
-    number in any shape. OpenRLHF's other keys (``scores``, ``extra_logs``) are ignored.
+    number in any shape. ``key=`` picks another key of the dict. A coroutine function is awaited.
     """
     path, name = split_location(location)
-    call: Callable[..., Awaitable[float]]
+    wanted = keys or (options.key,)
+    call: Callable[..., Awaitable[Any]]
     if options.isolate:
-        call = Processes(str(path), name, options.concurrency, options.timeout).call
+        call = Processes(str(path), name, wanted, options.concurrency, options.timeout).call
     else:
         threads = Threads(options.concurrency, options.timeout)
-        call = functools.partial(threads.call, load(str(path), name, alone=False))
+        call = functools.partial(threads.call, load(str(path), name, wanted, alone=False))
 
-    async def score(response: Response) -> float:
-        return await call(response.query, response.prompt, response.label)
+    async def score(response: Response) -> Any:
+        columns = {column: response.columns[column] for column in options.columns}
+        return await call(response.query, response.prompt, response.label, columns)
 
     return score

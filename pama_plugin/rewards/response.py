@@ -15,6 +15,7 @@ class Response(NamedTuple):
         label: the label of the prompt in the data set, empty if there is none.
         response: the text of the policy over all turns, without special tokens.
         num_tokens: number of tokens of the response, including end-of-sequence.
+        columns: the columns of the prompt's row that objectives need, by name.
     """
 
     query: str
@@ -22,10 +23,15 @@ class Response(NamedTuple):
     label: str
     response: str
     num_tokens: int
+    columns: Mapping[str, Any] = {}
 
 
-Scorer = Callable[[Response], Awaitable[float]]
-"""The loaded reward of a kind with ``scored_in="rollout"``."""
+Scorer = Callable[[Response], Awaitable[Any]]
+"""The loaded reward of a kind with ``scored_in="rollout"``.
+
+It returns a number, or None if the kind ``abstains``. Loaded with ``keys``, it returns a list of them in the order of
+the keys, in which a text is the reason why one is missing.
+"""
 
 
 class Conversation(NamedTuple):
@@ -56,7 +62,7 @@ class Inspection(NamedTuple):
     truncated_response: bool
 
 
-def score_apart(score: Callable[[Sequence[Any]], Sequence[float]], inputs: Sequence[Any]) -> list[float | str]:
+def score_apart(score: Callable[[Sequence[Any]], Sequence[Any]], inputs: Sequence[Any]) -> list[Any]:
     """The rewards of ``score``; where it fails, the reason, for the inputs alone that make it fail.
 
     >>> score_apart(lambda texts: [1 / len(text) for text in texts], ["abcd", "", "ab"])
@@ -74,8 +80,8 @@ def score_apart(score: Callable[[Sequence[Any]], Sequence[float]], inputs: Seque
 class TextModel(Protocol):
     """The loaded model of a kind with ``scored_in="replicas"``."""
 
-    def score_each(self, conversations: Sequence[Conversation]) -> list[float | str]:
-        """One reward per conversation, or the reason why it has none."""
+    def score_each(self, conversations: Sequence[Conversation]) -> list[Any]:
+        """One reward per conversation, or the reason why it has none; loaded with ``keys``, a list of rewards."""
 
     def inspect(self, conversation: Conversation) -> Inspection:
         """The input of the model for one conversation."""

@@ -1,7 +1,7 @@
 """The process of a ``py`` function. ``processes.py`` starts it and calls the function over a socket.
 
 Each message is a pickle after its length. The process first sends ``("loaded", MB of memory)``, then one answer to
-each call: ``("reward", number)`` or ``("problem", text)``.
+each call: ``("reward", number or list)`` or ``("problem", text)``.
 """
 
 import fcntl
@@ -33,7 +33,7 @@ def read(read_bytes: Callable[[int], bytes]) -> bytes:
     return body
 
 
-def serve(descriptor: int, path: str, name: str) -> None:
+def serve(descriptor: int, path: str, name: str, keys: tuple[str | None, ...]) -> None:
     """Load the function and answer calls until the socket is closed.
 
     Calls run in the main thread, where a function may set signal handlers, as libraries with a time limit of their own
@@ -45,7 +45,7 @@ def serve(descriptor: int, path: str, name: str) -> None:
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
         answer: tuple[str, Any]
         try:
-            function = load(path, name, alone=True)
+            function = load(path, name, keys, alone=True)
             answer = "loaded", _memory()
         except BaseException as error:
             answer = "problem", _text(error)
@@ -59,7 +59,7 @@ def serve(descriptor: int, path: str, name: str) -> None:
             answer = _call(function, message)
 
 
-def _call(function: Callable[..., float], message: bytes) -> tuple[str, Any]:
+def _call(function: Callable[..., Any], message: bytes) -> tuple[str, Any]:
     try:
         return "reward", function(*pickle.loads(message))
     except BaseException as error:  # SystemExit is a failure of one reward, too

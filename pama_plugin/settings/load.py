@@ -20,6 +20,7 @@ from pama_plugin.aggregation import available_rules, get_rule
 from pama_plugin.errors import ConfigError
 from pama_plugin.settings.objective import Objective, describe_error, make_objective, parse_objective
 from pama_plugin.settings.run import PamaConfig
+from pama_plugin.settings.source import group_by_source
 from pama_plugin.settings.yaml_text import load_yaml
 
 
@@ -94,7 +95,12 @@ def load_config(
 
 def load_objectives(objectives: Iterable[str], file: str | None) -> tuple[Objective, ...]:
     """The objectives of flags and file, without a rule. Raises ``ConfigError`` as ``load_config``."""
-    return _merge(objectives, _read(file) if file else {}, file)
+    loaded = _merge(objectives, _read(file) if file else {}, file)
+    try:
+        group_by_source(loaded)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return loaded
 
 
 def as_settings(config: PamaConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 STOCK = "ppo"  # value of --loss for a run without the plugin
 BEST_RULES = ("min", "weighted", "hypervolume")
 PROBE_MODES = ("off", "warn", "strict")
+DATASOURCE, DEFAULT_DATASOURCE = "datasource", "default"  # OpenRLHF's column, and its value where there is none
 # Options of every kind: the fields of ``Objective`` except name, kind, location and options.
 COMMON_OPTIONS = (
     "weight",
@@ -14,5 +15,7 @@ COMMON_OPTIONS = (
     "range",
     "on_failure",
     "max_failures",
+    "abstain",
+    "when",
     "probe",
 )

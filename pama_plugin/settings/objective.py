@@ -12,7 +12,7 @@ from pama_plugin.errors import ConfigError
 from pama_plugin.rewards.kinds import KINDS, RewardKind
 from pama_plugin.rewards.options import RejectBool
 from pama_plugin.rewards.probes import PAIRS
-from pama_plugin.rewards.response import Scorer
+from pama_plugin.settings.condition import Condition, parse_condition
 from pama_plugin.settings.names import COMMON_OPTIONS
 from pama_plugin.settings.values import (
     UNIT_WEIGHT,
@@ -50,6 +50,8 @@ class Objective(BaseModel):
         range: bounds outside which a reward is a failure.
         on_failure: failure policy for a response without a reward.
         max_failures: maximum share of a step's responses without a reward; a larger share ends the run.
+        abstain: whether None instead of a reward means that the objective does not apply to the response.
+        when: the prompts to which the objective applies; responses to others are not scored.
         probe: name of the pairs of a good and a bad response that the reward must rank correctly at start.
         options: options of the kind.
 
@@ -72,6 +74,8 @@ class Objective(BaseModel):
     range: Annotated[Bounds | None, BeforeValidator(parse_bounds)] = None
     on_failure: Annotated[OnFailure, BeforeValidator(parse_on_failure)] = OnFailure("fail")
     max_failures: Annotated[float, RejectBool, Field(ge=0, le=1)] = 1.0
+    abstain: bool = False
+    when: Annotated[Condition | None, BeforeValidator(parse_condition)] = None
     probe: str | None = None
     options: dict[str, Any] = {}
 
@@ -104,6 +108,11 @@ class Objective(BaseModel):
         if self.max_failures < 1 and self.on_failure.action == "fail":
             raise ValueError(
                 "max_failures needs on_failure=mask or impute, found on_failure=fail, which ends the run at once"
+            )
+        if self.abstain and not self.reward_kind.abstains:
+            raise ValueError(
+                "abstain needs a kind whose reward may be None, such as py, http, judge or agent, found "
+                f"{self.kind}, which scores every response; when= leaves out prompts"
             )
         return self
 
@@ -138,25 +147,43 @@ class Objective(BaseModel):
             raise ValueError(f"kind {self.kind!r} has no option {', '.join(unknown)}; it takes {known}")
         return model.model_validate(self.options)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the data set that the objective needs."""
+        conditions = () if self.when is None else (self.when.column,)
+        return tuple(dict.fromkeys((*conditions, *getattr(self.settings, "columns", ()))))
+
+    def applies_to(self, columns: Mapping[str, Any]) -> bool:
+        """Whether the objective applies to a prompt, by its columns."""
+        return self.when is None or self.when.holds(columns)
+
     def check(self) -> list[str]:
         """Run the check of the kind: return its warnings; raise ``ValueError`` if the reward cannot be computed."""
         settings, check = self.settings, self.reward_kind.resolve("check")
         return list(check(self.location, settings) or ()) if check else []
 
-    def load_scorer(self, *, patient: bool) -> Scorer:
-        """Load the scorer of an objective of the rollout; with ``patient`` it waits for a server that is down."""
-        scorer: Scorer = self.reward_kind.resolve("load")(self.location, self.settings, patient=patient)
-        return scorer
+    @property
+    def needs_label(self) -> bool:
+        """Whether the reward cannot be computed without the label of the prompt."""
+        needs = self.reward_kind.resolve("needs_label")
+        return bool(needs and needs(self.settings))
 
     def absolute(self) -> "Objective":
         """A copy with absolute paths, because workers may run in another folder than the driver."""
-        absolute = self.reward_kind.resolve("absolute")
-        return self.model_copy(update={"location": absolute(self.location)}) if absolute else self
+        kind = self.reward_kind
+        absolute, named = kind.resolve("absolute"), kind.file_options
+        options = {
+            key: str(Path(value).expanduser().absolute()) if key in named and value else value
+            for key, value in self.options.items()
+        }
+        location = absolute(self.location) if absolute else self.location
+        return self.model_copy(update={"location": location, "options": options})
 
     def files(self) -> list[Path]:
         """The files that determine the reward."""
-        files = self.reward_kind.resolve("files")
-        return [Path(file) for file in files(self.location)] if files else []
+        files, named = self.reward_kind.resolve("files"), self.reward_kind.file_options
+        found = files(self.location) if files else []
+        return [Path(file) for file in (*found, *(self.options[key] for key in named if self.options.get(key)))]
 
     def identity(self, agent: str | None = None) -> str:
         """Kind, location, options and a hash of local files. Objectives with equal identities give equal rewards.
@@ -172,6 +199,7 @@ class Objective(BaseModel):
         """
         kind = self.reward_kind
         options = [f" {key}={value}" for key, value in self.options.items() if key not in kind.runtime_options]
+        options += [] if self.when is None else [f" when={self.when}"]
         text = f"{self.kind}:{self.location}{''.join(sorted(options))}"
         paths = self.files()
         if kind.scored_in == "agent" and agent is not None:
@@ -185,6 +213,8 @@ class Objective(BaseModel):
             value = getattr(self, key)
             if value != type(self).model_fields[key].default:
                 fields[key] = str(value) if isinstance(value, tuple) else value
+        if self.when is not None:  # a value may contain a bar
+            fields["when"] = {self.when.column: [*self.when.values]}
         if "weight" in fields and self.weight.shape == "constant":
             fields["weight"] = self.weight.start
         return fields | self.options
@@ -233,7 +263,7 @@ def _without_secrets(message: str, spec: Any) -> str:
     """The message without parts of a user info or query, which a comma turns into options."""
     if not isinstance(spec, str) or not _may_have_secrets(spec):
         return message
-    options = {*COMMON_OPTIONS, *KINDS["http"].options}
+    options = {*COMMON_OPTIONS, *KINDS["http"].options, *KINDS["judge"].options}
     parts = {part for secret in SECRET.findall(spec) for part in re.split("[,=&|:@]", secret)} - options
     for part in sorted(parts, key=len, reverse=True):
         message = message.replace(part, "…") if len(part) > 3 else message
@@ -243,7 +273,7 @@ def _without_secrets(message: str, spec: Any) -> str:
 def _make_objective(name: str, spec: Any, source: str) -> Objective:
     if isinstance(spec, str):
         kind, colon, rest = spec.partition(":")
-        location, *pairs = rest.split(",")
+        location, *pairs = _with_listed_columns(rest.split(","))
         options = dict(pair.partition("=")[::2] for pair in pairs)
         broken = [pair for pair in pairs if "=" not in pair]
         if not colon or broken or len(options) < len(pairs):
@@ -265,6 +295,17 @@ def _make_objective(name: str, spec: Any, source: str) -> Objective:
         raise ConfigError(f"{source}: {describe_error(error)}") from error
     except (OSError, RuntimeError) as error:  # from a path: unknown user, no permission, name too long
         raise ConfigError(f"{source}: {error}") from error
+
+
+def _with_listed_columns(parts: list[str]) -> list[str]:
+    """Join ``columns=a``, ``b`` to ``columns=a|b``."""
+    joined = parts[:1]
+    for part in parts[1:]:
+        if joined[-1].startswith("columns=") and "=" not in part:
+            joined[-1] += f"|{part}"
+        else:
+            joined.append(part)
+    return joined
 
 
 def describe_error(error: ValidationError) -> str:

@@ -24,6 +24,7 @@ from pydantic import (
 from pama_plugin.aggregation import LEVELS, RESCALES, Aggregation, aggregate, available_rules, check_options, get_rule
 from pama_plugin.settings.names import BEST_RULES, PROBE_MODES, STOCK
 from pama_plugin.settings.objective import Objective
+from pama_plugin.settings.source import Source, group_by_source
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "level": LEVELS,
@@ -171,6 +172,7 @@ class PamaConfig(BaseModel):
         repeated = sorted({name for name in self.names if self.names.count(name) > 1})
         if repeated:
             raise ValueError(f"objective names must differ, found {', '.join(repeated)} twice")
+        self.sources()  # refuses options that conflict
         if "train" not in [objective.role for objective in self.objectives]:
             names = ", ".join(self.names) or "no objective"
             raise ValueError(f"at least one objective must have role=train, found none among {names}")
@@ -225,10 +227,16 @@ class PamaConfig(BaseModel):
         return tuple(objective for objective in self.objectives if objective.role == "train")
 
     def rate(self, rewards: Mapping[str, float], steps_done: int) -> float:
-        """The rating of a response for dynamic filtering: a reward as it is, or the sum of rewards times weights."""
+        """The rating of a response for dynamic filtering: a reward as it is, or the sum of rewards times weights.
+
+        Args:
+            rewards: of the objectives that apply to the response.
+            steps_done: number of steps done, for the weights.
+        """
         if self.filter_by in self.names:
             return rewards[self.filter_by]
-        return sum(objective.weight.at(steps_done) * rewards[objective.name] for objective in self.filtered_by)
+        applying = [objective for objective in self.filtered_by if objective.name in rewards]
+        return sum(objective.weight.at(steps_done) * rewards[objective.name] for objective in applying)
 
     def weights_at(self, steps_done: int) -> tuple[float, ...]:
         """The weights of the trained objectives for the next step, after ``steps_done`` steps."""
@@ -291,6 +299,15 @@ class PamaConfig(BaseModel):
     def scored_in(self, *places: str) -> tuple[Objective, ...]:
         """The objectives with ``RewardKind.scored_in`` in ``places``."""
         return tuple(objective for objective in self.objectives if objective.reward_kind.scored_in in places)
+
+    def sources(self, *places: str) -> tuple[Source, ...]:
+        """What scores the objectives that are scored in ``places``, or all of them."""
+        return group_by_source(self.scored_in(*places) if places else self.objectives)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the data set that objectives need."""
+        return tuple(dict.fromkeys(name for objective in self.objectives for name in objective.columns))
 
 
 def _rehearse(config: PamaConfig) -> None:

@@ -78,7 +78,7 @@ def models(rounds: int) -> None:
     groups: dict[str, Any] = {name: waiting_group(seconds) for name, seconds in SECONDS.items()}
     config = load_config("linear", ["hf=hf:org/hf,gpus=0"], None, None, None, default_level="token")
     replicas.Replica = WaitingReplica
-    groups["hf"] = replicas.ReplicaGroup(config.objectives[0], Role("reward/hf", 1, 1, 0.0), None)
+    groups["hf"] = replicas.ReplicaGroup(config.sources()[0], Role("reward/hf", 1, 1, 0.0), None)
 
     def run(*names: str) -> float:
         args = host_args("--algo.kl.init_coef", "0", "--rollout.micro_batch_size", str(MICRO_BATCH))

@@ -61,10 +61,13 @@ class Engine:
         return SimpleNamespace(outputs=[output])
 
 
-def play(tmp_path, *objectives: str, style: str = "torch.tensor([0.1 * self.turn])", by=None) -> tuple[dict, dict]:
+def play(
+    tmp_path, *objectives: str, style: str = "torch.tensor([0.1 * self.turn])", by=None, columns=None
+) -> tuple[dict, dict]:
     """What the agent returns by itself, and with our objectives around it."""
     from openrlhf.trainer.ray.vllm_engine import _load_agent_executor
 
+    from pama_plugin.host.actors.prompts import with_columns
     from pama_plugin.host.actors.rollout import ObjectiveExecutor
 
     path = tmp_path / "agent.py"
@@ -73,7 +76,8 @@ def play(tmp_path, *objectives: str, style: str = "torch.tensor([0.1 * self.turn
 
     def run(executor):
         sampling = SimpleNamespace(logprobs=None, max_tokens=4)
-        request = dict(prompt="3 4", label="L", sampling_params=sampling, max_length=64)
+        prompt = "3 4" if columns is None else with_columns("3 4", columns)
+        request = dict(prompt=prompt, label="L", sampling_params=sampling, max_length=64)
         return asyncio.run(executor.execute(**request, hf_tokenizer=Numbers(), llm_engine=Engine()))
 
     stock = _load_agent_executor(str(path))
@@ -101,6 +105,26 @@ def test_prompts_are_filtered_by_an_objective_or_by_the_weighted_sum(tmp_path, b
         (body,) = server.bodies
     assert ours["scores"] == pytest.approx(rating or 10 * 0.3 + 2 + reward_of(body["query"][0]))
     assert ours["reward"] == 3.0, "the agent's own reward"
+
+
+@pytest.mark.parametrize(("style", "code"), [("None", -2), ("0.5", 0), ("[]", None)])
+def test_an_agents_key_may_abstain_and_others_apply_to_some_of_its_prompts(tmp_path, style, code) -> None:
+    """The conversation keeps its columns through all turns of OpenRLHF's executor."""
+    (tmp_path / "f.py").write_text(
+        "def f(queries, prompts, labels, answer):\n    return float(answer[0] in queries[0])\n"
+    )
+    objectives = (
+        "style=agent:style,abstain=true,on_failure=mask",
+        "total=agent:reward,when=task:chat",
+        f"right=py:{tmp_path}/f.py:f,columns=answer,when=task:math",
+        "words=builtin:length,unit=words",
+    )
+    _, ours = play(tmp_path, *objectives, style=style, columns={"task": "math", "answer": "50"})
+    logs = ours["extra_logs"]
+    assert (logs["reward/right"], logs["reward/words"]) == (1, 6) and logs["pama/problem/total"] == -1
+    assert logs["pama/problem/style"] == code if code is not None else logs["pama/problem/style"] > 0
+    assert "style" not in logs and ours["reward"] is None, "OpenRLHF would average what does not apply"
+    assert ours["prompt"].columns == {"task": "math", "answer": "50"}
 
 
 def test_other_objectives_see_the_whole_conversation(tmp_path) -> None:

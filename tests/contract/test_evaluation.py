@@ -18,7 +18,7 @@ def test_mean_and_standard_error_by_dataset_and_over_all() -> None:
     from pama_plugin.batch.rating import summarise
 
     rewards = torch.tensor([1.0, 3.0, 2.0, 6.0, 10.0, 10.0])  # prompts' means 2, 4 | 10
-    found = summarise({"a": rewards}, ["x", "x", "x", "x", "y", "y"], 2)
+    found = summarise({"a": rewards}, {"a": rewards > 0}, ["x", "x", "x", "x", "y", "y"], 2)
     assert found["eval_x/a"] == 3 and found["eval_x/a_se"] == 1  # std √2, over √2
     assert found["eval_y/a"] == 10 and math.isnan(found["eval_y/a_se"])  # one prompt tells nothing of the others
     assert found["eval_all/a"] == pytest.approx(16 / 3)
@@ -31,9 +31,12 @@ def test_who_has_no_reward_does_not_count() -> None:
     from pama_plugin.batch.rating import summarise
 
     rewards = torch.tensor([1.0, math.nan, 4.0, 6.0, math.nan, math.nan])
-    found = summarise({"a": rewards}, ["x", "x", "x", "x", "y", "y"], 2)
+    datasets = ["x", "x", "x", "x", "y", "y"]
+    found = summarise({"a": rewards}, {"a": torch.ones(6, dtype=torch.bool)}, datasets, 2)
     assert found["eval_x/a"] == found["eval_all/a"] == 3 and found["eval_all/a_se"] == 2
-    assert math.isnan(found["eval_y/a"]) and math.isnan(found["eval_y/a_se"])
+    assert math.isnan(found["eval_y/a"]) and math.isnan(found["eval_y/a_se"]), "its scorer failed"
+    found = summarise({"a": rewards}, {"a": ~rewards.isnan()}, datasets, 2)
+    assert found["eval_all/a"] == 3 and "eval_y/a" not in found, "it does not apply"
 
 
 def rated(best: str | None, *evaluations: dict[str, tuple[float, float]]) -> list[float]:

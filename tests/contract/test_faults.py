@@ -153,7 +153,7 @@ SERVERS = {
     "empty": "not JSON",
     "html": "not JSON",
     "wrong_length": "a list of one finite number",
-    "null": "a list of one finite number",
+    "null": r"returned None \(abstain=true",
     "nan": "a list of one finite number",
     "inf": "a list of one finite number",
     "-inf": "a list of one finite number",
@@ -237,7 +237,7 @@ class ShakyReader:
         return SimpleNamespace(seconds=lambda: 0.1, reasons={3: "ValueError: System role not supported"})
 
     def collect(self, _: Any, sizes: list[int]) -> list[torch.Tensor]:
-        rewards = [BROKEN.get((5 + index) % 8, 0.5 * index) for index in range(RESPONSES)]
+        rewards = [BROKEN.get((5 + index) % 8, 0.5 * index) for index in range(sum(sizes))]
         return list(torch.tensor(rewards).split(sizes))
 
 
@@ -246,7 +246,7 @@ class ShakyReader:
 def test_a_model_that_gives_no_number(kind, policy, groups, monkeypatch, caplog) -> None:
     from pama_plugin.host.actors import conversations
 
-    monkeypatch.setattr(conversations, "Conversations", lambda *_: SimpleNamespace(of=lambda samples: samples))
+    monkeypatch.setattr(conversations, "Conversations", lambda *_: SimpleNamespace(of=lambda _: [*range(RESPONSES)]))
     objectives = ["steady=builtin:length", f"shaky={kind}:org/model,on_failure={policy}"]
     config = load_config("linear", objectives, None, None, None, probe="off", default_level="token")
     models = {"shaky": groups["shaky"] if kind == "rm" else ShakyReader()}

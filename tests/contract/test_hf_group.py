@@ -113,14 +113,17 @@ def test_replicas_on_the_cpu_share_its_cores(count, threads, monkeypatch) -> Non
     """Without a word of ours each would have one thread."""
     from pama_plugin.host.actors import replicas
     from pama_plugin.settings.objective import parse_objective
+    from pama_plugin.settings.source import group_by_source
 
     seen: list[int] = []
     monkeypatch.setattr("pama_plugin.rewards.hf.HfScorer", lambda *_: None)
     monkeypatch.setattr(replicas.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
-    replicas.Replica(parse_objective(f"a=hf:org/a,gpus=0,replicas={count}"))
+    (source,) = group_by_source([parse_objective(f"a=hf:org/a,gpus=0,replicas={count}")])
+    replicas.Replica(source)
     assert seen == threads
-    assert replicas.Replica(parse_objective("a=hf:org/a,gpus=1,timeout=7")).timeout == 7
+    (source,) = group_by_source([parse_objective("a=hf:org/a,gpus=1,timeout=7")])
+    assert replicas.Replica(source).timeout == 7
     assert seen == threads
 
 
@@ -147,7 +150,7 @@ def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
     class Stub(Replica):
         timeout = 2
 
-        def __init__(self, objective):
+        def __init__(self, source):
             self.model = Length()
 
     monkeypatch.setattr("pama_plugin.host.actors.replicas.Replica", Stub)
@@ -188,3 +191,57 @@ def test_every_response_gets_its_own_reward_whatever_the_number_of_replicas(
     pending = group.request([Conversation([], "x")], one_by_one=False)
     (rewards,) = group.collect(pending, [1])
     assert rewards.isnan().all() and "its replica died, or took longer" in pending.reasons[0]
+
+
+def test_objectives_of_one_model_share_its_replicas_and_its_gpu(local_ray, monkeypatch) -> None:
+    """Each gets its own label, of the responses to which it applies; a text that one model cannot read has neither."""
+    import ray
+
+    from pama_plugin.host.actors.prompts import with_columns
+    from pama_plugin.host.actors.replicas import Replica
+    from pama_plugin.host.actors.reward_groups import group_builder
+    from pama_plugin.rewards.hf import HfScorer
+
+    class Labels(HfScorer):  # local, as all that follows: it travels by value
+        def __init__(self, labels):
+            self.labels = labels
+
+        def score(self, conversations):
+            if any("bad" in own.response for own in conversations):
+                raise ValueError("no template")
+            return [[len(own.response) + 100.0 * label for label in self.labels] for own in conversations]
+
+    class Stub(Replica):
+        timeout = 60
+
+        def __init__(self, source):
+            self.model = Labels(source.picked)
+
+    monkeypatch.setattr("pama_plugin.host.actors.replicas.Replica", Stub)
+    shared = "hf:org/a,gpus=0.5,replicas=2"
+    texts = [f"a={shared},label=1,when=task:x", f"c={shared},label=2,when=task:y|x", "d=hf:org/other,gpus=0"]
+    config, own = plan(*texts)
+    assert {role.name for block in own.blocks for role in block.roles} >= {"reward/a", "reward/d"}
+    assert "reward/c" not in {role.name for block in own.blocks for role in block.roles}
+    actor = object()
+    groups = group_builder(config, own, None, reward_actor=actor, policy_actor=None)(
+        1, 1, actor, pg=None, num_gpus_per_actor=1, duplicate_actors=1
+    )
+    assert groups.groups["a"] is groups.groups["c"] is not groups.groups["d"] and len(groups.groups["a"].replicas) == 2
+    assert len(groups.async_init_model_from_pretrained(None, "org/a")) == 3
+
+    from pama_plugin.host.actors.collector import RewardCollector
+
+    args = host_args("--rollout.micro_batch_size", "3")
+    args.pama = load_config("linear", texts[:2], None, None, None, default_level="token")
+    collector = RewardCollector(SimpleNamespace(args=args), Letters(), groups.groups, [])
+    rollout = make_rollout(4, seed=3)
+    for sample, task in zip(rollout, ("x", "y", "z", "x")):
+        sample.prompts = [with_columns("Hello", {"task": task})]
+    table = collector.score(rollout)
+    lengths = [len(own.response) for own in collector.conversations.of(rollout)]
+    assert table.row("a").nan_to_num(-1).tolist() == [lengths[0] + 100, -1, -1, lengths[3] + 100]
+    assert table.row("c").nan_to_num(-1).tolist() == [lengths[0] + 200, lengths[1] + 200, -1, lengths[3] + 200]
+    assert table.problems == {}
+    for replica in groups.groups["a"].replicas:
+        ray.kill(replica)

@@ -72,9 +72,11 @@ def test_adapters(flags, weights, adapters, models) -> None:
     assert found == {"policy": round(weights + 20 * adapters)}
 
 
-def test_critic_and_rewards(models) -> None:
-    rewards = (f"a=rm:{models['reward']}", f"b=hf:{models['reward']}", f"c=hf:{models['reward']},dtype=float32")
-    cpu, unknown = f"d=hf:{models['reward']},gpus=0", "e=hf:org/that-is-not-here"
+def test_critic_and_rewards(models, tmp_path) -> None:
+    for name in "bcd":  # one location has one set of options
+        (tmp_path / name).symlink_to(models["reward"])
+    rewards = (f"a=rm:{models['reward']}", f"b=hf:{tmp_path}/b", f"c=hf:{tmp_path}/c,dtype=float32")
+    cpu, unknown = f"d=hf:{tmp_path}/d,gpus=0", "e=hf:org/that-is-not-here"
     found = bytes_of(models, "--ds.zero_stage", "0", objectives=(*rewards, cpu, unknown))
     assert found["critic"] == 20 * TRUNK and found["reward/a"] == 2 * TRUNK
     assert (found["reward/b"], found["reward/c"]) == (2 * (TRUNK + 32), 4 * (TRUNK + 32))

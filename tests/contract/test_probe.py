@@ -127,7 +127,7 @@ def test_the_first_rollout_is_looked_at_before_it_is_trained_on(groups) -> None:
     objectives = ("helpful=rm:org/a", "harmless=rm:org/b")
     fine = maker(groups, "strict", *objectives)
     fine.make_experience_batch(make_rollout(4))
-    assert not fine.probing
+    assert not fine.unprobed
 
     constant = maker(groups, "strict", *objectives)
     group = constant.collector.groups["helpful"]

@@ -102,12 +102,18 @@ def test_every_objective_can_be_parsed(tmp_path, monkeypatch) -> None:
     (tmp_path / "reward-model").mkdir()
     (tmp_path / "reward-model" / "config.json").write_text("{}")
     (tmp_path / "reward-model" / "model.safetensors.index.json").write_text(HEAD)
-    (tmp_path / "rewards.py").write_text("def polite(queries, prompts, labels): ...\n")
+    names = ("polite", "correct", "cites", "grade")
+    functions = [f"def {name}(queries, prompts, labels, **columns): ...\n" for name in names]
+    (tmp_path / "rewards.py").write_text("".join(functions))
+    (tmp_path / "safety").mkdir()
+    (tmp_path / "safety" / "config.json").write_text("{}")
+    (rubric,) = [block for language, block in BLOCKS if language == "text" and "{response}" in block]
+    (tmp_path / "rubric.txt").write_text(rubric)
     monkeypatch.chdir(tmp_path)
     objectives = [
         words[index + 1] for words in COMMANDS for index, word in enumerate(words) if word == "--pama.objective"
     ]
-    assert {parse_objective(text).kind for text in objectives} >= {"rm", "hf", "py", "builtin"}
+    assert {parse_objective(text).kind for text in objectives} >= {"rm", "hf", "py", "builtin", "judge"}
 
 
 def test_the_yaml_loads(tmp_path, monkeypatch) -> None:

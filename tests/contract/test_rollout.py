@@ -37,7 +37,7 @@ def test_sleep_weight_sync_and_everything_else_is_the_hosts() -> None:
 
 
 def test_an_engine_keeps_the_latest_reasons(monkeypatch) -> None:
-    from pama_plugin.batch.outcome import code_of
+    from pama_plugin.batch.outcome import Outcome, code_of
     from pama_plugin.errors import LONGEST_PROBLEM
     from pama_plugin.host.actors import rollout
 
@@ -45,9 +45,9 @@ def test_an_engine_keeps_the_latest_reasons(monkeypatch) -> None:
     config = load_config("pama", ["length=builtin:length"], None, None, None, default_level="token")
     executor = rollout.ObjectiveExecutor(config, None)
     for problem in ("often", "once", "often", "x" * 9999, None):
-        executor._remember(problem)
+        executor._remember(Outcome(math.nan, problem))
     assert list(executor.problems.values()) == ["often", "x" * LONGEST_PROBLEM]
-    assert list(executor.problems)[0] == code_of("often")
+    assert list(executor.problems)[0] == code_of(Outcome(math.nan, "often"))
 
 
 def sample(seed: int | None, step: int = 0, prompt: str = "p", num_samples: int = 3) -> list[int | None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hosttools import evaluations
 from safetensors.torch import load_file
 
 from pama_plugin.runs.rollouts import read_rollouts
@@ -14,16 +15,6 @@ from pama_plugin.runs.rollouts import read_rollouts
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]
 
 GROUPS = "--algo.advantage.estimator reinforce_baseline --rollout.n_samples_per_prompt 4 --train.batch_size 16".split()
-
-
-def evaluations(folder) -> dict[str, list[float]]:
-    """What the host's TensorBoard has of every ``eval/`` key, in order."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (run,) = (folder / "logs").iterdir()
-    events = EventAccumulator(str(run)).Reload()
-    keys = [key for key in events.Tags()["scalars"] if key.startswith("eval/")]
-    return {key.removeprefix("eval/"): [event.value for event in events.Scalars(key)] for key in keys}
 
 
 def test_colocated_models_under_zero_3_on_two_ranks_with_three_value_heads_and_evaluation(

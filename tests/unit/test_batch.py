@@ -9,7 +9,7 @@ import torch
 from pama_plugin.batch.advice import advise
 from pama_plugin.batch.combine import combine
 from pama_plugin.batch.metrics import name_metrics, reduce_columns
-from pama_plugin.batch.outcome import code_of, judge_column
+from pama_plugin.batch.outcome import Outcome, code_of, judge_column
 from pama_plugin.batch.shaping import apply_failure_policy, fill_in, measure, shape_trained
 from pama_plugin.batch.state import Moments, RunState
 from pama_plugin.batch.table import RewardTable
@@ -75,7 +75,7 @@ def test_the_most_common_reason_is_named() -> None:
 
 
 def test_missing_rewards_are_imputed_or_excluded() -> None:
-    table = make_table([1.0, NAN, 3.0, NAN])
+    table = make_table([1.0, NAN, 3.0, NAN], problems={("a", 1): "HTTP 502", ("a", 3): "HTTP 502"})
     moments = Moments()
     moments.update(torch.tensor([4.0, 6.0]))
     (masked,), (imputed,), (mean,) = (objectives(f",on_failure={how}") for how in ("mask", "impute:7", "impute:mean"))
@@ -83,6 +83,8 @@ def test_missing_rewards_are_imputed_or_excluded() -> None:
     assert fill_in(imputed, moments, table).tolist() == [1, 7, 3, 7]
     assert fill_in(mean, moments, table).tolist() == [1, 5, 3, 5]
     assert fill_in(mean, Moments(), table).isnan().any(), "there is no mean to impute"
+    not_applying = make_table([1.0, NAN, 3.0, NAN], problems={("a", 1): "HTTP 502"})
+    assert fill_in(imputed, moments, not_applying).nan_to_num(-1).tolist() == [1, 7, 3, -1]
     for by_group, expected in ((True, [1, 1, 3, 3]), (False, [1, 2, 3, 2])):
         state = RunState.start(PamaConfig(loss="linear", objectives=(masked,)))
         shaped_KB, present_KB = shape_trained([masked], table, state, by_group=by_group)
@@ -95,6 +97,10 @@ def test_statistics_ignore_missing_rewards_and_freeze() -> None:
     for _ in range(2):
         measure(config.objectives, make_table([1.0, NAN, 3.0, NAN]), state)
     assert (state.objectives["a"].rewards.count, state.objectives["a"].steps) == (2, 1)
+    state = RunState.start(config)
+    for rewards in ([NAN] * 4, [1.0, NAN, 3.0, NAN], [NAN] * 4, [9.0] * 4):
+        measure(config.objectives, make_table(rewards), state)
+    assert (state.objectives["a"].rewards.count, state.objectives["a"].steps) == (2, 1), "steps with rewards count"
 
 
 @pytest.mark.parametrize(
@@ -115,9 +121,9 @@ def test_bounds_are_rounded_to_the_dtype_of_a_models_rewards(bounds, reward, pro
 
 
 def test_the_code_of_a_problem_is_exact_in_a_column() -> None:
-    codes = [code_of(f"problem {index}") for index in range(1000)]
+    codes = [code_of(Outcome(NAN, f"problem {index}")) for index in range(1000)]
     assert torch.tensor(codes, dtype=torch.float64).long().tolist() == codes and len(set(codes)) == 1000
-    assert code_of(None) == 0 not in codes
+    assert code_of(Outcome(1.0)) == 0 and min(codes) > 0
 
 
 def test_combine_passes_the_context_that_a_rule_uses() -> None:

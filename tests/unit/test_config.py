@@ -158,7 +158,7 @@ BAD_OBJECTIVES = {
     "=builtin:length": "name: .*letter.*found ''",
     "a/b=builtin:length": "name: .*letter.*metric key.*found 'a/b'",
     "a b=builtin:length": "name: .*letter.*metric key.*found 'a b'",
-    "x=gpt:length": "kind: .*agent, builtin, hf, http, py, rm.*found 'gpt'",
+    "x=gpt:length": "kind: .*agent, builtin, hf, http, judge, py, rm.*found 'gpt'",
     "x=builtin:": "location: .*at least 1 character",
     "x=builtin:len": "unknown builtin reward 'len'.*json, length, regex, repetition",
     "x=builtin:length,sclae=1": "builtin:length .*option sclae.*scale, min, max, unit, preset",
@@ -319,7 +319,7 @@ def test_merge_keys(tmp_path) -> None:
     file.write_text(
         "objectives:\n"
         "  short: &server {kind: http, location: 'http://judge', timeout: 5, range: '0:1'}\n"
-        "  kind: {<<: *server, timeout: 60}\n"
+        "  kind: {<<: *server, timeout: 60, location: 'http://third'}\n"
         "  both: {<<: [{timeout: 7}, *server], location: 'http://other'}\n"
     )
     objectives = {each.name: each for each in load(file=file).objectives}

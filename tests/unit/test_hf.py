@@ -541,3 +541,13 @@ def test_a_folder_without_a_tokenizer_is_refused(bert, tmp_path) -> None:
         shutil.copy(Path(bert) / name, tmp_path)
     with pytest.raises(ValueError, match="tokenizer, one of tokenizer.json, .*found none"):
         HfScorer(str(tmp_path), HfOptions(), "cpu")
+
+
+def test_several_labels_of_one_forward_equal_each_label_alone(bert) -> None:
+    texts = [Conversation([{"role": "user", "content": PROMPT}], text) for text in (RESPONSE, LONG, "w1")]
+    for output in ("logit", "probability", "log_odds"):
+        alone = [HfScorer(bert, HfOptions(label=label, output=output), "cpu").score(texts) for label in (1, "NEGATIVE")]
+        both = HfScorer(bert, HfOptions(output=output), "cpu", keys=(1, "NEGATIVE"))
+        assert both.score(texts) == both.score_each(texts) == [list(each) for each in zip(*alone)]
+    with pytest.raises(ValueError, match="label must be one of .*found 'NEUTRAL'"):
+        HfScorer(bert, HfOptions(), "cpu", keys=(1, "NEUTRAL"))

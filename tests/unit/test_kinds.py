@@ -11,6 +11,7 @@ import pytest
 from pama_plugin.rewards import KINDS, Response, kinds
 from pama_plugin.settings.names import COMMON_OPTIONS
 from pama_plugin.settings.objective import Objective, parse_objective
+from pama_plugin.settings.source import group_by_source
 
 README = Path(kinds.__file__).with_name("README.md")
 (KIND,) = re.findall(r"```python\n(# wordlist.py\n.*?)```", README.read_text(), re.DOTALL)
@@ -35,7 +36,8 @@ def words(tmp_path, monkeypatch):
 
 def test_an_installed_package_adds_a_kind(words) -> None:
     objective = parse_objective("polite=wordlist:polite.txt,at_most=2,weight=3")
-    score = objective.load_scorer(patient=False)
+    (source,) = group_by_source([objective])
+    score = source.load(patient=False)
     answers = [asyncio.run(score(Response("", "", "", text, 1))) for text in ("no", "please", "please and thanks")]
     assert answers == [0.0, 1.0, 2.0] and objective.location == str(words) and objective.check() == []
     identity = objective.identity()

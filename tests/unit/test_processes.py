@@ -120,10 +120,10 @@ def test_others_start_once_calls_have_queued_for_as_long_as_a_start_takes(tmp_pa
     path, _, name = write(tmp_path, "time.sleep(0.5); return os.getpid()", top="import os, time").rpartition(":")
 
     async def ask() -> set[float]:
-        pool = Processes(path, name, limit=3, timeout=60)
+        pool = Processes(path, name, (None,), limit=3, timeout=60)
         assert 0 < pool.patience < 60
         pool.patience = patience
-        found = await asyncio.gather(*(pool.call("bad", "", "") for _ in range(12)))
+        found = await asyncio.gather(*(pool.call("bad", "", "", {}) for _ in range(12)))
         assert pool.count == processes and not pool.waiting
         return set(found)
 
@@ -134,11 +134,11 @@ def test_a_process_that_died_while_idle_costs_no_reward(tmp_path) -> None:
     path, _, name = write(tmp_path, "return os.getpid()", top="import os").rpartition(":")
 
     async def ask() -> None:
-        pool = Processes(path, name, limit=3, timeout=60)
-        first = await pool.call("bad", "", "")
+        pool = Processes(path, name, (None,), limit=3, timeout=60)
+        first = await pool.call("bad", "", "", {})
         os.kill(int(first), signal.SIGKILL)
         assert ended(int(first))
-        assert await pool.call("bad", "", "") != first and pool.count == 1
+        assert await pool.call("bad", "", "", {}) != first and pool.count == 1
 
     asyncio.run(ask())
 
@@ -150,12 +150,12 @@ def test_a_process_that_cannot_start_costs_no_reward_while_another_runs(tmp_path
     path, _, name = write(tmp_path, "time.sleep(0.2); return 1.0", top=once).rpartition(":")
 
     async def ask() -> None:
-        pool = Processes(path, name, limit=3, timeout=60)
+        pool = Processes(path, name, (None,), limit=3, timeout=60)
         pool.patience = 0.01
-        assert await asyncio.gather(*(pool.call("bad", "", "") for _ in range(6))) == [1.0] * 6
+        assert await asyncio.gather(*(pool.call("bad", "", "", {}) for _ in range(6))) == [1.0] * 6
         assert pool.count == pool.limit == 1 and "cannot start, 1 are running: MemoryError" in caplog.text
         pool.timeout = 0.05
-        problems = await asyncio.gather(*(pool.call("bad", "", "") for _ in range(3)), return_exceptions=True)
+        problems = await asyncio.gather(*(pool.call("bad", "", "", {}) for _ in range(3)), return_exceptions=True)
         assert [str(problem)[:24] for problem in problems] == [
             "no answer within 0.05 s",
             *["its process cannot start"] * 2,

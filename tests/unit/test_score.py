@@ -244,3 +244,46 @@ def test_rewards_of_an_earlier_call_and_a_null_label_are_kept(tmp_path) -> None:
     file.write_text(json.dumps(row) + "\n")
     _, rows = run(file, "--pama.objective", f"f=py:{tmp_path}/rewards.py:f")
     assert rows == [row | {"rewards": {"old": 3, "f": 1.0}}]
+
+
+def test_objectives_apply_to_rows_by_their_columns_and_share_a_call(file, capsys) -> None:
+    """In the table and the file in the order of the flags, whatever shares a call."""
+    (file.parent / "grade.py").write_text(
+        "calls = 0\n\n\ndef grade(queries, prompts, labels, level):\n"
+        "    global calls\n    calls += 1\n    return {'level': level, 'calls': calls, 'none': None}\n"
+    )
+    rows = [row | {"level": index, "datasource": "math" if index else "chat"} for index, row in enumerate(ROWS)]
+    del rows[0]["datasource"]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    grade = f"py:{file.parent}/grade.py:grade,columns=level,isolate=false"
+    objectives = {
+        "level": f"{grade},key=level,when=datasource:math",
+        "length": "builtin:length,unit=words",
+        "calls": f"{grade},key=calls,when=datasource:math",
+        "none": f"{grade},key=none,abstain=true",
+        "chat": "builtin:length,unit=words,when=datasource:default",
+    }
+    flags = [word for name, spec in objectives.items() for word in ("--pama.objective", f"{name}={spec}")]
+    code, scored = run(file, *flags)
+    assert code == 1, "none scored no response"
+    assert [row["rewards"] for row in scored] == [
+        {"level": None, "length": 2, "calls": None, "none": None, "chat": 2},
+        {"level": 1, "length": 2, "calls": scored[1]["rewards"]["calls"], "none": None, "chat": None},
+        {"level": 2, "length": 1, "calls": scored[2]["rewards"]["calls"], "none": None, "chat": None},
+    ]
+    assert {scored[1]["rewards"]["calls"], scored[2]["rewards"]["calls"]} <= {1, 2, 3}, "one call for each response"
+    output = capsys.readouterr().out
+    assert re.search(r"applies to.*no reward.*level .*2 of 3.*0 of 2.*none .*0 of 3", output, re.DOTALL)
+    assert output.index("level ") < output.index("length ") < output.index("calls ")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("when=datasource:math", "when=datasource:math must name values .*which has default; no prompt has math"),
+        ("when=task:a", "every line of .*rows.jsonl must have the column task, found prompt, response"),
+    ],
+)
+def test_a_column_that_a_line_lacks_and_a_value_of_none_are_refused(option, message, file, capsys) -> None:
+    code, _ = run(file, "--pama.objective", f"x=builtin:length,unit=words,{option}")
+    assert code == 2 and re.search(message, capsys.readouterr().err)

@@ -135,3 +135,15 @@ def test_what_cannot_work_is_refused(flags, message, policy, prompts, tmp_path, 
 def test_a_policy_that_cannot_be_loaded_is_refused(prompts, tmp_path, capsys) -> None:
     assert run(tmp_path, "--prompts", prompts, *OBJECTIVES, "--responses", 32, "--out", tmp_path / "o.json") == 2
     assert f"cannot load the policy {tmp_path}" in capsys.readouterr().err
+
+
+def test_rewards_belong_to_their_objectives_whatever_shares_a_call(tmp_path) -> None:
+    from pama_plugin.score import score_rows
+    from pama_plugin.settings.objective import parse_objective
+
+    (tmp_path / "f.py").write_text("def f(queries, prompts, labels):\n    return {'a': 1.0, 'c': 3.0}\n")
+    function = f"py:{tmp_path}/f.py:f,isolate=false"
+    texts = (f"a={function},key=a", "b=builtin:length,unit=words", f"c={function},key=c")
+    rewards = score_rows([parse_objective(text) for text in texts], [{"prompt": "x", "response": "y z"}], None)
+    assert {name: outcomes[0].reward for name, outcomes in rewards.items()} == {"a": 1, "b": 2, "c": 3}
+    assert list(rewards) == ["a", "b", "c"], "pama stationarity reads them in order"

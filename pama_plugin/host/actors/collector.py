@@ -5,26 +5,45 @@ import itertools
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience as HostExperience
 from torch import Tensor
 
-from pama_plugin.batch.keys import FAILURES, PROBLEM, REWARD, SECONDS
-from pama_plugin.batch.outcome import judge_column
+from pama_plugin.batch.keys import ABSTAINED, FAILURES, PROBLEM, REWARD, SECONDS
+from pama_plugin.batch.outcome import ABSTAINED as ABSTAINED_CODE
+from pama_plugin.batch.outcome import UNASKED, judge_column
 from pama_plugin.batch.shaping import apply_failure_policy
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.errors import RewardError
 from pama_plugin.host.actors.pending import PendingRewards
+from pama_plugin.host.actors.prompts import columns_of
 from pama_plugin.host.protocols import Experience, Strategy, Tokenizer
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
+from pama_plugin.settings.source import Source
 
 logger = logging.getLogger(__name__)
 
 SECONDS_FOR_REASONS = 60  # to wait for the engines' answers before the run ends
+
+
+class Requested(NamedTuple):
+    """Rewards that a model was asked for.
+
+    Attributes:
+        source: the objectives.
+        applies_KB: true where an objective applies to a response; a response to which one applies is scored.
+        pending: None if there is none.
+        sizes: of the micro-batches in which the model scores.
+    """
+
+    source: Source
+    applies_KB: Tensor
+    pending: PendingRewards | None
+    sizes: list[int]
 
 
 class RewardCollector:
@@ -33,7 +52,7 @@ class RewardCollector:
     Args:
         strategy: OpenRLHF's strategy, whose ``args`` hold OpenRLHF's flags and our configuration.
         tokenizer: the policy's tokenizer.
-        groups: one ``RankGroup`` or ``ReplicaGroup`` per objective that a model scores.
+        groups: name of an objective that a model scores → its ``RankGroup`` or ``ReplicaGroup``.
         vllm_engines: return the reasons of rewards that are missing from the rollout.
     """
 
@@ -51,31 +70,42 @@ class RewardCollector:
 
         return Conversations(self.strategy, self.tokenizer)
 
-    def request(self, samples_list: list[Experience]) -> dict[str, PendingRewards]:
-        """Request the rewards of all micro-batches from every model, without waiting for them."""
+    def request(self, samples_list: list[Experience], *, everything: bool = False) -> list[Requested]:
+        """Request the rewards of all micro-batches from every model, without waiting for them.
+
+        Args:
+            samples_list: micro-batches.
+            everything: whether to score responses to all prompts, whatever the objectives apply to.
+        """
         # Models that share a GPU run one at a time and free the cache after each, as OpenRLHF's own models do.
         shared_with_critic = self.args.train.colocate_critic_reward and self.args.algo.advantage.estimator == "gae"
         one_by_one = self.args.train.colocate_all or shared_with_critic
-        pending = {
-            objective.name: self.groups[objective.name].request(samples_list, one_by_one=one_by_one)
-            for objective in self.config.scored_in("ranks")
-        }
-        if text_objectives := self.config.scored_in("replicas"):
-            conversations = self.conversations.of(samples_list)
-            for objective in text_objectives:
-                group = self.groups[objective.name]
-                pending[objective.name] = group.request(conversations, one_by_one=one_by_one)
-        return pending
+        prompts = list(itertools.chain.from_iterable(samples.prompts for samples in samples_list))
+        requests = []
+        for source in self.config.sources("ranks", "replicas"):
+            applies_KB = torch.ones(len(source.objectives), len(prompts), dtype=torch.bool)
+            if not everything:
+                applies_KB = torch.tensor(
+                    [[_applies(each, prompt) for prompt in prompts] for each in source.objectives]
+                )
+            asked_B, in_text = applies_KB.any(0), source.objectives[0].reward_kind.scored_in == "replicas"
+            inputs = self.conversations.of(samples_list) if in_text else samples_list
+            if not asked_B.all():
+                inputs = _choose(inputs, asked_B) if in_text else _choose_tokens(samples_list, asked_B)
+            sizes = [len(inputs)] if in_text else [len(samples.sequences) for samples in inputs]
+            pending = self.groups[source.name].request(inputs, one_by_one=one_by_one) if inputs else None
+            requests.append(Requested(source, applies_KB, pending, sizes))
+        return requests
 
-    def collect(self, pending: dict[str, PendingRewards], experiences: list[Experience]) -> RewardTable:
+    def collect(self, requests: list[Requested], experiences: list[Experience]) -> RewardTable:
         """Wait for the models' rewards, build the table and apply each objective's failure policy.
 
-        Writes columns of rewards, failures and seconds to ``info`` for the logs; a missing reward is NaN.
+        Writes columns of rewards, failures, abstentions and seconds to ``info`` for the logs; a missing reward is NaN.
 
         Raises:
             RewardError: an objective's failure policy ends the run.
         """
-        self._receive(pending, experiences)
+        reasons_of_models = self._receive(requests, experiences)
         sizes = [len(experience.sequences) for experience in experiences]
         rows: list[Tensor] = []
         problems: dict[tuple[str, int], str] = {}
@@ -85,15 +115,20 @@ class RewardCollector:
                 if f"{REWARD}{name}" not in experience.info:  # not a failed reward: the rollout does not score
                     raise RewardError(name, "returned nothing", self._text(experiences, first))
             rewards_B = torch.cat([experience.info[f"{REWARD}{name}"] for experience in experiences])
-            reasons = self._explain(objective, rewards_B, experiences, pending.get(name))
+            codes_B = torch.cat([experience.info.pop(f"{PROBLEM}{name}") for experience in experiences]).long()
+            if name in reasons_of_models:
+                asked_N = (codes_B >= 0).nonzero().flatten()
+                of_column = judge_column(objective, rewards_B[asked_N])
+                reasons = {int(asked_N[row]): reason for row, reason in of_column.items()} | reasons_of_models[name]
+            else:
+                reasons = self._explain(objective, rewards_B, codes_B)
             failed_B = torch.zeros(len(rewards_B), dtype=torch.bool)
             failed_B[list(reasons)] = True
             rewards_B = rewards_B.masked_fill(failed_B, math.nan)
-            for experience, rewards_b, failed_b in zip(
-                experiences, torch.split(rewards_B, sizes), torch.split(failed_B, sizes)
-            ):
-                experience.info[f"{REWARD}{name}"] = rewards_b
-                experience.info[f"{FAILURES}{name}"] = failed_b.float()
+            columns = {REWARD: rewards_B, FAILURES: failed_B.float()}
+            if objective.abstain:
+                columns[ABSTAINED] = (codes_B == ABSTAINED_CODE).float()
+            self._write(columns, name, experiences)
             rows.append(rewards_B.double())
             problems |= {(name, response): reason for response, reason in reasons.items()}
         order = [experience.index for experience in experiences if experience.index is not None]
@@ -110,9 +145,9 @@ class RewardCollector:
         return self.collect(self.request(micro_batches), micro_batches)
 
     def score_with_models(self, samples: list[Experience]) -> dict[str, Tensor]:
-        """Return the models' rewards (B,) of B single samples, before any failure policy."""
+        """Return the models' rewards (B,) of B single samples, whatever they apply to, before any failure policy."""
         micro_batches = self._in_micro_batches(samples)
-        self._receive(self.request(micro_batches), micro_batches)
+        self._receive(self.request(micro_batches, everything=True), micro_batches)
         return {
             objective.name: torch.cat([batch.info[f"{REWARD}{objective.name}"] for batch in micro_batches])
             for objective in self.config.scored_in("ranks", "replicas")
@@ -125,35 +160,58 @@ class RewardCollector:
             for start in range(0, len(samples), size)
         ]
 
-    def _receive(self, pending: dict[str, PendingRewards], experiences: list[Experience]) -> None:
-        """Wait for the models' rewards and write the same columns as the rollout does for its rewards."""
+    def _write(self, columns: dict[str, Tensor], name: str, experiences: list[Experience]) -> None:
+        """Write columns (B,) of an objective, by their prefixes, to ``info``."""
         sizes = [len(experience.sequences) for experience in experiences]
-        for name, requested in pending.items():
-            rewards = self.groups[name].collect(requested, sizes)
-            for response, reason in list(requested.reasons.items())[:1]:
-                logger.warning(
-                    "PAMA: objective %r: %d of %d rewards are missing; the first: %s; response: %r",
-                    *(name, len(requested.reasons), sum(sizes), reason, self._text(experiences, response)[-200:]),
-                )
-            seconds = requested.seconds()
-            for experience, rewards_b in zip(experiences, rewards, strict=True):
-                experience.info[f"{REWARD}{name}"] = rewards_b.float()
-                experience.info[f"{SECONDS}{name}"] = torch.full((len(rewards_b),), seconds)
+        for key, values_B in columns.items():
+            for experience, values_b in zip(experiences, torch.split(values_B, sizes), strict=True):
+                experience.info[f"{key}{name}"] = values_b
 
-    def _explain(
-        self, objective: Objective, rewards_B: Tensor, experiences: list[Experience], requested: PendingRewards | None
-    ) -> dict[int, str]:
+    def _receive(self, requests: list[Requested], experiences: list[Experience]) -> dict[str, dict[int, str]]:
+        """Wait for the models' rewards and write the same columns as the rollout does for its rewards.
+
+        Returns:
+            Objective → response → reason, where a model knows why a reward is missing.
+        """
+        sizes = [len(experience.sequences) for experience in experiences]
+        known: dict[str, dict[int, str]] = {}
+        for source, applies_KB, pending, asked_sizes in requests:
+            asked = applies_KB.any(0).nonzero().flatten()
+            rewards_NK, seconds = torch.empty(0, len(source.objectives)), math.nan
+            reasons: dict[int, str] = {}
+            if pending is not None:
+                rewards = torch.cat(self.groups[source.name].collect(pending, asked_sizes))
+                rewards_NK, seconds = rewards.float().reshape(len(asked), -1), pending.seconds()
+                reasons = {int(asked[row]): reason for row, reason in pending.reasons.items()}
+            for response, reason in list(reasons.items())[:1]:
+                names = ", ".join(repr(objective.name) for objective in source.objectives)
+                logger.warning(
+                    "PAMA: objective %s: %d of %d rewards are missing; the first: %s; response: %r",
+                    *(names, len(reasons), len(asked), reason, self._text(experiences, response)[-200:]),
+                )
+            for objective, applies_B, rewards_N in zip(source.objectives, applies_KB, rewards_NK.T):
+                name = objective.name
+                rewards_B = torch.full((sum(sizes),), math.nan)
+                rewards_B[asked] = rewards_N
+                columns = {
+                    REWARD: rewards_B.masked_fill(~applies_B, math.nan),
+                    SECONDS: torch.full_like(rewards_B, seconds),
+                    PROBLEM: torch.where(applies_B, 0, UNASKED),
+                }
+                known[name] = {response: reason for response, reason in reasons.items() if applies_B[response]}
+                self._write(columns, name, experiences)
+        return known
+
+    def _explain(self, objective: Objective, rewards_B: Tensor, codes_B: Tensor) -> dict[int, str]:
         """Map each response without a reward to the reason; the rollout sends its reasons as codes."""
-        if requested is not None:
-            return judge_column(objective, rewards_B) | requested.reasons
-        codes_B = torch.cat([experience.info.pop(f"{PROBLEM}{objective.name}") for experience in experiences]).long()
-        failed = (~rewards_B.isfinite()).nonzero().flatten().tolist()
+        failed = (~rewards_B.isfinite() & (codes_B >= 0)).nonzero().flatten().tolist()
         codes = {response: int(codes_B[response]) for response in failed}
         reasons = {
             response: "no reward" if code else f"returned {float(rewards_B[response])}"
             for response, code in codes.items()
         }
-        if objective.on_failure.action != "fail" and len(failed) <= objective.max_failures * len(rewards_B):
+        applying = int((codes_B >= 0).sum())
+        if objective.on_failure.action != "fail" and len(failed) <= objective.max_failures * applying:
             return reasons  # the run continues without the texts: do not query engines that may be generating
         texts: dict[int, str] = {}
         replies = [engine.problems.remote(sorted({*codes.values()} - {0})) for engine in self.vllm_engines]
@@ -171,3 +229,24 @@ class RewardCollector:
                 return self.tokenizer.decode(tokens)
             response -= len(experience.sequences)
         raise IndexError(response)
+
+
+def _applies(objective: Objective, prompt: str) -> bool:
+    return objective.when is None or objective.applies_to(columns_of(prompt))
+
+
+def _choose_tokens(samples_list: list[Experience], chosen_B: Tensor) -> list[Experience]:
+    """The chosen responses of each micro-batch that has any, without columns of padding alone."""
+    sizes = [len(samples.sequences) for samples in samples_list]
+    chosen = []
+    for samples, chosen_b in zip(samples_list, torch.split(chosen_B, sizes)):
+        if chosen_b.any():
+            attention = samples.attention_mask[chosen_b]
+            used = attention.any(0)
+            sequences = samples.sequences[chosen_b][:, used]
+            chosen.append(HostExperience(sequences=sequences, attention_mask=attention[:, used]))
+    return chosen
+
+
+def _choose(values: Sequence[Any], chosen_B: Tensor) -> list[Any]:
+    return list(itertools.compress(values, chosen_B.tolist()))

@@ -7,7 +7,9 @@ from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
 from pama_plugin.batch.rating import summarise
 from pama_plugin.host.actors.collector import RewardCollector
+from pama_plugin.host.actors.prompts import columns_of
 from pama_plugin.host.protocols import Experience
+from pama_plugin.settings.names import DATASOURCE
 
 FEW_PROMPTS = 0.1  # share of prompts left by dynamic filtering, below which a warning says so
 
@@ -53,18 +55,21 @@ class ScoredSamplesGenerator(SamplesGenerator):
         table = self.collector.score(samples)
         rewards = {name: table.row(name).float() for name in table.names}
         trained = self.collector.config.trained
+        applies = {name: table.applies_to(name) for name in table.names}
+        applying = [applies[objective.name] for objective in trained]
         weighted = torch.stack([rewards[objective.name] * objective.weight.end for objective in trained])
-        totals = weighted.sum(0)  # NaN where a reward is missing
+        totals = weighted.masked_fill(~torch.stack(applying), 0).sum(0)  # NaN where a reward is missing
         for sample, total in zip(samples, totals):
             sample.rewards = total.reshape(1)
         datasets = {
             prompt: dataset for names, prompts, *_ in self.eval_dataloader for prompt, dataset in zip(prompts, names)
         }
-        self.metrics = summarise(
-            rewards,
-            [datasets.get(sample.prompts[0], "unknown") for sample in samples],  # as in OpenRLHF's metrics
-            generate_kwargs["n_samples_per_prompt"],
-        )
+        prompts = [sample.prompts[0] for sample in samples]
+        if DATASOURCE in self.collector.config.columns:  # the same text may be in several data sets
+            of_responses = [str(columns_of(prompt)[DATASOURCE]) for prompt in prompts]
+        else:
+            of_responses = [datasets.get(prompt, "unknown") for prompt in prompts]  # as in OpenRLHF's metrics
+        self.metrics = summarise(rewards, applies, of_responses, generate_kwargs["n_samples_per_prompt"])
         return samples
 
     def pop_metrics(self) -> dict[str, float]:

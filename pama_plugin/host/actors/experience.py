@@ -1,6 +1,7 @@
 """OpenRLHF's experience maker for K rewards per response: one estimator run each, one combined advantage per token."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience as HostExperience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+from openrlhf.trainer.ppo_utils.length_penalty import apply_length_penalties
 from openrlhf.utils.logging_utils import init_logger
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from pama_plugin.batch.combine import active_flags, combine, estimated
 from pama_plugin.batch.keys import AT_BEST, EXPLAINED, KL, REFERENCE_NLL, SAMPLED, SPREAD, UNIFORM
 from pama_plugin.batch.metrics import describe_gradients, group_correlations, name_metrics, share_at_best
 from pama_plugin.batch.rollouts import Row, choose_responses, describe_responses
-from pama_plugin.batch.shaping import measure, shape_trained, spreads, varies_enough
+from pama_plugin.batch.shaping import fill_with_means, measure, shape_trained, spreads, varies_enough
 from pama_plugin.batch.state import RunState
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.host.actors.collector import RewardCollector
@@ -58,7 +60,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         self.steps_done = 0
         self.warned: set[str] = set()
         self.rows: list[Row] = []
-        self.probing = self.config.probe != "off"
+        self.unprobed = set(self.config.names if self.config.probe != "off" else ())
 
     @torch.no_grad()
     def make_experience(self, samples_list: list[Experience]) -> list[Experience]:
@@ -75,9 +77,8 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         if self.initial_model_group is not None:
             for experience in experiences:
                 experience.info |= _distance_from_reference(experience)
-        if self.probing:
-            self.probing = False
-            probe_rollout(self.collector, self.table, experiences)
+        if self.unprobed:
+            probe_rollout(self.collector, self.table, experiences, self.unprobed)
         return experiences
 
     @torch.no_grad()
@@ -101,8 +102,14 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         active = [all(flags) for flags in zip(varying, told_apart)]
         if get_rule(config.loss).combines == "rewards":
             # Missing rewards were replaced by a mean; a response without any reward is excluded below.
-            one_B1, all_KB = mask_BA.new_ones(len(mask_BA), 1), torch.ones_like(present_KB)
-            of_rewards = combine(config, state, table, shaped_KB.unsqueeze(-1), one_B1, all_KB, self.steps_done, active)
+            one_B1, used_KB = mask_BA.new_ones(len(mask_BA), 1), torch.ones_like(present_KB)
+            if not get_rule(config.loss).linear:
+                # A mean would compete with rewards where an objective does not apply to a prompt.
+                in_group = [table.grouped(present_B).any(1, keepdim=True) for present_B in present_KB]
+                used_KB = torch.stack([table.ungrouped(any_G1.expand(-1, table.group_size)) for any_G1 in in_group])
+            of_rewards = combine(
+                config, state, table, shaped_KB.unsqueeze(-1), one_B1, used_KB, self.steps_done, active
+            )
             rewards_B, active_K = of_rewards.advantages.squeeze(-1), active_flags(of_rewards)
             self._warn_of_clipping(f"the combined reward of --loss {config.loss}", rewards_B)
             shown = [
@@ -183,15 +190,32 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             copies.append(HostExperience(**vars(experience) | changed))
         if present_B.all():
             return super().compute_advantages_and_returns(copies)
+        return self._estimate_present(present_B, experiences, copies)
 
-        # Exclude responses without a reward from whitening and from the value targets.
-        rows = self.table.split(present_B)
-        if present_B.any():  # without any token OpenRLHF would divide by 0
-            for copy, rows_b in zip(copies, rows):
+    def _estimate_present(
+        self, present_B: Tensor, experiences: list[Experience], copies: list[Experience]
+    ) -> list[Experience]:
+        """Run the estimator so that responses without a reward change nothing: baselines, whitening, value targets."""
+        table, rows = self.table, self.table.split(present_B)
+        apply_length_penalties(copies, self.strategy.args)  # before missing rewards become the mean of the others
+        penalised_GN = table.grouped(torch.cat([copy.rewards for copy in copies]).float())
+        present_GN = table.grouped(present_B)
+        filled_GN = fill_with_means(penalised_GN.masked_fill(~present_GN, math.nan), by_group=self.estimator.by_group)
+        fewer = self.estimator.for_fewer(filled_GN, present_GN), present_GN
+        for copy, rewards_b, rows_b in zip(copies, table.split(table.ungrouped(fewer[0])), rows):
+            copy.rewards = rewards_b.clone()
+            # No penalty again.
+            copy.response_length, copy.truncated = torch.zeros(len(rewards_b)), None
+            if present_B.any():  # without any token OpenRLHF would divide by 0
                 copy.action_mask = copy.action_mask * rows_b.unsqueeze(-1)
         estimates: list[Experience] = super().compute_advantages_and_returns(copies)
-        for copy, experience, rows_b in zip(estimates, experiences, rows):
+        excess = table.split(table.ungrouped(self.estimator.excess_of_fewer(*fewer)))
+        shown = table.split(table.ungrouped(penalised_GN).masked_fill(~present_B, 0))  # of what there is
+        for copy, experience, rows_b, excess_b, shown_b in zip(estimates, experiences, rows, excess, shown):
             copy.action_mask = experience.action_mask
+            copy.response_length, copy.truncated = experience.response_length, experience.truncated
+            copy.advantages = copy.advantages - excess_b.unsqueeze(-1) * copy.action_mask
+            copy.rewards = copy.info["reward"] = shown_b
             if copy.values is not None:
                 copy.returns = torch.where(rows_b.unsqueeze(-1), copy.returns, copy.values)
         return estimates

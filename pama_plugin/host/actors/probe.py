@@ -1,5 +1,6 @@
 """Checks every reward on known pairs before the first step, and rewards and sampler on the first rollout."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -46,6 +47,8 @@ def probe_pairs(collector: RewardCollector) -> None:
             skipped[objective.name] = "the agent scores it"
         elif objective.reward_kind.reads_labels and collector.args.data.label_key:
             skipped[objective.name] = "it may read the labels of the data set"
+        elif getattr(objective.settings, "columns", ()):
+            skipped[objective.name] = "it reads columns of the data set"
     asked = [objective.name for objective in collector.config.scored_in("rollout") if objective.name not in skipped]
     rewards |= ray.get(collector.vllm_engines[0].score_texts.remote(responses, asked))
 
@@ -64,18 +67,32 @@ def probe_pairs(collector: RewardCollector) -> None:
     _report(collector.config, findings, "the probe")
 
 
-def probe_rollout(collector: RewardCollector, table: RewardTable, experiences: list[Experience]) -> None:
+def probe_rollout(
+    collector: RewardCollector, table: RewardTable, experiences: list[Experience], unseen: set[str]
+) -> None:
     """Check the first rollout batch for constant rewards, failures, and responses truncated by a maximum length.
+
+    Args:
+        collector: has the models.
+        table: the rewards.
+        experiences: the responses.
+        unseen: names of the objectives to check. Those that apply to the batch are removed.
 
     Raises:
         ProbeError: with ``--pama.probe strict``, if a reward is certainly broken.
     """
     findings = {}
-    for objective in collector.config.objectives:
-        rewards = table.row(objective.name).tolist()
+    first = len(unseen) == len(collector.config.objectives)
+    for objective in [each for each in collector.config.objectives if each.name in unseen]:
+        applies_B = table.applies_to(objective.name)
+        if not applies_B.any():
+            continue
+        unseen.remove(objective.name)
+        rewards = table.row(objective.name)[applies_B].tolist()
         findings[objective.name] = judge(rewards, [], aspect=None, **_judged_as(objective))
         if objective.reward_kind.scored_in == "replicas":
-            conversations = collector.conversations.of(experiences)[:INSPECTED]
+            applying = itertools.compress(collector.conversations.of(experiences), applies_B.tolist())
+            conversations = list(itertools.islice(applying, INSPECTED))
             inspected = [collector.groups[objective.name].inspect(conversation) for conversation in conversations]
             cut = [inspection for inspection in inspected if inspection and inspection.truncated_response]
             if cut:
@@ -84,7 +101,7 @@ def probe_rollout(collector: RewardCollector, table: RewardTable, experiences: l
                 )
                 findings[objective.name].append(Finding(text, True))
     _report(collector.config, findings, "the first rollout")
-    for sentence in advise(collector.config, table):
+    for sentence in advise(collector.config, table) if first else ():
         logger.warning(f"PAMA: {sentence}")
 
 
@@ -108,7 +125,8 @@ def check_sampler(experiences: list[Experience]) -> None:
 
 
 def _judged_as(objective: Objective) -> dict[str, bool]:
-    return {"learned": objective.reward_kind.learned, "tolerant": objective.on_failure.action != "fail"}
+    tolerant = objective.on_failure.action != "fail"
+    return {"learned": objective.reward_kind.learned, "tolerant": tolerant, "abstains": objective.abstain}
 
 
 def _report(config: PamaConfig, findings: dict[str, list[Finding]], where: str) -> None:

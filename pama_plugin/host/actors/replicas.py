@@ -18,7 +18,7 @@ from pama_plugin.host.actors.pending import PendingRewards
 from pama_plugin.host.preflight.placement import Role
 from pama_plugin.host.protocols import Strategy
 from pama_plugin.rewards import Conversation, Inspection, TextModel
-from pama_plugin.settings.objective import Objective
+from pama_plugin.settings.source import Source
 
 BATCHES = 16  # of the model, in one call; ``timeout`` is for one call
 RESTARTS = 20  # of a replica, in a run
@@ -27,8 +27,8 @@ RESTARTS = 20  # of a replica, in a run
 class Replica:
     """One copy of the model. If the actor dies, Ray restarts it and loads the model again."""
 
-    def __init__(self, objective: Objective) -> None:
-        options, device = objective.settings, "cpu"
+    def __init__(self, source: Source) -> None:
+        options, device = source.objectives[0].settings, "cpu"
         self.timeout = options.timeout
         if options.gpus > 0 and torch.cuda.is_available():
             from openrlhf.trainer.ray.utils import ray_noset_visible_devices  # late: imports vLLM and DeepSpeed
@@ -36,13 +36,13 @@ class Replica:
             device = f"cuda:{ray.get_gpu_ids()[0]}" if ray_noset_visible_devices() else "cuda"
         if options.gpus == 0:  # Ray gives one thread to an actor that reserves no CPU
             torch.set_num_threads(max((os.cpu_count() or 1) // options.replicas, 1))
-        self.model: TextModel = objective.reward_kind.resolve("load")(objective.location, options, device)
+        self.model: TextModel = source.load(device)
 
     def ready(self) -> None:
         """Return once the model is loaded."""
 
-    def score(self, conversations: list[Conversation], free_memory: bool) -> list[float | str]:
-        """Return one reward per conversation, or the reason why it has none."""
+    def score(self, conversations: list[Conversation], free_memory: bool) -> list[Any]:
+        """Return the rewards of each conversation, or the reason why it has none."""
         with self._time_limit():
             rewards = self.model.score_each(conversations)
         if free_memory and torch.cuda.is_available():
@@ -67,11 +67,12 @@ class Replica:
 
 
 class ReplicaGroup:
-    """The replicas of one objective; each scores a part of every batch."""
+    """The replicas of one source; each scores a part of every batch."""
 
-    def __init__(self, objective: Objective, role: Role, pg: PlacementGroup | None) -> None:
-        self.on_gpus, self.timeout = role.share > 0, objective.settings.timeout
-        self.chunk = BATCHES * objective.settings.batch_size
+    def __init__(self, source: Source, role: Role, pg: PlacementGroup | None) -> None:
+        options = source.objectives[0].settings
+        self.on_gpus, self.timeout, self.count = role.share > 0, options.timeout, len(source.objectives)
+        self.chunk = BATCHES * options.batch_size
         self.replicas = []
         for rank in range(role.ranks):
             # OpenRLHF's placement group has one bundle per rank; replicas that share one GPU share its only bundle.
@@ -83,7 +84,7 @@ class ReplicaGroup:
                 max_restarts=RESTARTS,
                 max_task_retries=0,  # a retry would take the calls that wait behind it down with it; see ``_answer``
             )(Replica)
-            self.replicas.append(actor.remote(objective))
+            self.replicas.append(actor.remote(source))
 
     def load(self, strategy: Strategy) -> list[Any]:
         """Return references to wait for until every model is loaded."""
@@ -107,19 +108,23 @@ class ReplicaGroup:
         return pending
 
     def collect(self, pending: PendingRewards, sizes: list[int]) -> list[torch.Tensor]:
-        """Return the rewards (b,) of each micro-batch; NaN for one that is missing, with the reason in ``pending``."""
-        answers: list[float | str] = []
+        """Return the rewards of each micro-batch: (b,), or (b, K) of K objectives.
+
+        A missing one is NaN, with the reason in ``pending``.
+        """
+        answers: list[Any] = []
         for ref, (replica, chunk) in zip(pending.refs, pending.calls):
             answers += self._answer(ref, replica, chunk)
         pending.reasons = {index: printable(answer) for index, answer in enumerate(answers) if isinstance(answer, str)}
-        rewards = [math.nan if isinstance(answer, str) else answer for answer in answers]
+        missing = math.nan if self.count == 1 else [math.nan] * self.count
+        rewards = [missing if isinstance(answer, str) else answer for answer in answers]
         return list(torch.split(torch.tensor(rewards), sizes))
 
-    def _answer(self, ref: Any, replica: Any, chunk: list[Conversation]) -> list[float | str]:
+    def _answer(self, ref: Any, replica: Any, chunk: list[Conversation]) -> list[Any]:
         """The result of a call. If its process ended, perhaps in a call before it, the call is made once more."""
         try:
             try:
-                answers: list[float | str] = ray.get(ref)
+                answers: list[Any] = ray.get(ref)
             except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError):
                 _wait_until_restarted(replica)
                 answers = ray.get(replica.score.remote(chunk, self.on_gpus))

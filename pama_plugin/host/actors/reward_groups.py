@@ -23,6 +23,7 @@ from pama_plugin.host.preflight.placement import Plan, Role, reward_role
 from pama_plugin.host.protocols import ActorGroup, Experience, Strategy
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
+from pama_plugin.settings.source import Source
 
 
 class RankGroup:
@@ -73,7 +74,7 @@ class RankGroup:
 
 
 class RewardGroups:
-    """One group per objective that a model scores, by name, in place of OpenRLHF's single reward group.
+    """One group per model, by the names of its objectives, in place of OpenRLHF's single reward group.
 
     Each group has the size and GPU share that the plan says. It runs in the placement group that OpenRLHF passes
     (``pg``), else on separate whole GPUs or, with a fraction, on one GPU that several objectives share.
@@ -81,24 +82,26 @@ class RewardGroups:
 
     def __init__(
         self,
-        objectives: tuple[Objective, ...],
+        sources: tuple[Source, ...],
         plan: Plan,
-        make_group: Callable[[Objective, Role, PlacementGroup | None], Any],
+        make_group: Callable[[Source, Role, PlacementGroup | None], Any],
         pg: PlacementGroup | None,
     ) -> None:
         homes = {role.name: (role, block) for block in plan.blocks for role in block.roles}
         gpus: dict[Any, PlacementGroup] = {}
-        self.groups = {}
-        for objective in objectives:
-            role, block = homes[reward_role(objective)]
+        self.groups: dict[str, Any] = {}
+        for source in sources:
+            role, block = homes[reward_role(source)]
             if pg is None and 0 < role.share < 1 and block not in gpus:
                 gpus[block] = placement_group([{"GPU": 1, "CPU": 1}])
                 ray.get(gpus[block].ready())
-            self.groups[objective.name] = make_group(objective, role, gpus.get(block, pg))
+            group = make_group(source, role, gpus.get(block, pg))
+            self.groups |= {objective.name: group for objective in source.objectives}
 
     def async_init_model_from_pretrained(self, strategy: Strategy, pretrain: str) -> list[Any]:
-        """Load every objective's model. ``pretrain``, the first model's location, is not used."""
-        return list(itertools.chain.from_iterable(group.load(strategy) for group in self.groups.values()))
+        """Load every model. ``pretrain``, the first model's location, is not used."""
+        different = {id(group): group for group in self.groups.values()}.values()
+        return list(itertools.chain.from_iterable(group.load(strategy) for group in different))
 
 
 def _strategy_of(objective: Objective, strategy: Strategy) -> Strategy:
@@ -170,14 +173,15 @@ def group_builder(
         if ray_actor_type is not reward_actor:
             return stock(num_nodes, num_gpus_per_node, ray_actor_type, **placement)
 
-        def make_group(objective: Objective, role: Role, pg: PlacementGroup | None) -> Any:
-            if objective.reward_kind.scored_in == "replicas":
+        def make_group(source: Source, role: Role, pg: PlacementGroup | None) -> Any:
+            (first, *_) = source.objectives
+            if first.reward_kind.scored_in == "replicas":
                 from pama_plugin.host.actors.replicas import ReplicaGroup  # only replicas need its imports
 
-                return ReplicaGroup(objective, role, pg)
+                return ReplicaGroup(source, role, pg)
             where = placement | {"pg": pg, "num_gpus_per_actor": role.share}
-            return RankGroup(objective, stock(role.nodes, role.gpus_per_node, ray_actor_type, **where))
+            return RankGroup(first, stock(role.nodes, role.gpus_per_node, ray_actor_type, **where))
 
-        return RewardGroups(config.scored_in("ranks", "replicas"), plan, make_group, placement["pg"])
+        return RewardGroups(config.sources("ranks", "replicas"), plan, make_group, placement["pg"])
 
     return build

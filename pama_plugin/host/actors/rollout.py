@@ -8,6 +8,7 @@ import numbers
 import reprlib
 import time
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
@@ -16,13 +17,15 @@ from openrlhf.trainer.ray import vllm_engine
 from openrlhf.utils.agent import AgentExecutorBase
 
 from pama_plugin.batch.keys import PROBLEM, REWARD, SAMPLED, SECONDS
-from pama_plugin.batch.outcome import Outcome, attempt, code_of
+from pama_plugin.batch.outcome import NOT_ASKED, Outcome, attempt, code_of
 from pama_plugin.errors import LONGEST_PROBLEM, PamaError, RewardError, problem_of
 from pama_plugin.host.actors.orphans import end_with_this_process
+from pama_plugin.host.actors.prompts import columns_of, with_columns
 from pama_plugin.rewards import Response, Scorer
 from pama_plugin.rewards.numbers import only_number
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
+from pama_plugin.settings.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +38,29 @@ class ObjectiveExecutor(AgentExecutorBase):
 
     The rewards are returned in ``extra_logs``, from which OpenRLHF makes columns of ``Experience.info``, one per
     objective. Unless the objective's policy is to fail, a missing reward is NaN, and another column has the code of the
-    reason. OpenRLHF's own executor would log an exception of a reward and continue.
+    reason, or says that the objective does not apply. Objectives of one source share one call. OpenRLHF's own executor
+    would log an exception of a reward and continue.
     """
 
     def __init__(self, config: PamaConfig, base: AgentExecutorBase) -> None:
         self.config, self.base = config, base
-        self.scored = config.scored_in("rollout", "agent")
-        self.scorers = {objective.name: _load(objective) for objective in config.scored_in("rollout")}
+        self.sources = config.sources("rollout", "agent")
+        self.scorers = {source.name: _load(source) for source in config.sources("rollout")}
         self.failures = dict.fromkeys(config.names, 0)
         self.problems: dict[int, str] = {}
         self.steps_done = 0
-        self.locations = {objective.location for objective in config.scored_in("agent")}  # a failure if not a number
+        agents = config.scored_in("agent")
+        self.locations = {objective.location for objective in agents}  # a failure if not a number
+        # OpenRLHF logs the mean of every key in extra_logs, which is not to count prompts without a meaning for it.
+        self.partial = {objective.location for objective in agents if objective.abstain or objective.when}
 
     async def execute(self, *, hf_tokenizer: Any, **request: Any) -> dict[str, Any]:
         output: dict[str, Any] = await self.base.execute(hf_tokenizer=hf_tokenizer, **request)
-        if not self.scored:
+        columns: Mapping[str, Any] = {}
+        if self.config.columns:
+            columns = columns_of(request["prompt"])
+            output["prompt"] = with_columns(output["prompt"], columns)
+        if not self.sources:
             return output
         tokens, turns = output["observation_tokens"], output["action_ranges"]
         actions = [token for start, end in turns for token in tokens[start:end]]
@@ -59,23 +70,29 @@ class ObjectiveExecutor(AgentExecutorBase):
             label=output["label"],
             response=hf_tokenizer.decode(actions, skip_special_tokens=True),
             num_tokens=len(actions),
+            columns=columns,
         )
         logs = output.get("extra_logs") or {}
         self._check_logs(logs)
         returned = {"reward": output.get("reward"), "scores": output.get("scores")} | logs
-        outcomes = await asyncio.gather(*(self._score(objective, response, returned) for objective in self.scored))
-        columns: dict[str, float] = {}
-        for objective, (outcome, seconds) in zip(self.scored, outcomes):
-            name, key = objective.name, objective.location
-            columns |= {f"{REWARD}{name}": outcome.reward, f"{SECONDS}{name}": seconds}
-            columns |= {f"{PROBLEM}{name}": self._remember(outcome.problem)}
-            if name not in self.scorers and outcome.problem is not None:
-                # OpenRLHF makes a column of every key in extra_logs: all responses must have it, as a number.
-                columns |= {key: math.nan} if key not in ("reward", "scores") else {}
-        output["extra_logs"] = logs | columns
+        logs = {key: value for key, value in logs.items() if key not in self.partial}
+        # OpenRLHF makes columns of these, too: all responses must have them, or none.
+        output |= dict.fromkeys(self.partial & {"reward", "scores"})
+        scored = await asyncio.gather(*(self._score(source, response, returned) for source in self.sources))
+        logged: dict[str, float] = {}
+        applying: dict[str, float] = {}
+        for source, (outcomes, seconds) in zip(self.sources, scored):
+            for objective, outcome in zip(source.objectives, outcomes):
+                name, key = objective.name, objective.location
+                logged |= {f"{REWARD}{name}": outcome.reward, f"{SECONDS}{name}": seconds}
+                logged |= {f"{PROBLEM}{name}": self._remember(outcome)}
+                if source.name not in self.scorers and outcome.problem is not None:
+                    # All responses must have the column of a key, as a number.
+                    logged |= {key: math.nan} if key not in {"reward", "scores", *self.partial} else {}
+                applying |= {} if math.isnan(outcome.reward) else {name: outcome.reward}
+        output["extra_logs"] = logs | logged
         if self.config.filter_by is not None:  # by ``scores`` OpenRLHF filters prompts
-            rewards = {objective.name: outcome.reward for objective, (outcome, _) in zip(self.scored, outcomes)}
-            output["scores"] = self.config.rate(rewards, self.steps_done)
+            output["scores"] = self.config.rate(applying, self.steps_done)
         return output
 
     def _check_logs(self, logs: dict[str, Any]) -> None:
@@ -93,69 +110,88 @@ class ObjectiveExecutor(AgentExecutorBase):
     async def score_texts(self, responses: list[Response], names: list[str]) -> dict[str, list[float]]:
         """Score texts with objectives that the rollout scores; a missing reward is NaN, and one reason is logged."""
         rewards = {}
-        for objective in self.config.scored_in("rollout"):
-            if objective.name not in names:
+        for source in self.config.sources("rollout"):
+            if source.name not in names:
                 continue
-            scorer = self.scorers[objective.name]
-            outcomes = await asyncio.gather(*(attempt(objective, scorer(response)) for response in responses))
-            for problem in [outcome.problem for outcome in outcomes if outcome.problem is not None][:1]:
-                logger.warning("PAMA: objective %r gave no reward before the first step: %s", objective.name, problem)
-            rewards[objective.name] = [outcome.reward for outcome in outcomes]
+            scorer = self.scorers[source.name]
+            scored = await asyncio.gather(*(attempt(source, scorer(response)) for response in responses))
+            for objective, outcomes in zip(source.objectives, zip(*scored)):
+                name = objective.name
+                for problem in [outcome.problem for outcome in outcomes if outcome.problem is not None][:1]:
+                    logger.warning("PAMA: objective %r gave no reward before the first step: %s", name, problem)
+                rewards[name] = [outcome.reward for outcome in outcomes]
         return rewards
 
-    def _remember(self, problem: str | None) -> int:
+    def _remember(self, outcome: Outcome) -> int:
         """Keep the problem's text and return its code, by which the driver asks for it: a column carries no text."""
-        code = code_of(problem)
-        if problem is not None:
+        code = code_of(outcome)
+        if outcome.problem is not None:
             self.problems.pop(code, None)  # so that it becomes the latest
-            self.problems[code] = problem[:LONGEST_PROBLEM]
+            self.problems[code] = outcome.problem[:LONGEST_PROBLEM]
             while len(self.problems) > PROBLEMS_KEPT:
                 del self.problems[next(iter(self.problems))]
         return code
 
-    async def _score(self, objective: Objective, response: Response, returned: dict[str, Any]) -> tuple[Outcome, float]:
-        """Return the outcome and the seconds it took; ``returned`` is the agent's output."""
-        start, name = time.perf_counter(), objective.name
-        reward = self.scorers[name](response) if name in self.scorers else _read(returned, objective.location)
-        outcome = await attempt(objective, reward)
-        if outcome.problem is not None:
-            if objective.on_failure.action == "fail":
-                raise RewardError(name, outcome.problem, response.query)
-            self._warn(objective, outcome.problem)
-        return outcome, time.perf_counter() - start
+    async def _score(self, source: Source, response: Response, returned: dict[str, Any]) -> tuple[list[Outcome], float]:
+        """Return the outcome of each objective and the seconds they took; ``returned`` is the agent's output.
 
-    def _warn(self, objective: Objective, problem: str) -> None:
+        If none of them applies to the prompt, nothing is asked, and the seconds are NaN.
+        """
+        applies = [objective.applies_to(response.columns) for objective in source.objectives]
+        if not any(applies):
+            return [NOT_ASKED] * len(applies), math.nan
+        start, first = time.perf_counter(), source.objectives[0]
+        call = self.scorers[source.name](response) if source.name in self.scorers else _read(returned, first)
+        asked = await attempt(source, call)
+        outcomes = [outcome if applied else NOT_ASKED for outcome, applied in zip(asked, applies)]
+        failed: dict[str, list[Objective]] = {}
+        for objective, outcome in zip(source.objectives, outcomes):
+            if outcome.problem is not None:
+                failed.setdefault(outcome.problem, []).append(objective)
+        for problem, objectives in failed.items():
+            for objective in objectives:
+                if objective.on_failure.action == "fail":
+                    raise RewardError(objective.name, problem, response.query)
+            self._warn(objectives, problem)
+        return outcomes, time.perf_counter() - start
+
+    def _warn(self, objectives: list[Objective], problem: str) -> None:
         """Log failure 1, 2, 4, 8 … only, so that a dead server does not fill the log."""
-        self.failures[objective.name] += 1
-        count = self.failures[objective.name]
+        for objective in objectives:
+            self.failures[objective.name] += 1
+        names, count = ", ".join(repr(objective.name) for objective in objectives), self.failures[objectives[0].name]
         if count & (count - 1) == 0:
             logger.warning(
-                "objective %r: %d responses without a reward in this engine so far (%s); last reason: %s",
-                *(objective.name, count, objective.on_failure, problem),
+                "objective %s: %d responses without a reward in this engine so far (%s); last reason: %s",
+                *(names, count, objectives[0].on_failure, problem),
             )
 
 
-def _load(objective: Objective) -> Scorer:
+def _load(source: Source) -> Scorer:
     """Return the scorer; if it cannot be loaded, one that ends the run at its first call, whatever the policy.
 
     OpenRLHF would wait for ever for an engine that dies at its start.
     """
     try:
-        return objective.load_scorer(patient=objective.on_failure.action == "fail")
+        scorer: Scorer = source.load(patient=source.patient)
+        return scorer
     except Exception as error:  # the user's file may raise anything
         problem = f"cannot be loaded: {problem_of(error)}"
 
         async def refuse(response: Response) -> float:
-            raise RewardError(objective.name, problem, response.query)
+            raise RewardError(source.name, problem, response.query)
 
         return refuse
 
 
-async def _read(returned: dict[str, Any], key: str) -> float:
-    """Read one number from the agent's output."""
+async def _read(returned: dict[str, Any], objective: Objective) -> float | None:
+    """Read one number from the agent's output; None if it is missing and the objective may abstain."""
+    key = objective.location
     if returned.get(key) is None:
+        if objective.abstain:
+            return None
         names = ", ".join(name for name, value in returned.items() if value is not None)
-        raise PamaError(f"the agent must return {key!r}, found {names}")
+        raise PamaError(f"the agent must return {key!r}, found {names} (abstain=true takes it as: does not apply)")
     try:
         return only_number(returned[key])
     except PamaError as error:

@@ -32,6 +32,7 @@ from pama_plugin.batch.rating import BEST, rate
 from pama_plugin.batch.rollouts import step_line
 from pama_plugin.batch.state import RunState
 from pama_plugin.errors import PamaError, RewardError
+from pama_plugin.host.actors.dataset import read_columns
 from pama_plugin.host.actors.evaluation import ScoredSamplesGenerator
 from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 from pama_plugin.host.actors.handshake import report, shake_hands
@@ -303,6 +304,7 @@ class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.
     def __init__(self, pretrain: str, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         if strategy.args.train.full_determinism_enable:
             set_seed(strategy.args.train.seed)  # OpenRLHF shuffles the prompts here without setting a seed
+        read_columns(strategy)
         super().__init__(pretrain, strategy, *args, **kwargs)
         self.samples_generator = ScoredSamplesGenerator(self.samples_generator, self.experience_maker.collector)
 

@@ -6,6 +6,7 @@ import ray
 from openrlhf.trainer import ppo_trainer_async
 
 from pama_plugin.errors import RewardError
+from pama_plugin.host.actors.dataset import read_columns
 from pama_plugin.host.actors.evaluation import ScoredSamplesGenerator
 from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 from pama_plugin.host.actors.trainer import MultiObjectiveTrainer, reachable_position
@@ -77,6 +78,10 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
     rollout_slots: Any
     prompts_dataloader: Any
     samples_generator: Any
+
+    def __init__(self, pretrain: str, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
+        read_columns(strategy)
+        super().__init__(pretrain, strategy, *args, **kwargs)
 
     def begin(self, strategy: Strategy, reward_model_group: Any, steps_done: int) -> None:
         tokenizer = self.samples_generator.tokenizer

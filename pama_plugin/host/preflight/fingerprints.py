@@ -34,7 +34,8 @@ TABLE = Path(__file__).with_name("fingerprints.json")
 # File of OpenRLHF → functions, classes (header and fields) and, as __main__, the code that runs as the command.
 SEAMS = {
     "cli/train_ppo_ray.py": "train __main__",
-    "datasets/prompts_dataset.py": "preprocess_data",
+    "datasets/prompts_dataset.py": """
+        preprocess_data PromptDataset PromptDataset.__init__ PromptDataset.__getitem__ PromptDataset.collate_fn""",
     "datasets/utils.py": "blending_datasets",
     "models/actor.py": "Actor.forward",
     "models/loss.py": "PolicyLoss.forward ValueLoss.__init__ ValueLoss.forward",

@@ -68,6 +68,10 @@ def check_flags(args: argparse.Namespace, config: PamaConfig) -> PamaConfig:
             "--vllm.num_engines must be at least 1, because OpenRLHF's PPO generates with vLLM, found none"
         )
     _check_agent(getattr(args, "train.agent_func_path"), config)
+    if (blind := [each.name for each in config.objectives if each.needs_label]) and not getattr(args, "data.label_key"):
+        raise ConfigError(
+            f"--data.label_key must name the column of the label, which the rubric of {blind[0]!r} contains, found none"
+        )
     with_heads = getattr(args, "algo.advantage.estimator") == "gae" and len(config.trained) > 1
     if with_heads and getattr(args, "ds.tensor_parallel_size") > 1:
         raise ConfigError(
@@ -152,13 +156,19 @@ def _choose_filter(args: argparse.Namespace, config: PamaConfig) -> PamaConfig:
             f"--pama.filter_by {config.filter_by} must be scored in the rollout, found "
             f"{', '.join(f'{objective.name} of kind {objective.kind}' for objective in late)}, scored after it"
         )
+    if partial := [each.name for each in rated if each.name == config.filter_by and (each.when or each.abstain)]:
+        raise ConfigError(
+            f"--pama.filter_by must be an objective that applies to every prompt, or {WEIGHTED_SUM}, found "
+            f"{partial[0]}, which has when= or abstain="
+        )
     # Filtering comes before failures are handled: a prompt whose responses have no reward has no rating.
     if tolerant := [objective.name for objective in rated if objective.on_failure.action != "fail"]:
         raise ConfigError(
             "--algo.dynamic_filtering_enable rates prompts by their rewards: on_failure must be fail, found another "
             f"policy for {', '.join(tolerant)}"
         )
-    ranges = {objective.name: objective.range for objective in rated if objective.range is not None}
+    always = [objective for objective in rated if not (objective.when or objective.abstain)]
+    ranges = {objective.name: objective.range for objective in always if objective.range is not None}
     if len(ranges) == len(rated):
         low = config.rate({name: bounds.low for name, bounds in ranges.items()}, 0)
         high = config.rate({name: bounds.high for name, bounds in ranges.items()}, 0)

@@ -97,7 +97,7 @@ def estimate(args: argparse.Namespace, config: PamaConfig, plan: Plan) -> Memory
         config: has the models of the objectives.
         plan: has the roles and their ranks.
     """
-    objectives = {reward_role(objective): objective for objective in config.scored_in("ranks", "replicas")}
+    objectives = {reward_role(source): source.objectives[0] for source in config.sources("ranks", "replicas")}
     found = Memory({}, {})
     for role in (role for block in plan.blocks if block.gpus for role in block.roles if role.name != "rollout"):
         try:

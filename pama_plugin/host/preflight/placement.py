@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from pama_plugin.errors import ConfigError
-from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
+from pama_plugin.settings.source import Source
 
 # Ray counts GPUs in steps of 0.0001: with a share rounded up, K of them would not fit their GPU and wait for ever.
 GPU_STEPS = 10_000
@@ -79,7 +79,7 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
 
     Args:
         args: OpenRLHF's flags, flat: ``getattr(args, "actor.num_nodes")``.
-        config: each objective that is scored in ranks or replicas becomes a role.
+        config: each model that scores objectives in ranks or replicas becomes a role.
 
     Raises:
         ConfigError: no cluster can serve the flags; OpenRLHF would fail, or wait for ever, after Ray has started.
@@ -95,12 +95,12 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
     references = [_role(args, "reference", "ref")] if getattr(args, "algo.kl.init_coef") > 0 else []
     critics = [_role(args, "critic", "critic")] if getattr(args, "algo.advantage.estimator") == "gae" else []
     critic_shares = bool(critics) and getattr(args, "train.colocate_critic_reward")
-    rewards = _reward_roles(args, config.scored_in("ranks", "replicas"), colocated=colocate_all or critic_shares)
+    rewards = _reward_roles(args, config.sources("ranks", "replicas"), colocated=colocate_all or critic_shares)
     engines = getattr(args, "vllm.num_engines") or 0
     rollouts = [Role("rollout", engines, getattr(args, "vllm.tensor_parallel_size"))] if engines > 0 else []
 
     # Replicas accept unequal shares of a batch.
-    independent = {reward_role(objective) for objective in config.scored_in("replicas")}
+    independent = {reward_role(source) for source in config.sources("replicas")}
     # With LoRA the reference is the policy with its adapters off.
     apart = [] if getattr(args, "ds.lora.rank") else references
     for role in (policy, *apart, *critics, *rewards):
@@ -127,21 +127,22 @@ def make_plan(args: argparse.Namespace, config: PamaConfig) -> Plan:
     return Plan((*blocks, *(Block(0, (role,)) for role in on_cpus)))
 
 
-def reward_role(objective: Objective) -> str:
-    """Return the name of an objective's role, which is also the name of its rewards in the trackers."""
-    return f"reward/{objective.name}"
+def reward_role(source: Source) -> str:
+    """Return the name of the role of a reward model."""
+    return f"reward/{source.name}"
 
 
 def _role(args: argparse.Namespace, name: str, flag: str) -> Role:
     return Role(name, getattr(args, f"{flag}.num_nodes"), getattr(args, f"{flag}.num_gpus_per_node"))
 
 
-def _reward_roles(args: argparse.Namespace, objectives: Sequence[Objective], *, colocated: bool) -> list[Role]:
-    """Return one role per objective. Where OpenRLHF colocates its one reward model, those on GPUs split its share."""
-    on_gpus = [objective for objective in objectives if objective.settings.gpus != 0]
+def _reward_roles(args: argparse.Namespace, sources: Sequence[Source], *, colocated: bool) -> list[Role]:
+    """Return one role per model. Where OpenRLHF colocates its one reward model, those on GPUs split its share."""
+    on_gpus = [source for source in sources if source.objectives[0].settings.gpus != 0]
     share = math.floor(HOST_SHARE / max(1, len(on_gpus)) * GPU_STEPS) / GPU_STEPS if colocated else 1.0
     roles = []
-    for objective in objectives:
+    for source in sources:
+        objective = source.objectives[0]
         options, in_ranks = objective.settings, objective.reward_kind.scored_in == "ranks"
         if in_ranks and options.offload and getattr(args, "ds.zero_stage") != 3:
             raise ConfigError(
@@ -153,7 +154,7 @@ def _reward_roles(args: argparse.Namespace, objectives: Sequence[Objective], *, 
                 f"objective {objective.name!r}: gpus must be a whole number where reward models are colocated "
                 f"(they split one share of a GPU anyway), found {options.gpus}"
             )
-        default = _role(args, reward_role(objective), "reward")
+        default = _role(args, reward_role(source), "reward")
         if not in_ranks:
             if 0 < options.gpus < 1 < options.gpus * options.replicas:
                 raise ConfigError(

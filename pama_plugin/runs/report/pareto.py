@@ -121,9 +121,15 @@ def ends(runs: Iterable[Run], names: Sequence[str], measure: Callable[[Series], 
 
 
 def starts(runs: Iterable[Run], names: Sequence[str]) -> np.ndarray:
-    """(objectives,) the mean reward in the first step of all runs: that of the policy before any update."""
-    first = np.array([[run.scalars[f"{REWARD}{name}"][0][1] for name in names] for run in runs])
-    return np.asarray(first.mean(0))
+    """(objectives,) the mean reward in the first step of all runs: that of the policy before any update.
+
+    Of an objective that applies to no prompt of any first step, the mean of the first rewards there are.
+    """
+    points = [[run.scalars[f"{REWARD}{name}"][0] for name in names] for run in runs]
+    steps, rewards = (np.array([[point[part] for point in run] for run in points]) for part in (0, 1))
+    at_start = steps == steps.min(1, keepdims=True)
+    counted = np.where(at_start.any(0), at_start, True)
+    return np.asarray(np.average(rewards, axis=0, weights=counted))
 
 
 def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:

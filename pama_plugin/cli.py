@@ -98,7 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Score the prompts and responses of a JSONL file with the objectives of a run, without training. "
         "Prints a table and writes the lines with their rewards. Exit code 1 if an objective scored no response.",
     )
-    score.add_argument("file", type=Path, help='JSONL: {"prompt": text or messages, "response": text, "label": text}')
+    score.add_argument(
+        "file",
+        type=Path,
+        help='JSONL: {"prompt": text or messages, "response": text}, with "label" and columns if objectives need them',
+    )
     stationarity = commands.add_parser(
         "stationarity",
         help="measure the true gradients of the objectives at saved policies: is some combination of them 0?",

@@ -23,6 +23,7 @@ from pama_plugin.settings.names import DATASOURCE, DEFAULT_DATASOURCE
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.source import Source, group_by_source
 
+SHOWN = 3  # problems of an objective that are printed
 AT_ONCE = 64  # responses that an objective of the rollout scores in parallel
 
 Row = dict[str, Any]
@@ -87,13 +88,13 @@ def score_rows(objectives: Sequence[Objective], rows: list[Row], tokenizer: Any)
 
 
 def check_columns(objectives: Sequence[Objective], rows: Sequence[Row], where: str) -> None:
-    """Refuse rows without a column that an objective needs, and conditions that hold for none of them."""
+    """Refuse rows without a column or label that an objective needs, and conditions that hold for none of them."""
     for objective in objectives:
-        for column in objective.columns:
+        for column in (*objective.columns, *(["label"] if objective.needs_label else [])):
             if lacking := [row for row in rows if column not in (*row, DATASOURCE)]:
                 raise ConfigError(
-                    f"objective {objective.name!r}: every line of {where} must have the column {column}, found "
-                    f"{', '.join(lacking[0])} in one"
+                    f"objective {objective.name!r}: every line of {where} must have {column!r}, found one with "
+                    f"{', '.join(lacking[0])}"
                 )
         if objective.when is not None:
             name = objective.when.column
@@ -322,5 +323,7 @@ def _print_table(results: dict[str, list[Outcome]], seconds: dict[str, float]) -
     for name, outcomes in results.items():
         texts = [outcome.problem for outcome in outcomes if outcome.problem is not None]
         problems = Counter(re.sub(r" \(attempts: \d+\)$", "", text) for text in texts)
-        for problem, count in problems.most_common(3):
+        for problem, count in problems.most_common(SHOWN):
             console.print(f"{name}: {count} × {problem}", style="yellow", markup=False)
+        if len(problems) > SHOWN:
+            console.print(f"{name}: {len(problems) - SHOWN} other problems", style="yellow")

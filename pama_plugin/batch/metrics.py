@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pama_plugin.aggregation import Aggregation
 from pama_plugin.batch.gradient_gram import cosines, jackknife, min_norm, unbiased_gram
-from pama_plugin.batch.keys import ABSTAINED, COEFFICIENT, FAILURES, GRADIENT, GROUP_CORRELATION, PAMA, REWARD
+from pama_plugin.batch.keys import ABSTAINED, COEFFICIENT, FAILURES, GRADIENT, GROUP_CORRELATION, PAMA, REWARD, SECONDS
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.settings.run import PamaConfig
 
@@ -29,8 +29,8 @@ def name_metrics(config: PamaConfig, result: Aggregation, steps_done: int) -> di
 def reduce_columns(columns: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
     """Reduce each column of a rollout batch to one number, and add the correlations of the rewards of ``names``.
 
-    Failures and abstentions are summed. All other columns are averaged over the responses that have a number; a column
-    without any gives no metric.
+    Failures and abstentions are summed. All other columns are averaged over the responses that have a number. An
+    objective that applies to no response has no mean reward, and took no time.
     """
     metrics = {}
     for one, other in itertools.combinations(names, 2):
@@ -40,7 +40,7 @@ def reduce_columns(columns: Mapping[str, Tensor], names: Iterable[str]) -> dict[
     for key, column in columns.items():
         if key.startswith((FAILURES, ABSTAINED)):
             metrics[key] = column.sum().item()
-        elif not column.isnan().all():
+        elif not (key.startswith((REWARD, SECONDS)) and column.isnan().all()):
             metrics[key] = column.nanmean().item()
     return metrics
 

@@ -163,7 +163,7 @@ def valid_json(*, fenced: bool = False) -> Measure:
     def measure(response: Response) -> float:
         text = response.response
         if fenced:
-            text = next((block for language, block in _fenced_blocks(text) if language == "json"), "")
+            text = next((block for language, block in fenced_blocks(text) if language == "json"), "")
         try:
             json.loads(text, parse_constant=refuse)
         except (ValueError, RecursionError):
@@ -173,7 +173,7 @@ def valid_json(*, fenced: bool = False) -> Measure:
     return measure
 
 
-def _fenced_blocks(text: str) -> Iterator[tuple[str, str]]:
+def fenced_blocks(text: str) -> Iterator[tuple[str, str]]:
     """Language and content of each fenced block, in order. A block that is not closed goes on to the end."""
     fence, language = "", ""
     lines: list[str] = []

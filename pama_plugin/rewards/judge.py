@@ -13,6 +13,7 @@ from typing import Any
 
 import regex
 
+from pama_plugin.rewards.builtin import fenced_blocks
 from pama_plugin.rewards.http import Failure, Server, check_servers, pick, unique
 from pama_plugin.rewards.options import JudgeOptions, refuse_columns
 from pama_plugin.rewards.response import Response, Scorer
@@ -107,8 +108,9 @@ def _parse(answer: str, pattern: str | None) -> dict[str, Any]:
     ({'safe': 4.0}, {'safe': 4.0})
     """
     if pattern is None:
+        blocks = [block for _, block in fenced_blocks(answer)]  # in which many chat models put JSON
         try:
-            document = json.loads(answer, parse_int=float, object_pairs_hook=unique)
+            document = json.loads(blocks[-1] if blocks else answer, parse_int=float, object_pairs_hook=unique)
         except (ValueError, RecursionError):
             raise Failure("must be a JSON object") from None
         if not isinstance(document, dict):

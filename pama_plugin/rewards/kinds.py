@@ -33,6 +33,7 @@ class RewardKind:
         learned: whether a constant reward indicates a broken model; a hand-written reward may be constant.
         reads_labels: whether the reward may depend on the label of the prompt.
         needs_label: ``options -> bool``: whether it cannot be computed without one.
+        located_by: options that say, with the location, which scorer it is: with others, a call is not shared.
         abstains: whether the reward may be None, which ``abstain=true`` takes as "does not apply to this response".
         picks: the option, a field of ``model``, that picks one of several numbers. Objectives with the same location
             share one call per response, or one loaded model, and differ in this option only. ``load`` then receives
@@ -60,6 +61,7 @@ class RewardKind:
     learned: bool = False
     reads_labels: bool = False
     needs_label: Reference | None = None
+    located_by: tuple[str, ...] = ()
     abstains: bool = False
     picks: str | None = None
     check: Reference | None = None
@@ -163,6 +165,7 @@ KINDS.add(
         learned=True,
         reads_labels=True,
         needs_label="pama_plugin.rewards.judge:needs_label",
+        located_by=("rubric", "model"),
         abstains=True,
         picks="key",
         check="pama_plugin.rewards.judge:check_judge",

@@ -88,7 +88,7 @@ def pick(result: Any, keys: Sequence[str | None]) -> Any:
 
 def _number(result: Any, key: str | None) -> float | None:
     if not isinstance(result, dict):
-        if key is not None:
+        if key is not None and result is not None:
             raise PamaError(f"must return a dict with {key!r}, found {type(result).__name__}")
         return number_or_none(result)
     wanted = key or "rewards"

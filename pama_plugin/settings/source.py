@@ -53,8 +53,9 @@ def group_by_source(objectives: Iterable[Objective]) -> tuple[Source, ...]:
     """
     groups: dict[tuple[Any, ...], list[Objective]] = {}
     for index, objective in enumerate(objectives):
-        shared = objective.reward_kind.picks is not None
-        key = (objective.kind, objective.location) if shared else (index,)
+        kind, settings = objective.reward_kind, objective.settings
+        located_by = [getattr(settings, option) for option in kind.located_by]
+        key = (index,) if kind.picks is None else (objective.kind, objective.location, *located_by)
         groups.setdefault(key, []).append(objective)
     for first, *others in groups.values():
         for other in others:
@@ -69,5 +70,5 @@ def _check_options(one: Objective, other: Objective) -> None:
         if key != picks and mine[key] != its[key]:
             raise ValueError(
                 f"objectives {one.name!r} and {other.name!r} share {one.kind}:{one.location}: {key} must be the same "
-                f"for both, found {mine[key]!r} and {its[key]!r}; only {picks}= may differ"
+                f"for both, found {mine[key]!r} and {its[key]!r}; of the options of the kind only {picks}= may differ"
             )

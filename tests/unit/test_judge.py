@@ -49,6 +49,21 @@ def test_the_rubric_is_sent_as_one_message_and_sampling_is_the_servers(rubric) -
         assert server.paths == ["/v1/chat/completions"]
 
 
+def test_json_may_be_in_a_fenced_block(rubric) -> None:
+    with answering('Sure!\n```json\n{"tone": 4}\n```\nAnything else?') as server:
+        assert ask(server, f"{rubric},key=tone") == [Outcome(4.0)]
+
+
+def test_two_rubrics_or_models_on_one_server_are_two_judges(rubric, tmp_path) -> None:
+    (tmp_path / "other.txt").write_text("{response}")
+    url = "judge:http://localhost/v1"
+    texts = [f"a={url},{rubric},key=x", f"b={url},{rubric},key=y", f"c={url},model=m,rubric={tmp_path}/other.txt"]
+    shared = [len(source.objectives) for source in group_by_source(map(parse_objective, texts))]
+    assert shared == [2, 1]
+    with pytest.raises(ValueError, match="temperature must be the same for both"):
+        group_by_source(map(parse_objective, [texts[0], f"{texts[1]},temperature=0"]))
+
+
 def test_sampling_and_schema_are_passed_on(rubric, tmp_path) -> None:
     schema = {"type": "object", "properties": {"tone": {"type": "integer"}}, "required": ["tone"]}
     (tmp_path / "schema.json").write_text(json.dumps(schema))

@@ -281,7 +281,7 @@ def test_objectives_apply_to_rows_by_their_columns_and_share_a_call(file, capsys
     ("option", "message"),
     [
         ("when=datasource:math", "when=datasource:math must name values .*which has default; no prompt has math"),
-        ("when=task:a", "every line of .*rows.jsonl must have the column task, found prompt, response"),
+        ("when=task:a", "every line of .*rows.jsonl must have 'task', found one with prompt, response"),
     ],
 )
 def test_a_column_that_a_line_lacks_and_a_value_of_none_are_refused(option, message, file, capsys) -> None:

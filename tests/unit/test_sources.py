@@ -199,6 +199,12 @@ def test_none_does_not_apply_where_the_objective_says_so(result, isolate, tmp_pa
     assert code_of(abstained) < 0 and code_of(NOT_ASKED) < 0 and code_of(abstained) != code_of(NOT_ASKED)
 
 
+def test_none_of_a_function_with_keys_is_none_of_each(tmp_path) -> None:
+    (tmp_path / "f.py").write_text("def f(queries, prompts, labels):\n    return None\n")
+    texts = [f"{name}=py:{tmp_path}/f.py:f,isolate=false,key={name},abstain=true" for name in "ab"]
+    assert [outcome.problem for outcome in ask(*texts).values()] == [None, None]
+
+
 def test_null_does_not_apply_where_the_objective_says_so() -> None:
     with FaultServer("null") as server:
         assert ask(f"x=http:{server.url},abstain=true")["x"].problem is None
@@ -262,7 +268,7 @@ def test_a_secret_that_a_server_repeats_is_not_shown(monkeypatch) -> None:
     [
         ("http:http://localhost/a,key=x", "http:http://localhost/a,key=y,timeout=3", "timeout must be the same.*3.0"),
         ("hf:org/m,label=a,text=full", "hf:org/m,label=b,text=pair", "text must be the same for both, found 'full'"),
-        ("hf:org/m,label=a", "hf:org/m,label=b,output=log_odds", "only label= may differ"),
+        ("hf:org/m,label=a", "hf:org/m,label=b,output=log_odds", "of the options of the kind only label= may differ"),
     ],
 )
 def test_two_objectives_of_one_location_have_the_same_options(one, other, message) -> None:

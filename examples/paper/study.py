@@ -3,7 +3,8 @@
     python examples/paper/study.py A | B        trains; can be interrupted and started again
     python examples/paper/study.py collect      runs/study/ -> examples/paper/results/
 
-At any time all tasks of a stage have the same seeds, so a stage that is cut short can be reported.
+At any time all tasks of a stage have the same seeds, so a stage that is cut short can be reported. Runs that are in
+results/ are not made again, whatever machine made them.
 """
 
 import json
@@ -60,15 +61,31 @@ class Sweep(NamedTuple):
 def sweeps(name: str, stage: Stage) -> Iterator[Sweep]:
     """All tasks with the first seeds, then with the next ones."""
     for start in range(0, len(stage.seeds), stage.at_once):
+        seeds = list(stage.seeds[start : start + stage.at_once])
         for task in stage.tasks:
             rules = {arm: flags for arm, flags in stage.arms.items() if task in stage.only.get(arm, stage.tasks)}
-            yield Sweep(OUT / name / task, task, rules, list(stage.seeds[start : start + stage.at_once]))
+            yield Sweep(OUT / name / task, task, rules, seeds)
+
+
+def missing(name: str, sweep: Sweep) -> Sweep:
+    """The sweep without the arms of which results/ has all seeds."""
+    known = {(run["arm"], run["seed"]) for run in published(name, sweep.task)["runs"]}
+    left = {arm: flags for arm, flags in sweep.rules.items() if not {(arm, seed) for seed in sweep.seeds} <= known}
+    return sweep._replace(rules=left)
+
+
+def published(name: str, task: str) -> dict[str, Any]:
+    """What results/ has of a task: its ``runs``, and the ``flags`` of its arms."""
+    file = RESULTS / f"{name}-{task}.json"
+    return json.loads(file.read_text()) if file.exists() else {"runs": [], "flags": {}}
 
 
 def train(name: str) -> int:
     stage = STAGES[name]
     failed = 0
-    for sweep in sweeps(name, stage):
+    for sweep in [missing(name, sweep) for sweep in sweeps(name, stage)]:
+        if not sweep.rules:
+            continue
         print(f"== {name}: {sweep.task}, seeds {', '.join(map(str, sweep.seeds))}", flush=True)
         command = ["pama", "sweep", str(sweep.write()), "--out", str(sweep.folder), "--jobs", str(stage.jobs)]
         if subprocess.run(command, check=False).returncode:  # once more, as the protocol says
@@ -85,9 +102,12 @@ def collect() -> None:
         for task in stage.tasks:
             files = sorted((OUT / name / task).glob(f"*/{RESULT}"))
             results = [json.loads(file.read_text()) for file in files]
-            runs = [reduced(file.parent, result, TASKS[task]) for file, result in zip(files, results)]
-            flags = {result["arm"]: " ".join(result["flags"]) for result in results}
-            dump(name, task, TASKS[task], stage.arms, flags, runs)
+            before = published(name, task)
+            runs = {(run["arm"], run["seed"]): run for run in before["runs"]}
+            for file, result in zip(files, results):
+                runs.setdefault((result["arm"], result["seed"]), reduced(file.parent, result, TASKS[task]))
+            flags = before["flags"] | {result["arm"]: " ".join(result["flags"]) for result in results}
+            dump(name, task, TASKS[task], stage.arms, flags, [runs[key] for key in sorted(runs)])
     runs = [reduced_without_host(json.loads(file.read_text())) for file in sorted((OUT / "C").glob("*.json"))]
     dump("C", "summary", TASKS["summary"]._replace(monitors={}), ARMS, {}, runs)
 

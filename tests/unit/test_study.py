@@ -1,6 +1,7 @@
 """The study of the paper's claims: what is run is what the protocol says, and the endpoints by hand."""
 
 import importlib
+import json
 import math
 import re
 import shlex
@@ -57,6 +58,24 @@ def test_the_protocol_says_what_is_run(design, load) -> None:
     assert seeds == set(range(21, 31)) and not seeds & {1, 2, 3, 4, 5, 11, 12, 13, 14, 101, 102, 900}
     assert set(re.findall(r"\| (\d+) × 32 \|", PROTOCOL)) == {"45", "40", "46"}
     assert design.STEPS == {"tiny": 45, "smollm2": 40}
+
+
+def test_a_run_that_is_published_is_not_made_again(load, tmp_path, monkeypatch) -> None:
+    """Only whole arms of a sweep are left out: pama sweep crosses rules and seeds."""
+    study = load("study")
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    sweep = study.Sweep(tmp_path, "concise", {"linear": "--loss linear", "pama": "--loss pama"}, [21, 22])
+    assert study.missing("A", sweep) == sweep
+    runs = [{"arm": "linear", "seed": 21}, {"arm": "linear", "seed": 22}, {"arm": "pama", "seed": 21}]
+    (tmp_path / "A-concise.json").write_text(json.dumps({"runs": runs, "flags": {}}))
+    assert study.missing("A", sweep).rules == {"pama": "--loss pama"} and study.missing("B", sweep) == sweep
+    monkeypatch.setattr(study, "OUT", tmp_path / "nothing")
+    monkeypatch.setattr(study, "STAGES", {"A": study.STAGES["A"]})
+    before = (tmp_path / "A-concise.json").read_text()
+    study.collect()
+    after = json.loads((tmp_path / "A-concise.json").read_text())
+    assert after["runs"] == runs and after["arms"] == ["linear", "pama"], "what another machine made stays"
+    assert before != after and not (tmp_path / "A-length.json").exists()
 
 
 def test_arms_of_a_task_differ_in_their_rule_only(design, load, tmp_path, monkeypatch) -> None:

@@ -114,4 +114,5 @@ def check_metrics(run: Any, rollouts: list[Rollout]) -> None:
             assert step[f"pama/failures/{name}"] == 0 and (f"reward/{name}" in step) == bool(rewards)
             if rewards:
                 assert step[f"reward/{name}"] == pytest.approx(fmean(rewards), rel=1e-3, abs=1e-5)
-        assert not [key for key, value in step.items() if math.isnan(value)]
+        # Of returns that are all the same no variance is explained.
+        assert not [key for key, value in step.items() if math.isnan(value) and "explained_variance" not in key]

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import advantages
 
-from pama_plugin import aggregate
+from pama_plugin import aggregate, available_rules
+from pama_plugin.aggregation import get_rule
 
 pytestmark = pytest.mark.property
 
@@ -71,3 +72,35 @@ def test_an_objective_without_any_reward_is_excluded() -> None:
     both = aggregate("pama", torch.cat([live, live * math.nan]), torch.ones(4, 3), present_KB=present_KB)
     assert torch.equal(both.advantages, aggregate("pama", live, torch.ones(4, 3)).advantages)
     assert both.metrics["inactive/1"] == 1 and both.coefficients.tolist() == [1, 0]
+
+
+# What weighs objectives against each other by their rewards goes on to do so.
+NOT_APART = {"saw": "by their coefficients of variation", "lagrangian": "by their violations, and needs a constraint"}
+
+
+@pytest.mark.parametrize("rule", [rule for rule in available_rules() if rule not in NOT_APART])
+@given(seed=st.integers(0, 2**32 - 1), shares=st.sampled_from([(4, 4), (7, 1), (5, 2, 1)]))
+def test_objectives_that_share_no_response_are_combined_as_each_alone(rule, seed, shares) -> None:
+    """However few prompts an objective applies to, if the estimator whitens: none is taken for a short gradient."""
+    owner_B = torch.repeat_interleave(torch.arange(len(shares)), torch.tensor(shares) * 4)
+    groups_B = torch.arange(len(owner_B)) // 4
+    present_KB = owner_B == torch.arange(len(shares)).unsqueeze(-1)
+    advantages_KBA = torch.randn(*present_KB.shape, 1, generator=torch.Generator().manual_seed(seed))
+    for advantages_BA, present_B in zip(advantages_KBA, present_KB):
+        own = advantages_BA[present_B]
+        advantages_BA[present_B] = (own - own.mean()) / own.square().mean().sub(own.mean() ** 2).sqrt()
+
+    def combine(chosen: slice | torch.Tensor, *, kept: slice) -> torch.Tensor:
+        values_KBA, present = advantages_KBA[kept][:, chosen], present_KB[kept][:, chosen]
+        context = {"rewards_KB": values_KBA[..., 0].masked_fill(~present, math.nan), "memory_K": [{}] * len(present)}
+        context = {key: value for key, value in context.items() if key in get_rule(rule).parameters}
+        level = "sequence" if "groups_B" in get_rule(rule).parameters else "token"
+        ones = torch.ones(values_KBA.shape[1:])
+        return aggregate(
+            rule, values_KBA, ones, level=level, present_KB=present, groups_B=groups_B[chosen], **context
+        ).advantages
+
+    together_BA = combine(slice(None), kept=slice(None))
+    for index, present_B in enumerate(present_KB):
+        alone_BA = combine(present_B, kept=slice(index, index + 1))
+        torch.testing.assert_close(together_BA[present_B], alone_BA, rtol=1e-3, atol=1e-4)

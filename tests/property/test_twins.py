@@ -90,7 +90,8 @@ def test_gram_is_a_mean_of_products(case: Case) -> None:
     gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, weights_K, 1.0)
     rows = (advantages_KBA.masked_fill(~(mask_BA & present_KB.unsqueeze(-1)), 0) * weights_K[:, None, None]).double()
     for i, j in itertools.product(range(len(rows)), repeat=2):
-        expected = (rows[i] * rows[j]).sum() / mask_BA.sum()
+        tokens = [(mask_BA & present_KB[k].unsqueeze(-1)).sum().clamp(min=1) for k in (i, j)]
+        expected = (rows[i] * rows[j]).sum() / (tokens[0] * tokens[1]).sqrt()
         assert gram_KK[i, j].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
@@ -281,9 +282,11 @@ def test_pareto_rank(case: Case) -> None:
     rewards_KB = as_rewards(case)
     result = call("pareto_rank", case, rewards_KB=rewards_KB)
     kept = kept_by(result, case)
-    rewards = [[float(rewards_KB[k, b]) for k in kept] for b in range(len(case.groups_B))]
     for group in set(case.groups_B.tolist()):
-        left = [b for b in range(len(rewards)) if case.groups_B[b] == group and not any(map(math.isnan, rewards[b]))]
+        members = [b for b in range(len(case.groups_B)) if case.groups_B[b] == group and case.mask_BA[b].any()]
+        applying = [k for k in kept if not rewards_KB[k, members].isnan().all()]
+        rewards = {b: [float(rewards_KB[k, b]) for k in applying] for b in members}
+        left = [b for b in members if applying and not any(map(math.isnan, rewards[b]))]
         ranks, rank = {}, 0
         while left:
             front = [b for b in left if not any(dominates(rewards[other], rewards[b]) for other in left)]

@@ -32,7 +32,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pama_plugin.aggregation.blocks import blocks, valid_at
+from pama_plugin.aggregation.blocks import blocks, tokens_per_response, valid_at
 from pama_plugin.aggregation.registry import Combination, register_rule
 from pama_plugin.aggregation.unit_scale import normal_gram, size_of_mix
 
@@ -47,17 +47,19 @@ WEIGHTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def gram_matrix(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, scale_K: Tensor, slope: float) -> Tensor:
-    """(K, K) float64 ``M_ij = E_t[a_i a_j]`` over the valid tokens, ``a = scale · (max(A, 0) + slope · min(A, 0))``.
+    """(K, K) float64 ``M_ij = Σ_t a_i a_j / √(T_i T_j)`` with ``a = scale · (max(A, 0) + slope · min(A, 0))``.
 
     If token gradients are orthogonal and of equal norm, M is the Gram matrix of the objectives' gradients: the shared
     representation of MGDA-UB (Sener & Koltun, arXiv 1810.04650), with the token ratios as that representation. ``a`` is
-    0 where an objective has no reward.
+    0 where an objective has no reward, and ``T_i`` the number of valid tokens where objective i has one. So an
+    objective that applies to few responses has no small M_ii, which would give it a large coefficient.
     """
+    tokens_K = (present_KB * tokens_per_response(mask_BA)).sum(-1).clamp(min=1).double()
     total_KK = torch.zeros(len(scale_K), len(scale_K), dtype=torch.float64, device=mask_BA.device)
     for rows in blocks(advantages_KBA):
         flat_KN = scaled(rows, advantages_KBA, mask_BA, present_KB, scale_K, slope).flatten(1).double()
         total_KK += flat_KN @ flat_KN.T
-    return total_KK / mask_BA.count_nonzero().clamp(min=1)
+    return total_KK / torch.outer(tokens_K, tokens_K).sqrt()
 
 
 def mix(

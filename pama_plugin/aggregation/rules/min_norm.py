@@ -18,11 +18,12 @@ def min_norm(
     *,
     noon: bool = False,
 ) -> Combination:
-    """``Σ_i c_i a_i`` with ``min_c c'Mc``, c on the simplex, ``M_ij = E_t[a_i a_j]`` over the valid tokens.
+    """``Σ_i c_i a_i`` with ``min_c c'Mc``, c on the simplex, ``M_ij = E_t[a_i a_j]`` (see ``gram_matrix``).
 
     ``a_i`` is ``A_i / w_i``, the weights scaled to mean 1 (with ``noon``, ``max(A_i, 0) / w_i``). It is MGDA-UB (Sener
     & Koltun, arXiv 1810.04650) with the token ratios as the shared representation. Unlike ``pama``, it is right for
-    signed advantages of any estimator: every objective gains, ``E_t[A_i · d] ≥ w_i E_t[d²]`` for the result d. For two
+    signed advantages of any estimator: every objective gains, ``E_t[A_i · d] ≥ w_i E_t[d²]`` for the result d, if no
+    reward is missing. For two
     objectives ``c_1 = (M_22 − M_12) / (M_11 + M_22 − 2 M_12)``, clamped to [0, 1]; for more, Wolfe's algorithm, which
     is exact. Cost: O(K² · tokens), no backward pass. Inactive objectives are excluded; ``a_i`` is 0 for a response
     without a reward. Coefficients are c. The unit size is ``√(min_c c'Mc)`` for the M of independent standard normal

@@ -27,9 +27,10 @@ def pareto_rank(
     A response dominates another if no reward is lower and one is higher. Responses that none dominates have rank 0; of
     the others, those that only these dominate have rank 1, and so on (non-dominated sorting, Deb et al., 2002). So only
     the order of each reward matters: no scale and no outlier does, and weights have no meaning. The unit size is that
-    for independent rewards without ties, in groups of the same size. Responses without a reward for some active
-    objective are not compared and get 0. Coefficients are equal shares. In small groups, and with many objectives, few
-    responses dominate others, and little is learned; a training run needs groups of at least four.
+    for independent rewards without ties, in groups of the same size. In a group, the active objectives are compared
+    that have a reward for any of its responses; a response without one of these rewards gets 0. Coefficients are equal
+    shares. In small groups, and with many objectives, few responses dominate others, and little is learned; a training
+    run needs groups of at least four.
 
     Differs from the paper in: it is the second of the paper's two stages. Its equations could not be had; the rank is
     as its abstract and reviews describe it, and the unit size is ours.
@@ -55,16 +56,20 @@ def pareto_rank(
     tensor([-1.2500,  0.7500,  0.7500, -0.2500])
     """
     rewarded_KB = present_KB & ~rewards_KB.isnan()
-    compared_B = (rewarded_KB | ~active_K.unsqueeze(-1)).all(0) & mask_BA.any(-1)
     rows_GN, filled_GN = _by_group(groups_B)
-    compared_GN = filled_GN & compared_B[rows_GN]
-    ranks_GN = pareto_ranks(rewards_KB[active_K][:, rows_GN], compared_GN)
+    rewarded_KGN = rewarded_KB[active_K][:, rows_GN] & (filled_GN & mask_BA.any(-1)[rows_GN])
+    applies_KG1 = rewarded_KGN.any(-1, keepdim=True)
+    compared_GN = (rewarded_KGN | ~applies_KG1).all(0) & rewarded_KGN.any(0)
+    # Equal where an objective does not apply to the group, so that it decides nothing.
+    ranks_GN = pareto_ranks(rewards_KB[active_K][:, rows_GN].masked_fill(~applies_KG1, 0), compared_GN)
+    compared_B = torch.zeros_like(groups_B, dtype=torch.bool)
+    compared_B[rows_GN[filled_GN]] = compared_GN[filled_GN]
     credit_B, unit_rms_B = mask_BA.new_zeros((2, len(groups_B)), dtype=torch.float64)
     credit_B[rows_GN[filled_GN]] = -ranks_GN[filled_GN].double()
     credit_B = centre_groups(credit_B.unsqueeze(0), compared_B.unsqueeze(0), groups_B).squeeze(0)
-    counts_G = compared_GN.sum(-1)
-    for count in set(counts_G.tolist()):
-        unit_rms_B[rows_GN[counts_G == count][filled_GN[counts_G == count]]] = _unit_rms(int(active_K.sum()), count)
+    sizes = zip(applies_KG1.sum(0).flatten().tolist(), compared_GN.sum(-1).tolist())
+    for rows_N, filled_N, (objectives, count) in zip(rows_GN, filled_GN, sizes):
+        unit_rms_B[rows_N[filled_N]] = _unit_rms(objectives, count)
     shares_K = active_K.to(weights_K.dtype) / active_K.sum()
     return Combination(spread(credit_B, mask_BA, weights_K.dtype), shares_K, unit_rms=unit_rms_B)
 
@@ -99,7 +104,7 @@ def pareto_ranks(values_KGN: Tensor, compared_GN: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _unit_rms(objectives: int, size: int) -> float:
     """The standard deviation of the rank within groups, for independent rewards; sampled with a fixed seed."""
-    if size < 2:
+    if size < 2 or not objectives:
         return 0.0
     values_KGN = torch.rand(objectives, _GROUPS, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ranks_GN = pareto_ranks(values_KGN, torch.ones(_GROUPS, size, dtype=torch.bool)).double()

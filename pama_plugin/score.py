@@ -1,4 +1,9 @@
-"""``pama score``: score the prompts and responses of a file with the objectives of a run, without training."""
+"""``pama score``: score the prompts and responses of a file with the objectives of a run, without training.
+
+The module contains, in this order: the command; ``score_rows`` and ``check_columns``, which ``pama stationarity`` calls
+too; reading the rows and writing them with their rewards; making a ``Response`` of a row, as in a rollout; scoring, by
+where a kind is scored; and the table.
+"""
 
 import argparse
 import asyncio
@@ -9,7 +14,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -17,9 +22,9 @@ from typing import Any
 from pama_plugin.batch.outcome import NOT_ASKED, Outcome, attempt, check_results
 from pama_plugin.errors import ConfigError, PamaError, printable, problem_of
 from pama_plugin.rewards import Conversation, Response
-from pama_plugin.settings.condition import text_of
+from pama_plugin.settings.condition import column_of, text_of
 from pama_plugin.settings.load import load_objectives
-from pama_plugin.settings.names import DATASOURCE, DEFAULT_DATASOURCE
+from pama_plugin.settings.names import DATASOURCE
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.source import Source, group_by_source
 
@@ -57,9 +62,8 @@ def score_file(options: argparse.Namespace) -> int:
     rows = list(numbered.values())
     tokenizer = _load_tokenizer(options.tokenizer, objectives)
     check_columns(objectives, rows, str(options.file))
-    responses = [
-        _as_response(row, tokenizer, objectives, f"{options.file}, line {line}") for line, row in numbered.items()
-    ]
+    needed = {name for objective in objectives for name in objective.columns}
+    responses = [_as_response(row, tokenizer, needed, f"{options.file}, line {line}") for line, row in numbered.items()]
     partial = out.with_name(f"{out.name}.partial")
     _reserve(partial, rows, [objective.name for objective in objectives])
     results: dict[str, list[Outcome]] = {}
@@ -80,7 +84,8 @@ def score_file(options: argparse.Namespace) -> int:
 def score_rows(objectives: Sequence[Objective], rows: list[Row], tokenizer: Any) -> dict[str, list[Outcome]]:
     """Score rows with a prompt and a response with every objective, with progress. Raises as ``score_file``."""
     _refuse_agents(objectives)
-    responses = [_as_response(row, tokenizer, objectives, f"response {index}") for index, row in enumerate(rows)]
+    needed = {name for objective in objectives for name in objective.columns}
+    responses = [_as_response(row, tokenizer, needed, f"response {index}") for index, row in enumerate(rows)]
     results: dict[str, list[Outcome]] = {}
     for source in group_by_source(objectives):
         results |= _score_with_progress(source, rows, responses, tokenizer)
@@ -98,7 +103,7 @@ def check_columns(objectives: Sequence[Objective], rows: Sequence[Row], where: s
                 )
         if objective.when is not None:
             name = objective.when.column
-            objective.when.check({text_of(row.get(name, DEFAULT_DATASOURCE)) for row in rows}, objective.name)
+            objective.when.check({text_of(column_of(row, name)) for row in rows}, objective.name)
 
 
 def _score_with_progress(
@@ -204,14 +209,13 @@ def _load_tokenizer(location: str | None, objectives: tuple[Objective, ...]) -> 
         raise ConfigError(f"--tokenizer: cannot load the tokenizer of {location}: {_first_line(error)}") from error
 
 
-def _as_response(row: Row, tokenizer: Any, objectives: Sequence[Objective], where: str) -> Response:
+def _as_response(row: Row, tokenizer: Any, columns: Collection[str], where: str) -> Response:
     """Build a ``Response`` as in a rollout: messages are formatted with the chat template of the tokenizer."""
     prompt, text = row["prompt"], row["response"]
     if not isinstance(prompt, str):
         prompt = _format(prompt, tokenizer, where)
     end = tokenizer.eos_token or "" if tokenizer else ""
-    needed = {name for objective in objectives for name in objective.columns}
-    fields: dict[str, Any] = {"columns": {name: row.get(name, DEFAULT_DATASOURCE) for name in needed}}
+    fields: dict[str, Any] = {"columns": {name: column_of(row, name) for name in columns}}
     fields |= {"query": prompt + text + end, "prompt": prompt, "label": row.get("label", ""), "response": text}
     if tokenizer is None:
         return _Uncounted(**fields, num_tokens=0)

@@ -22,7 +22,7 @@ class Outcome(NamedTuple):
 
 
 # Codes of outcomes that are neither a reward (0) nor a failure (positive).
-UNASKED, ABSTAINED = -1, -2
+NOT_ASKED_CODE, ABSTAINED_CODE = -1, -2
 NOT_ASKED = Outcome(math.nan)  # because of when=
 
 
@@ -50,7 +50,7 @@ def check_result(objective: Objective, result: Any) -> Outcome:
     """The outcome of a result: a number, or None where the objective does not apply.
 
     >>> from pama_plugin.settings.objective import parse_objective
-    >>> check_result(parse_objective("a=http:http://localhost/,abstain=true"), None)
+    >>> check_result(parse_objective("a=agent:style,abstain=true"), None)
     Outcome(reward=nan, problem=None)
     """
     if result is None and objective.abstain:
@@ -97,5 +97,5 @@ def code_of(outcome: Outcome) -> int:
     if outcome.problem is not None:
         return int.from_bytes(hashlib.sha256(outcome.problem.encode()).digest()[:6], "big") or 1
     if outcome is NOT_ASKED:
-        return UNASKED
-    return ABSTAINED if math.isnan(outcome.reward) else 0
+        return NOT_ASKED_CODE
+    return ABSTAINED_CODE if math.isnan(outcome.reward) else 0

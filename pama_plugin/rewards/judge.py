@@ -14,9 +14,10 @@ from typing import Any
 import regex
 
 from pama_plugin.rewards.builtin import fenced_blocks
-from pama_plugin.rewards.http import Failure, Server, check_servers, pick, unique
+from pama_plugin.rewards.http import pick
 from pama_plugin.rewards.options import JudgeOptions, refuse_columns
 from pama_plugin.rewards.response import Response, Scorer
+from pama_plugin.rewards.server import Failure, Server, check_servers, unique
 from pama_plugin.rewards.urls import keys_of, split_replicas
 
 TEXTS = ("prompt", "response", "label")  # in a rubric, beside columns of the data set
@@ -25,7 +26,7 @@ PATTERN_SECONDS = 1.0  # limit of one search, in which generation waits; some pa
 
 
 def check_judge(location: str, options: JudgeOptions) -> list[str]:
-    """Check servers, rubric, pattern and schema without a request. Returns warnings as ``check_http`` does.
+    """Check servers, rubric, pattern and schema without a request. Returns warnings as ``check_servers`` does.
 
     Raises:
         ValueError: one of them cannot be used.

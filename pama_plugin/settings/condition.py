@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from pama_plugin.errors import ConfigError
+from pama_plugin.settings.names import DATASOURCE, DEFAULT_DATASOURCE
 
 SHOWN = 12  # values in an error
 
@@ -48,6 +49,17 @@ def text_of(value: Any) -> str:
     ('true', '3', '3')
     """
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def column_of(row: Mapping[str, Any], name: str) -> Any:
+    """A column of a row of a data set. The data source is ``default`` where OpenRLHF, or another data set, has none.
+
+    >>> column_of({"answer": 4}, "answer"), column_of({"answer": 4}, "datasource")
+    (4, 'default')
+    """
+    if name != DATASOURCE:
+        return row[name]
+    return DEFAULT_DATASOURCE if (value := row.get(name)) is None else value
 
 
 def parse_condition(value: Any) -> Condition | None:

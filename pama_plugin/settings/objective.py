@@ -1,4 +1,8 @@
-"""``Objective``: a named reward and its options. Parsed and validated before Ray starts, then frozen."""
+"""``Objective``: a named reward and its options. Parsed and validated before Ray starts, then frozen.
+
+The module contains, in this order: ``Objective`` with its validators, what it asks its kind, and its identity; and the
+parsers, which keep secrets out of errors.
+"""
 
 import hashlib
 import re
@@ -237,19 +241,19 @@ def parse_objective(text: str) -> Objective:
     """Parse ``NAME=KIND:LOCATION[,key=value…]``; raise ``ConfigError`` for anything else."""
     name, equals, rest = text.partition("=")
     shown = SECRET.sub("…", text) if _may_have_secrets(rest) else text
-    source = f"--pama.objective {shown!r}"
+    where = f"--pama.objective {shown!r}"
     if not equals:
-        raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found no '='")
-    return make_objective(name, rest, source)
+        raise ConfigError(f"{where}: expected NAME=KIND:LOCATION[,key=value…], found no '='")
+    return make_objective(name, rest, where)
 
 
-def make_objective(name: str, spec: Any, source: str) -> Objective:
+def make_objective(name: str, spec: Any, where: str) -> Objective:
     """Build an objective from its name and either ``KIND:LOCATION[,key=value…]`` or a mapping.
 
-    Errors start with ``source``.
+    Errors start with ``where``.
     """
     try:
-        return _make_objective(name, spec, source)
+        return _make_objective(name, spec, where)
     except ConfigError as error:
         raise ConfigError(_without_secrets(str(error), spec)) from None
 
@@ -270,7 +274,7 @@ def _without_secrets(message: str, spec: Any) -> str:
     return message
 
 
-def _make_objective(name: str, spec: Any, source: str) -> Objective:
+def _make_objective(name: str, spec: Any, where: str) -> Objective:
     if isinstance(spec, str):
         kind, colon, rest = spec.partition(":")
         location, *pairs = _with_listed_columns(rest.split(","))
@@ -280,21 +284,21 @@ def _make_objective(name: str, spec: Any, source: str) -> Objective:
             problem = "an option twice" if colon else repr(spec)
             if broken:
                 problem = f"{broken[0]!r} without '=' (a value with a comma needs a file)"
-            raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found {problem}")
+            raise ConfigError(f"{where}: expected NAME=KIND:LOCATION[,key=value…], found {problem}")
         fields: dict[str, Any] = options | {"kind": kind, "location": location}
     elif isinstance(spec, Mapping):
         fields = {str(key): value for key, value in spec.items()}
     else:
-        raise ConfigError(f"{source}: expected NAME=KIND:LOCATION[,key=value…], found {spec!r}")
+        raise ConfigError(f"{where}: expected NAME=KIND:LOCATION[,key=value…], found {spec!r}")
     shared = {key: fields.pop(key) for key in ("kind", "location", *COMMON_OPTIONS) if key in fields}
     if isinstance(shared.get("location"), list):  # a file may list replicas
         shared["location"] = "|".join(map(str, shared["location"]))
     try:
         return Objective.model_validate(shared | {"name": name, "options": fields}).absolute()
     except ValidationError as error:
-        raise ConfigError(f"{source}: {describe_error(error)}") from error
+        raise ConfigError(f"{where}: {describe_error(error)}") from error
     except (OSError, RuntimeError) as error:  # from a path: unknown user, no permission, name too long
-        raise ConfigError(f"{source}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _with_listed_columns(parts: list[str]) -> list[str]:

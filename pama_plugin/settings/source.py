@@ -10,9 +10,9 @@ class Source(NamedTuple):
     """Objectives with one kind and one LOCATION, which differ in what they pick of its result, such as ``key=``.
 
     >>> from pama_plugin.settings.objective import parse_objective
-    >>> (source,) = group_by_source(parse_objective(f"{name}=hf:org/model,label={name}") for name in ("safe", "polite"))
-    >>> source.name, source.picked
-    ('polite', ('safe', 'polite'))
+    >>> found = group_by_source(map(parse_objective, ["style=agent:style", "a=builtin:length", "b=builtin:length"]))
+    >>> [source.name for source in found]  # of these kinds nothing is shared
+    ['style', 'a', 'b']
     """
 
     objectives: tuple[Objective, ...]

@@ -184,6 +184,44 @@ def test_prompts_carry_their_columns_through_the_data_loader_and_pickle(tmp_path
         columns_of("Hello")
 
 
+def test_a_data_set_without_a_source_beside_one_that_has_it_is_the_default(monkeypatch) -> None:
+    """OpenRLHF's concatenation has None there."""
+    from pama_plugin.host.actors.dataset import PromptsWithColumns
+
+    args = host_args("--data.input_key", "prompt")
+    args.pama = config_of("x=builtin:length,when=datasource:default")
+    rows = [{"prompt": "a", "datasource": None}, {"prompt": "b", "datasource": "math"}]
+    data = PromptsWithColumns(rows, None, SimpleNamespace(args=args, is_rank_0=lambda: True))
+    assert [prompt.columns["datasource"] for prompt in data.prompts] == ["default", "math"]
+
+
+@pytest.mark.parametrize("name", ["trainer.PPOTrainer", "trainer_async.GenerateSamplesActor"])
+def test_both_trainers_read_the_columns_before_they_make_their_data_sets(name, monkeypatch) -> None:
+    import pkgutil
+
+    from openrlhf.trainer import ppo_trainer
+
+    from pama_plugin.host.actors import trainer
+    from pama_plugin.host.actors.dataset import PromptsWithColumns
+
+    monkeypatch.setattr(ppo_trainer, "PromptDataset", ppo_trainer.PromptDataset)
+    kind = pkgutil.resolve_name(f"pama_plugin.host.actors.{name}").__ray_metadata__.modified_class
+    args = host_args()
+    args.pama = config_of("x=builtin:length,when=datasource:math")
+
+    class Made(Exception):
+        pass
+
+    def init(self, *_, **__):
+        raise Made
+
+    base = trainer.MultiObjectiveTrainer if name.endswith("PPOTrainer") else kind.__mro__[1]
+    monkeypatch.setattr(base, "__init__", init)
+    with pytest.raises(Made):
+        kind("policy", SimpleNamespace(args=args))
+    assert ppo_trainer.PromptDataset is PromptsWithColumns
+
+
 # ---- in the rollout
 
 

@@ -87,6 +87,11 @@ def test_a_rise_has_no_unit_until_an_objective_has_varied() -> None:
     assert rated("min", constant, LATER, {"a": (13.0, 1.0), "b": (11.0, 1.0)}) == pytest.approx([0, 0, 2 / 3])
 
 
+@pytest.mark.parametrize(("best", "ratings"), [("min", [0, 1]), ("weighted", [10, 10.5]), ("hypervolume", [1, 2])])
+def test_an_objective_that_applies_to_no_held_out_prompt_has_no_say(best, ratings) -> None:
+    assert rated(best, {"b": FIRST["b"]}, {"b": LATER["b"]}) == pytest.approx(ratings)
+
+
 def test_an_objective_that_never_varies_has_no_say() -> None:
     evaluations = [{"a": (1.0, 0.0), "b": (10.0 + rise / 2, 0.5)} for rise in (0, 1, 4)]
     assert rated("min", *evaluations) == pytest.approx([0, 1, 4])

@@ -133,11 +133,11 @@ def check(shaky: str, policy: str, groups: dict[str, Any], problem: str | None, 
 def impatient(monkeypatch):
     from tenacity import wait_none
 
-    from pama_plugin.rewards import http
+    from pama_plugin.rewards import server as client
 
-    monkeypatch.setattr(http, "BACKOFF", wait_none())
-    monkeypatch.setattr(http, "OPEN_SECONDS", 0.05)
-    monkeypatch.setattr(http, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(client, "BACKOFF", wait_none())
+    monkeypatch.setattr(client, "OPEN_SECONDS", 0.05)
+    monkeypatch.setattr(client, "POLL_SECONDS", 0.01)
 
 
 SERVERS = {

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
-from hosttools import ROOT
+from hosttools import ALL_MODES, ROOT
 from packaging.requirements import Requirement
 
 from pama_plugin.errors import ConfigError
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.contract
 RELEASES = list(known_releases())
 SUPPORTED = [release for release in RELEASES if "+" not in release]
 # The oldest one; all by hand, with PAMA_ALL_MODES=1, because each takes 70 s of a core.
-OLDER = SUPPORTED[:-1] if "PAMA_ALL_MODES" in os.environ else SUPPORTED[:1]
+OLDER = SUPPORTED[:-1] if ALL_MODES else SUPPORTED[:1]
 # Not trainer_async: its halves must run at the same time, which one process cannot play.
 BEHAVIOUR = ("parity", "experience", "critic", "checkpoint", "evaluation", "rollout", "seam")
 MAKER = "trainer/ppo_utils/experience_maker.py"

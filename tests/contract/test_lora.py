@@ -15,7 +15,8 @@ from pama_plugin.errors import ConfigError, PamaError
 
 pytestmark = pytest.mark.contract
 
-# PEFT asks for bitsandbytes when it is imported, so these have a process of their own: ``test_a_base_in_4_bits``.
+# PEFT asks for bitsandbytes when it is imported, so these are skipped here: ``test_a_base_in_4_bits`` runs them in a
+# process that has it.
 IN_A_PROCESS_WITH_BITSANDBYTES = pytest.mark.skipif(
     find_spec("bitsandbytes") is None, reason="run by test_a_base_in_4_bits"
 )

@@ -134,3 +134,29 @@ def test_the_first_rollout_is_looked_at_before_it_is_trained_on(groups) -> None:
     group.collect = lambda pending, sizes: [torch.ones(size) for size in sizes]
     with pytest.raises(ProbeError, match="in the first rollout 'helpful' gives 1 to all 4 texts"):
         constant.make_experience_batch(make_rollout(4))
+
+
+def test_an_objective_is_looked_at_in_the_first_rollout_to_which_it_applies(groups) -> None:
+    from pama_plugin.host.actors.prompts import with_columns
+
+    late = maker(groups, "strict", "helpful=rm:org/a,when=task:late", "harmless=rm:org/b")
+    group = late.collector.groups["helpful"]
+    group.collect = lambda pending, sizes: [torch.ones(size) for size in sizes]
+
+    def rollout(task: str):
+        samples = make_rollout(4)
+        for sample in samples:
+            sample.prompts = [with_columns(sample.prompts[0], {"task": task})]
+        return samples
+
+    late.make_experience_batch(rollout("early"))
+    assert late.unprobed == {"helpful"}
+    with pytest.raises(ProbeError, match="'helpful' gives 1 to all 4 texts"):
+        late.make_experience_batch(rollout("late"))
+
+
+def test_a_reward_that_applies_to_no_text_of_its_aspect_does_not_rank_it(groups, tmp_path) -> None:
+    (tmp_path / "rewards.py").write_text("def f(queries, prompts, labels):\n    return None\n")
+    with pytest.raises(ProbeError, match="'own' rates 2 of 2 bad sentiment responses as high as the good one"):
+        probe(groups, "strict", f"own=py:{tmp_path}/rewards.py:f,probe=sentiment,abstain=true")
+    probe(groups, "strict", f"own=py:{tmp_path}/rewards.py:f,abstain=true")

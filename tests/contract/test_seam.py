@@ -382,6 +382,15 @@ def test_what_cannot_run_is_refused(flags, message) -> None:
         install(*flags)
 
 
+def test_a_column_that_the_data_set_lacks_is_refused(tmp_path) -> None:
+    from pama_plugin.errors import ConfigError
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    flags = (*GROUPS, "--loss", "linear", "--data.prompt_dataset", f"{tmp_path}/prompts.jsonl")
+    with pytest.raises(ConfigError, match="--data.prompt_dataset must have the column task, found prompt"):
+        install(*flags, "--pama.objective", "x=builtin:length,when=task:a")
+
+
 def test_a_rule_of_rewards_whose_value_nobody_knows_is_refused_with_a_critic(monkeypatch) -> None:
     from pama_plugin import Combination, register_rule
     from pama_plugin.aggregation import registry

@@ -1,11 +1,11 @@
 """A policy with LoRA adapters on the whole stack."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from hosttools import ALL_MODES
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]
@@ -68,9 +68,8 @@ MODES = {
 }
 
 
-@pytest.mark.skipif(
-    "PAMA_ALL_MODES" not in os.environ, reason="half an hour; with PAMA_ALL_MODES=1 and PYTHONPATH=.venv/bitsandbytes"
-)
+# The two ranks above show the same parts at work.
+@pytest.mark.skipif(not ALL_MODES, reason="half an hour; with PAMA_ALL_MODES=1 and PYTHONPATH=.venv/bitsandbytes")
 @pytest.mark.parametrize("mode", MODES)
 def test_adapters_in_other_modes(mode, run_host, models) -> None:
     mode_flags, most = MODES[mode]

@@ -1,9 +1,9 @@
 """Whole runs on the real Ray, DeepSpeed and vLLM, a few steps each."""
 
 import math
-import os
 
 import pytest
+from hosttools import ALL_MODES
 
 from pama_plugin import __version__
 from pama_plugin.runs.rollouts import read_rollouts
@@ -19,7 +19,8 @@ GROUPS = [
     "16",
 ]
 ADAPTERS = "--ds.lora.rank 4 --ds.lora.alpha 8 --actor.adam.lr 3e-2".split()
-BY_HAND = pytest.mark.skipif("PAMA_ALL_MODES" not in os.environ, reason="two minutes; run with PAMA_ALL_MODES=1")
+# Rewards do not see the policy's adapters: the run without them, and those of ``test_lora``, show both halves.
+BY_HAND = pytest.mark.skipif(not ALL_MODES, reason="two minutes; run with PAMA_ALL_MODES=1")
 WITHOUT_REFERENCE = ["--algo.kl.init_coef", "0"]  # a process less to start, where it adds nothing
 
 AGENT = """

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from pama_plugin.errors import PamaError
 from pama_plugin.rewards import Response, http
+from pama_plugin.rewards import server as client
 
 RESPONSE = Response(query="Once more, please", prompt="Once", label="tale", response=" more, please", num_tokens=7)
 TOKEN = "s3cret/token"
@@ -74,8 +75,8 @@ REPEATED = {
 @pytest.fixture(autouse=True)
 def backoff(monkeypatch):
     """No waiting between attempts. Returns the value outside these tests."""
-    original = http.BACKOFF
-    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_none())
+    original = client.BACKOFF
+    monkeypatch.setattr(client, "BACKOFF", tenacity.wait_none())
     return original
 
 
@@ -125,7 +126,7 @@ def test_a_good_reply(mode, reward) -> None:
 @pytest.mark.parametrize(("mode", "message"), FINAL.items())
 def test_a_permanent_failure_is_not_repeated(mode, message) -> None:
     with FaultServer(mode) as server:
-        with pytest.raises(http.ServerFailure) as caught:
+        with pytest.raises(client.ServerFailure) as caught:
             score_once(server)
         assert re.match(f"{re.escape(server.url)}: {message}", str(caught.value))
         assert str(caught.value).endswith("(attempts: 1)") and server.requests == 1
@@ -134,7 +135,7 @@ def test_a_permanent_failure_is_not_repeated(mode, message) -> None:
 @pytest.mark.parametrize(("mode", "message"), REPEATED.items())
 def test_a_transient_failure_is_repeated(mode, message) -> None:
     with FaultServer(mode) as server:
-        with pytest.raises(http.ServerFailure) as caught:
+        with pytest.raises(client.ServerFailure) as caught:
             score_once(server, retries=2, timeout=0.3 if mode in ("hang", "drip") else 10)
         assert re.match(f"{re.escape(server.url)}: {message}", str(caught.value))
         assert str(caught.value).endswith("(attempts: 3)")
@@ -172,7 +173,7 @@ def test_a_reward_after_failures() -> None:
 
 
 def test_a_failure_can_be_pickled() -> None:
-    error = pickle.loads(pickle.dumps(http.ServerFailure("http://judge: HTTP 500 (attempts: 5)")))
+    error = pickle.loads(pickle.dumps(client.ServerFailure("http://judge: HTTP 500 (attempts: 5)")))
     assert isinstance(error, PamaError) and str(error) == "http://judge: HTTP 500 (attempts: 5)"
 
 
@@ -188,7 +189,7 @@ def test_a_time_out_ends_a_request_that_swallows_a_cancellation(monkeypatch) -> 
         with FaultServer() as server:
             async with scorer(server, retries=0, timeout=0.05) as score:
                 monkeypatch.setattr(score, "_receive", receive)
-                with pytest.raises(http.ServerFailure, match="no complete reply .*0.05 s"):
+                with pytest.raises(client.ServerFailure, match="no complete reply .*0.05 s"):
                     await score(RESPONSE)
 
     asyncio.run(main())
@@ -229,27 +230,27 @@ def waits(monkeypatch) -> list[float]:
     [
         ("7", [7, 7, 7]),
         ("25", [25, 25, 10]),
-        ("7200", [http.LONGEST_RETRY_AFTER, 0, 0]),
+        ("7200", [client.LONGEST_RETRY_AFTER, 0, 0]),
         *((text, [0, 0, 0]) for text in ("soon", "-1", "Mon, 01 Jan 2024 00:00:00 GMT")),
     ],
 )
 def test_retry_after(mode, retry_after, wait, waits) -> None:
     """A server may delay one response by a minute in all."""
-    with FaultServer(mode, retry_after=retry_after) as server, pytest.raises(http.ServerFailure):
+    with FaultServer(mode, retry_after=retry_after) as server, pytest.raises(client.ServerFailure):
         score_once(server, retries=3)
     assert waits == wait
 
 
 def test_retry_after_as_a_date(waits) -> None:
     date = formatdate(time.time() + 20, usegmt=True)
-    with FaultServer("429", retry_after=date) as server, pytest.raises(http.ServerFailure):
+    with FaultServer("429", retry_after=date) as server, pytest.raises(client.ServerFailure):
         score_once(server, retries=1)
     assert 15 < waits[0] <= 20
 
 
 def test_waits_grow_and_differ(backoff, monkeypatch, waits) -> None:
-    monkeypatch.setattr(http, "BACKOFF", backoff)
-    with FaultServer("429", retry_after="2") as server, pytest.raises(http.ServerFailure):
+    monkeypatch.setattr(client, "BACKOFF", backoff)
+    with FaultServer("429", retry_after="2") as server, pytest.raises(client.ServerFailure):
         score_once(server, retries=9)
     bounds = [(2, 2), (2, 2), (2, 3), (4, 5), (8, 9), (16, 17), (30, 30), (30, 30), (30, 30)]
     assert all(low <= wait <= high for wait, (low, high) in zip(waits, bounds, strict=True)), waits
@@ -263,7 +264,7 @@ def later(monkeypatch):
     monkeypatch.setattr("circuitbreaker.monotonic", lambda: now[0])
 
     def wait() -> None:
-        now[0] += http.OPEN_SECONDS
+        now[0] += client.OPEN_SECONDS
 
     return wait
 
@@ -315,7 +316,7 @@ def test_a_failing_replica_is_left_alone_until_a_trial_succeeds(later) -> None:
                         await score(RESPONSE)
                     return a.requests - before
 
-                assert await requests_to_a_during(20) == http.FAILURES_TO_OPEN
+                assert await requests_to_a_during(20) == client.FAILURES_TO_OPEN
                 assert await requests_to_a_during(6) == 0
                 later()
                 assert await requests_to_a_during(6) == 1, "a trial that fails opens it again"
@@ -335,9 +336,9 @@ def test_only_one_request_tries_a_replica(later) -> None:
                 a.mode = "hang"
                 later()
                 tasks = [asyncio.create_task(score(RESPONSE)) for _ in range(8)]
-                while sum(task.done() for task in tasks) < 7 or a.requests == http.FAILURES_TO_OPEN:
+                while sum(task.done() for task in tasks) < 7 or a.requests == client.FAILURES_TO_OPEN:
                     await asyncio.sleep(0.01)
-                assert a.requests == http.FAILURES_TO_OPEN + 1
+                assert a.requests == client.FAILURES_TO_OPEN + 1
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -348,9 +349,9 @@ def test_only_one_request_tries_a_replica(later) -> None:
 @pytest.mark.parametrize(("patient", "outage", "lost"), [(True, 0, 0), (False, 30, 0), (False, 0, 20)])
 def test_a_scorer_survives_the_restart_of_a_server(patient, outage, lost, monkeypatch) -> None:
     """Many responses at once open the breaker long before the retries of any of them are used up."""
-    monkeypatch.setattr(http, "LONGEST_OUTAGE", outage)
-    monkeypatch.setattr(http, "OPEN_SECONDS", 1)
-    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_fixed(0.1))  # one request tries, the others repeat after it
+    monkeypatch.setattr(client, "LONGEST_OUTAGE", outage)
+    monkeypatch.setattr(client, "OPEN_SECONDS", 1)
+    monkeypatch.setattr(client, "BACKOFF", tenacity.wait_fixed(0.1))  # one request tries, the others repeat after it
 
     async def main() -> None:
         with FaultServer("refuse") as server:
@@ -360,7 +361,7 @@ def test_a_scorer_survives_the_restart_of_a_server(patient, outage, lost, monkey
                     await asyncio.sleep(0.01)
                 server.mode = "ok"
                 outcomes = await waiting
-        failed = [outcome for outcome in outcomes if isinstance(outcome, http.ServerFailure)]
+        failed = [outcome for outcome in outcomes if isinstance(outcome, client.ServerFailure)]
         assert len(failed) == lost
 
     asyncio.run(main())
@@ -368,9 +369,9 @@ def test_a_scorer_survives_the_restart_of_a_server(patient, outage, lost, monkey
 
 def test_what_was_not_sent_is_no_attempt(monkeypatch) -> None:
     """A server that is down for 0.3 s of every second, at a tenth of the real times, costs no reward."""
-    monkeypatch.setattr(http, "OPEN_SECONDS", 0.2)
-    monkeypatch.setattr(http, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_exponential_jitter(multiplier=0.05, max=3, jitter=0.1))
+    monkeypatch.setattr(client, "OPEN_SECONDS", 0.2)
+    monkeypatch.setattr(client, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(client, "BACKOFF", tenacity.wait_exponential_jitter(multiplier=0.05, max=3, jitter=0.1))
 
     async def main() -> None:
         with FaultServer(delay=0.03) as server:
@@ -393,7 +394,7 @@ def test_what_was_not_sent_is_no_attempt(monkeypatch) -> None:
 
 def test_a_server_that_stays_down_delays_a_step_once(monkeypatch) -> None:
     """The outage is timed, not the wait of each response: those that wait for a slot fail with the others."""
-    monkeypatch.setattr(http, "LONGEST_OUTAGE", 0.3)
+    monkeypatch.setattr(client, "LONGEST_OUTAGE", 0.3)
 
     async def main() -> float:
         with FaultServer("refuse") as server:
@@ -409,11 +410,11 @@ def test_a_server_that_stays_down_delays_a_step_once(monkeypatch) -> None:
 @pytest.mark.parametrize("patient", [True, False])
 def test_a_server_that_recovers_within_the_retries_costs_no_reward_however_many_wait(patient, monkeypatch) -> None:
     """One burst opens the breaker before any response has used up its retries."""
-    monkeypatch.setattr(http, "OPEN_SECONDS", 0.2)
-    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_fixed(0.2))
+    monkeypatch.setattr(client, "OPEN_SECONDS", 0.2)
+    monkeypatch.setattr(client, "BACKOFF", tenacity.wait_fixed(0.2))
 
     async def main() -> None:
-        with FaultServer("flaky", count=3 * http.FAILURES_TO_OPEN) as server:
+        with FaultServer("flaky", count=3 * client.FAILURES_TO_OPEN) as server:
             async with scorer(server, patient=patient, retries=9) as score:
                 rewards = await asyncio.gather(*(score(RESPONSE) for _ in range(32)))
         assert rewards == [reward_of(RESPONSE.query)] * 32
@@ -422,10 +423,10 @@ def test_a_server_that_recovers_within_the_retries_costs_no_reward_however_many_
 
 
 def test_a_patient_scorer_waits_for_a_slow_trial(monkeypatch) -> None:
-    monkeypatch.setattr(http, "OPEN_SECONDS", 0.1)
+    monkeypatch.setattr(client, "OPEN_SECONDS", 0.1)
 
     async def main() -> None:
-        with FaultServer("flaky", count=http.FAILURES_TO_OPEN, delay=0.5) as server:
+        with FaultServer("flaky", count=client.FAILURES_TO_OPEN, delay=0.5) as server:
             async with scorer(server, patient=True, retries=1) as score:
                 outcomes = await asyncio.gather(*(score(RESPONSE) for _ in range(5)), return_exceptions=True)
         assert outcomes == [reward_of(RESPONSE.query)] * 5
@@ -438,7 +439,7 @@ def test_a_body_without_end_takes_no_memory(patient) -> None:
     async def main() -> None:
         with FaultServer("long") as server:
             async with scorer(server, patient=patient, retries=3) as score:
-                with pytest.raises(http.ServerFailure, match=r"longer than 1048576 bytes.*\(attempts: 1\)"):
+                with pytest.raises(client.ServerFailure, match=r"longer than 1048576 bytes.*\(attempts: 1\)"):
                     await score(RESPONSE)
 
     asyncio.run(main())
@@ -447,27 +448,27 @@ def test_a_body_without_end_takes_no_memory(patient) -> None:
 def test_failures_must_be_in_a_row() -> None:
     async def main() -> None:
         with FaultServer() as server:
-            async with scorer(server, retries=http.FAILURES_TO_OPEN - 2) as score:
+            async with scorer(server, retries=client.FAILURES_TO_OPEN - 2) as score:
                 for mode in ("500", "ok") * 3:
                     server.mode = mode
-                    with contextlib.nullcontext() if mode == "ok" else pytest.raises(http.ServerFailure, match="500"):
+                    with contextlib.nullcontext() if mode == "ok" else pytest.raises(client.ServerFailure, match="500"):
                         await score(RESPONSE)
 
     asyncio.run(main())
 
 
 def test_no_replica_left(monkeypatch) -> None:
-    monkeypatch.setattr(http, "LONGEST_OUTAGE", 0.2)
+    monkeypatch.setattr(client, "LONGEST_OUTAGE", 0.2)
 
     async def main() -> None:
         with FaultServer("500") as a, FaultServer("refuse") as b:
             async with scorer(a, b, retries=99) as score:
-                with pytest.raises(http.ServerFailure, match=r"all replicas .*\(attempts: 10\)"):
+                with pytest.raises(client.ServerFailure, match=r"all replicas .*\(attempts: 10\)"):
                     await score(RESPONSE)
-                with pytest.raises(http.ServerFailure) as caught:
+                with pytest.raises(client.ServerFailure) as caught:
                     await score(RESPONSE)
             message = rf"all replicas .*5 times.*{re.escape(b.url)}: ConnectError.*\(attempts: 0\)$"
-            assert re.match(message, str(caught.value)) and a.requests == http.FAILURES_TO_OPEN
+            assert re.match(message, str(caught.value)) and a.requests == client.FAILURES_TO_OPEN
 
     asyncio.run(main())
 
@@ -477,10 +478,10 @@ def test_a_replica_that_replies_is_not_suspended(mode) -> None:
     async def main() -> None:
         with FaultServer(mode) as server:
             async with scorer(server, retries=0) as score:
-                for _ in range(2 * http.FAILURES_TO_OPEN):
-                    with contextlib.suppress(http.ServerFailure):  # null may mean that it does not apply
+                for _ in range(2 * client.FAILURES_TO_OPEN):
+                    with contextlib.suppress(client.ServerFailure):  # null may mean that it does not apply
                         await score(RESPONSE)
-            assert server.requests == 2 * http.FAILURES_TO_OPEN
+            assert server.requests == 2 * client.FAILURES_TO_OPEN
 
     asyncio.run(main())
 
@@ -496,7 +497,7 @@ def test_concurrency_is_capped() -> None:
 
 
 def test_a_response_that_waits_for_its_retry_holds_no_slot(monkeypatch) -> None:
-    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_fixed(0.3))
+    monkeypatch.setattr(client, "BACKOFF", tenacity.wait_fixed(0.3))
 
     async def main() -> None:
         with FaultServer("flaky", count=1) as server:
@@ -514,10 +515,10 @@ def test_the_token_is_sent_and_not_shown(monkeypatch) -> None:
     with FaultServer() as server:
         score_once(server, token_env="JUDGE_TOKEN")
         assert server.authorization == f"Bearer {TOKEN}"
-    with FaultServer("echo") as server, pytest.raises(http.ServerFailure, match=r"what is Bearer \*\*\*\?"):
+    with FaultServer("echo") as server, pytest.raises(client.ServerFailure, match=r"what is Bearer \*\*\*\?"):
         score_once(server, token_env="JUDGE_TOKEN")
     for mode in {**FINAL, **REPEATED}:
-        with FaultServer(mode) as server, pytest.raises(http.ServerFailure) as caught:
+        with FaultServer(mode) as server, pytest.raises(client.ServerFailure) as caught:
             score_once(server, token_env="JUDGE_TOKEN", retries=0, timeout=0.1)
         assert TOKEN not in "".join(traceback.format_exception(caught.value))
 
@@ -527,7 +528,7 @@ def test_a_refused_token_is_named(mode, monkeypatch) -> None:
     monkeypatch.setenv("JUDGE_TOKEN", TOKEN)
     with (
         FaultServer(mode) as server,
-        pytest.raises(http.ServerFailure, match=f"HTTP {mode}.*token in JUDGE_TOKEN"),
+        pytest.raises(client.ServerFailure, match=f"HTTP {mode}.*token in JUDGE_TOKEN"),
     ):
         score_once(server, token_env="JUDGE_TOKEN")
 
@@ -555,7 +556,7 @@ def test_a_token_that_cannot_be_sent(function, value, problem, monkeypatch) -> N
 
 def test_the_query_of_a_url_is_sent_and_not_shown(monkeypatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", TOKEN)
-    with FaultServer("500") as server, pytest.raises(http.ServerFailure) as caught:
+    with FaultServer("500") as server, pytest.raises(client.ServerFailure) as caught:
         score_once(SimpleNamespace(url=f"{server.url}?model=${{JUDGE_KEY}}&key=${{JUDGE_KEY}}"), retries=0)
     assert server.paths == ["/get_reward?model=s3cret%2Ftoken&key=s3cret%2Ftoken"] and TOKEN not in str(caught.value)
 
@@ -566,7 +567,7 @@ def test_a_key_that_the_server_repeats_is_not_shown(monkeypatch, caplog) -> None
     with (
         caplog.at_level("INFO"),
         FaultServer("echo_path") as server,
-        pytest.raises(http.ServerFailure, match=r"no access to /get_reward\?key=\*\*\*") as caught,
+        pytest.raises(client.ServerFailure, match=r"no access to /get_reward\?key=\*\*\*") as caught,
     ):
         score_once(SimpleNamespace(url=f"{server.url}?key=${{JUDGE_KEY}}"), retries=0)
     for secret in (TOKEN, "s3cret"):
@@ -600,7 +601,7 @@ def test_a_token_that_a_malformed_reply_repeats_is_not_shown(reply, monkeypatch)
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         score = http.load_http(url, http.HttpOptions(retries=0, timeout=5, token_env="JUDGE_TOKEN"), patient=False)
-        with pytest.raises(http.ServerFailure) as caught:
+        with pytest.raises(client.ServerFailure) as caught:
             await score(Response("q", "p", "l", "r", 1))
         server.close()
         return str(caught.value)

@@ -11,7 +11,8 @@ from faultserver import FaultServer, judgement
 
 from pama_plugin.batch.outcome import Outcome, attempt
 from pama_plugin.errors import ConfigError
-from pama_plugin.rewards import Response, http
+from pama_plugin.rewards import Response
+from pama_plugin.rewards import server as client
 from pama_plugin.settings.objective import parse_objective
 from pama_plugin.settings.source import group_by_source
 
@@ -27,7 +28,7 @@ def rubric(tmp_path) -> str:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch) -> None:
-    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_none())
+    monkeypatch.setattr(client, "BACKOFF", tenacity.wait_none())
 
 
 def ask(server: FaultServer, *options: str) -> list[Outcome]:

@@ -8,6 +8,7 @@ import re
 import struct
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from pama_plugin.runs.logs import find_runs, read_run, read_scalars
 from pama_plugin.runs.report import report_runs
 from pama_plugin.runs.report.figures import draw_curves, draw_front, draw_paths
 from pama_plugin.runs.report.front import find_front
-from pama_plugin.runs.report.pareto import fifth, indicators, interval, nondominated, paired, whole_mean
+from pama_plugin.runs.report.pareto import fifth, indicators, interval, nondominated, paired, starts, whole_mean
 from pama_plugin.runs.report.tables import differences_table, front_table, objectives_table
 
 NAMES = ("length", "sentiment")
@@ -456,3 +457,13 @@ def test_tables_are_not_folded_in_a_log(tmp_path, capsys, monkeypatch) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "osine" not in page, "no run has a value, so nothing is to be explained"
     assert "width=device-width" in page and page.count('<td class="text">a<td>') == 1
+
+
+def test_the_start_is_the_first_step_and_not_the_first_step_to_which_an_objective_applied() -> None:
+    series = [
+        {"reward/a": [(1, 1.0), (2, 9.0)], "reward/b": [(3, 7.0)]},
+        {"reward/a": [(1, 3.0), (2, 9.0)], "reward/b": [(1, 5.0)]},
+    ]
+    runs = [SimpleNamespace(scalars=scalars) for scalars in series]
+    assert starts(runs, ["a", "b"]).tolist() == [2, 5]
+    assert starts(runs[:1], ["a", "b"]).tolist() == [1, 7], "there is nothing earlier"

@@ -205,10 +205,10 @@ def test_pama_score_does_not_wait_for_a_server_that_is_down(file, capsys, monkey
     """A run waits for as long as one attempt, because a failure would end it."""
     import tenacity
 
-    from pama_plugin.rewards import http
+    from pama_plugin.rewards import server as client
 
-    monkeypatch.setattr(http, "BACKOFF", tenacity.wait_none())
-    monkeypatch.setattr(http, "LONGEST_OUTAGE", 1)
+    monkeypatch.setattr(client, "BACKOFF", tenacity.wait_none())
+    monkeypatch.setattr(client, "LONGEST_OUTAGE", 1)
     with file.open("a") as rows:
         rows.writelines(json.dumps(ROWS[0]) + "\n" for _ in range(20))
     code, _ = run(file, "--pama.objective", "dead=http:http://127.0.0.1:9/get_reward,timeout=60")

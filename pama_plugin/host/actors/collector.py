@@ -13,8 +13,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience as HostExperience
 from torch import Tensor
 
 from pama_plugin.batch.keys import ABSTAINED, FAILURES, PROBLEM, REWARD, SECONDS
-from pama_plugin.batch.outcome import ABSTAINED as ABSTAINED_CODE
-from pama_plugin.batch.outcome import UNASKED, judge_column
+from pama_plugin.batch.outcome import ABSTAINED_CODE, NOT_ASKED_CODE, judge_column
 from pama_plugin.batch.shaping import apply_failure_policy
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.errors import RewardError
@@ -81,6 +80,7 @@ class RewardCollector:
         shared_with_critic = self.args.train.colocate_critic_reward and self.args.algo.advantage.estimator == "gae"
         one_by_one = self.args.train.colocate_all or shared_with_critic
         prompts = list(itertools.chain.from_iterable(samples.prompts for samples in samples_list))
+        conversations = self.conversations.of(samples_list) if self.config.scored_in("replicas") else []
         requests = []
         for source in self.config.sources("ranks", "replicas"):
             applies_KB = torch.ones(len(source.objectives), len(prompts), dtype=torch.bool)
@@ -89,9 +89,10 @@ class RewardCollector:
                     [[_applies(each, prompt) for prompt in prompts] for each in source.objectives]
                 )
             asked_B, in_text = applies_KB.any(0), source.objectives[0].reward_kind.scored_in == "replicas"
-            inputs = self.conversations.of(samples_list) if in_text else samples_list
+            inputs: list[Any] = conversations if in_text else samples_list
             if not asked_B.all():
-                inputs = _choose(inputs, asked_B) if in_text else _choose_tokens(samples_list, asked_B)
+                chosen = itertools.compress(conversations, asked_B.tolist())
+                inputs = list(chosen) if in_text else _choose(samples_list, asked_B)
             sizes = [len(inputs)] if in_text else [len(samples.sequences) for samples in inputs]
             pending = self.groups[source.name].request(inputs, one_by_one=one_by_one) if inputs else None
             requests.append(Requested(source, applies_KB, pending, sizes))
@@ -196,7 +197,7 @@ class RewardCollector:
                 columns = {
                     REWARD: rewards_B.masked_fill(~applies_B, math.nan),
                     SECONDS: torch.full_like(rewards_B, seconds),
-                    PROBLEM: torch.where(applies_B, 0, UNASKED),
+                    PROBLEM: torch.where(applies_B, 0, NOT_ASKED_CODE),
                 }
                 known[name] = {response: reason for response, reason in reasons.items() if applies_B[response]}
                 self._write(columns, name, experiences)
@@ -235,7 +236,7 @@ def _applies(objective: Objective, prompt: str) -> bool:
     return objective.when is None or objective.applies_to(columns_of(prompt))
 
 
-def _choose_tokens(samples_list: list[Experience], chosen_B: Tensor) -> list[Experience]:
+def _choose(samples_list: list[Experience], chosen_B: Tensor) -> list[Experience]:
     """The chosen responses of each micro-batch that has any, without columns of padding alone."""
     sizes = [len(samples.sequences) for samples in samples_list]
     chosen = []
@@ -246,7 +247,3 @@ def _choose_tokens(samples_list: list[Experience], chosen_B: Tensor) -> list[Exp
             sequences = samples.sequences[chosen_b][:, used]
             chosen.append(HostExperience(sequences=sequences, attention_mask=attention[:, used]))
     return chosen
-
-
-def _choose(values: Sequence[Any], chosen_B: Tensor) -> list[Any]:
-    return list(itertools.compress(values, chosen_B.tolist()))

@@ -7,7 +7,7 @@ from openrlhf.trainer import ppo_trainer
 
 from pama_plugin.host.actors.prompts import with_columns
 from pama_plugin.host.protocols import Strategy
-from pama_plugin.settings.names import DATASOURCE, DEFAULT_DATASOURCE
+from pama_plugin.settings.condition import column_of
 
 
 class PromptsWithColumns(PromptDataset):
@@ -19,15 +19,9 @@ class PromptsWithColumns(PromptDataset):
         super().__init__(dataset, tokenizer, strategy, *args, **kwargs)
         names = strategy.args.pama.columns
         self.prompts = [
-            with_columns(prompt, {name: _value(row, name) for name in names})
+            with_columns(prompt, {name: column_of(row, name) for name in names})
             for prompt, row in zip(self.prompts, dataset, strict=True)
         ]
-
-
-def _value(row: Any, name: str) -> Any:
-    """OpenRLHF's default of the data source, also where another data set of the run has the column."""
-    value = row.get(name) if name == DATASOURCE else row[name]
-    return DEFAULT_DATASOURCE if value is None and name == DATASOURCE else value
 
 
 def read_columns(strategy: Strategy) -> None:

@@ -44,7 +44,7 @@ class ObjectiveExecutor(AgentExecutorBase):
 
     def __init__(self, config: PamaConfig, base: AgentExecutorBase) -> None:
         self.config, self.base = config, base
-        self.sources = config.sources("rollout", "agent")
+        self.sources, self.reads_columns = config.sources("rollout", "agent"), bool(config.columns)
         self.scorers = {source.name: _load(source) for source in config.sources("rollout")}
         self.failures = dict.fromkeys(config.names, 0)
         self.problems: dict[int, str] = {}
@@ -57,7 +57,7 @@ class ObjectiveExecutor(AgentExecutorBase):
     async def execute(self, *, hf_tokenizer: Any, **request: Any) -> dict[str, Any]:
         output: dict[str, Any] = await self.base.execute(hf_tokenizer=hf_tokenizer, **request)
         columns: Mapping[str, Any] = {}
-        if self.config.columns:
+        if self.reads_columns:
             columns = columns_of(request["prompt"])
             output["prompt"] = with_columns(output["prompt"], columns)
         if not self.sources:

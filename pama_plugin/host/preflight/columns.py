@@ -5,8 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from pama_plugin.errors import ConfigError
-from pama_plugin.settings.condition import text_of
-from pama_plugin.settings.names import DATASOURCE, DEFAULT_DATASOURCE
+from pama_plugin.settings.condition import column_of, text_of
+from pama_plugin.settings.names import DATASOURCE
 from pama_plugin.settings.run import PamaConfig
 
 
@@ -43,14 +43,11 @@ def check_columns(args: argparse.Namespace, config: PamaConfig) -> list[str]:
                             f"{', '.join(rows.column_names)}"
                         )
         if objective.when is not None:
-            values = [value for rows in read["data.prompt_dataset"] for value in _column(rows, objective.when.column)]
-            objective.when.check(set(map(text_of, values)), objective.name)
+            name = objective.when.column
+            columns = [rows[name] if name in rows.column_names else [None] for rows in read["data.prompt_dataset"]]
+            found = {text_of(column_of({name: value}, name)) for column in columns for value in column}
+            objective.when.check(found, objective.name)
     return []
-
-
-def _column(rows: Any, name: str) -> list[Any]:
-    values = rows[name] if name in rows.column_names else [None]
-    return [DEFAULT_DATASOURCE if value is None and name == DATASOURCE else value for value in values]
 
 
 def _read(args: argparse.Namespace, name: str, split: str) -> Any:

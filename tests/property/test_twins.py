@@ -302,6 +302,7 @@ def dominates(one: list[float], other: list[float]) -> bool:
     return all(a >= b for a, b in zip(one, other)) and one != other
 
 
+@pytest.mark.needs_extras
 @given(cases(min_objectives=2, complete=True), st.floats(0.1, 1))
 def test_balance_divides_the_advantages_by_a_power_of_their_size(case: Case, balance: float) -> None:
     result = call("gram:upgrad", case, balance=balance)

@@ -314,6 +314,7 @@ def test_a_bad_file(content, message, tmp_path) -> None:
         load(file=file)
 
 
+@pytest.mark.needs_extras
 def test_merge_keys(tmp_path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
@@ -402,6 +403,7 @@ def test_what_dynamic_filtering_rates_by() -> None:
     assert [objective.name for objective in total.filtered_by] == ["a", "b"]
 
 
+@pytest.mark.needs_extras
 def test_a_plan_has_no_secret(monkeypatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "pa55")
     config = load("x=http:https://judge/?key=${JUDGE_KEY}")

@@ -29,23 +29,37 @@ MANY = 2**14  # responses, where statistics are tested
 
 
 class Case(NamedTuple):
-    """Arguments of ``aggregate``: K objectives, B responses to the prompts ``groups_B``, A tokens; NaN where masked."""
+    """Arguments of ``aggregate``: K objectives, B responses to the prompts ``groups_B``, A tokens; NaN where masked.
+
+    The weights are (K, 1), or (K, B) if responses have others, and 0 only where ``present_KB`` is false.
+    """
 
     advantages_KBA: Tensor
     mask_BA: Tensor
     present_KB: Tensor
     groups_B: Tensor
-    weights_K: Tensor
+    weights_KB: Tensor
 
     def but(self, **changes: Tensor) -> "Case":
         return self._replace(**changes)
+
+    @property
+    def weights(self) -> Tensor:
+        """As ``aggregate`` takes them."""
+        return self.weights_KB if self.weights_KB.shape == self.present_KB.shape else self.weights_KB[:, 0]
+
+    def weight(self, objective: int, response: int) -> float:
+        return float(self.weights_KB.expand_as(self.present_KB)[objective, response])
 
 
 @st.composite
 def cases(
     draw: st.DrawFn, min_objectives: int = 1, max_objectives: int = 8, *, tokens: int = 6, complete: bool = False
 ) -> Case:
-    """Random cases with ragged responses; half have ties and exact zeros, and half may lack rewards."""
+    """Random cases with ragged responses; half have ties and exact zeros, half may lack rewards.
+
+    The weights are the same for all responses, or those of each response, of which some are 0 where rewards may lack.
+    """
     objectives, groups = draw(st.integers(min_objectives, max_objectives)), draw(st.integers(1, 3))
     size = draw(st.integers(1, 4))
     shape = objectives, groups * size, draw(st.integers(1, tokens))
@@ -55,13 +69,17 @@ def cases(
         advantages_KBA = advantages_KBA.round()
     mask_BA = torch.rand(shape[1:], generator=generator) < 0.7
     mask_BA[0, 0] = True
-    present_KB = torch.rand(shape[:2], generator=generator) < (1.1 if complete or draw(st.booleans()) else 0.7)
+    complete = complete or draw(st.booleans())
+    present_KB = torch.rand(shape[:2], generator=generator) < (1.1 if complete else 0.7)
+    weights_KB = torch.rand(shape[0], shape[1] if draw(st.booleans()) else 1, generator=generator) + 0.5
+    if weights_KB.shape == present_KB.shape and not complete:
+        weights_KB[~present_KB & present_KB.any(0)] = 0
     return Case(
         advantages_KBA.masked_fill(~mask_BA, math.nan),
         mask_BA,
         present_KB,
         torch.arange(shape[1]) // size,
-        torch.rand(objectives, generator=generator) + 0.5,
+        weights_KB,
     )
 
 
@@ -105,7 +123,7 @@ def _more_padding_changes_nothing(call: Call, case: Case) -> None:
             pad(case.mask_BA, (0, wide, 0, 1)),
             pad(case.present_KB, (0, 1), value=True),
             pad(case.groups_B, (0, 1)),
-            case.weights_K,
+            pad(case.weights_KB.expand_as(case.present_KB), (0, 1), value=1),
         )
     )
     kept_BA = padded.advantages[:responses, :tokens]
@@ -122,7 +140,9 @@ def _what_has_no_reward_enters_nothing(call: Call, case: Case) -> None:
 
 def _flip_objectives(case: Case) -> Case:
     return case.but(
-        advantages_KBA=case.advantages_KBA.flip(0), present_KB=case.present_KB.flip(0), weights_K=case.weights_K.flip(0)
+        advantages_KBA=case.advantages_KBA.flip(0),
+        present_KB=case.present_KB.flip(0),
+        weights_KB=case.weights_KB.flip(0),
     )
 
 
@@ -145,7 +165,7 @@ def _order_of_responses_does_not_matter(call: Call, case: Case) -> None:
             case.mask_BA.flip(0),
             case.present_KB.flip(1),
             case.groups_B.flip(0),
-            case.weights_K,
+            case.weights_KB.flip(1),
         )
     )
     torch.testing.assert_close(flipped.advantages.flip(0), result.advantages, atol=1e-4, rtol=1e-3)
@@ -159,41 +179,54 @@ def _coefficients_are_shares(call: Call, case: Case) -> None:
 
 
 def _one_token_each(rows_KB: Tensor, case: Case) -> Case:
-    """Eight responses of one token to two prompts, with all rewards, and the weights of ``case``."""
+    """Eight responses of one token to two prompts, with all rewards, and weights of ``case``."""
     return Case(
         rows_KB.unsqueeze(-1),
         torch.ones(8, 1, dtype=torch.bool),
         torch.ones(len(rows_KB), 8, dtype=torch.bool),
         torch.arange(8) // 4,
-        case.weights_K,
+        case.weights_KB.amax(1, keepdim=True).clamp(min=0.5),
     )
 
 
 def _what_all_agree_on_is_followed(call: Call, case: Case) -> None:
     """If all objectives are equal, better responses get a larger advantage: ``Cov(A, result) > 0``."""
     better_B = torch.tensor([-2.0, 1.0, -1.0, 2.0, 1.0, 2.0, -2.0, -1.0])  # mean 0
-    result = call(_one_token_each(better_B.expand(len(case.weights_K), 8), case))
+    result = call(_one_token_each(better_B.expand(len(case.weights_KB), 8), case))
     assert float((result.advantages.squeeze(-1) * better_B).sum()) > 0
 
 
 def _an_objective_without_signal_has_no_say(call: Call, case: Case) -> None:
     """Prepending a constant objective changes nothing."""
-    seed = int(1e6 * float(case.weights_K.sum()))  # differs between cases
-    rows_KB = torch.randn(len(case.weights_K), 8, generator=torch.Generator().manual_seed(seed))
-    more = case.but(weights_K=torch.cat([torch.ones(1), case.weights_K]))
+    seed = int(1e6 * float(case.weights_KB.sum()))  # differs between cases
+    rows_KB = torch.randn(len(case.weights_KB), 8, generator=torch.Generator().manual_seed(seed))
+    more = case.but(weights_KB=pad(case.weights_KB, (0, 0, 1, 0), value=1))
     result = call(_one_token_each(rows_KB, case)).advantages
     extended = call(_one_token_each(torch.cat([torch.full((1, 8), 0.1), rows_KB]), more)).advantages
     torch.testing.assert_close(extended, result, atol=1e-4, rtol=1e-3)
 
 
 def _weights_have_a_say(call: Call, case: Case) -> None:
-    """Swapping the weights of two objectives that agree on only some responses changes the result."""
+    """Swapping the weights of two objectives that agree on only some responses, or those of one prompt, matters."""
     rows_2B = torch.tensor([[3.0, -1.0, 2.0, 0.5, -2.0, -3.0, 1.0, 0.2], [1.0, 2.0, -3.0, 2.5, -1.0, -2.5, 2.0, -2.0]])
-    one, other = (
-        call(_one_token_each(rows_2B, case.but(weights_K=torch.tensor(weights)))).advantages
-        for weights in ([1.0, 4.0], [4.0, 1.0])
+    weights_2B = torch.tensor([[1.0], [4.0]]).repeat(1, 8)
+    swapped_2B = weights_2B.flip(0)
+    one, other, mixed = (
+        call(_one_token_each(rows_2B, case)._replace(weights_KB=each_2B)).advantages
+        for each_2B in (weights_2B, swapped_2B, torch.cat([weights_2B[:, :4], swapped_2B[:, 4:]], 1))
     )
-    assert not torch.allclose(one / one.norm(), other / other.norm(), atol=1e-4)
+    for before, after in ((one, other), (one, mixed)):
+        assert not torch.allclose(before / before.norm(), after / after.norm(), atol=1e-4)
+
+
+def _weights_of_each_response_are_followed(call: Call, case: Case) -> None:
+    """The same for all responses, they are as K weights; where one is 0, the objective might as well have no reward."""
+    same = case.but(weights_KB=case.weights_KB.amax(1, keepdim=True).clamp(min=0.5))
+    repeated = same.but(weights_KB=same.weights_KB.repeat(1, len(case.mask_BA)))
+    torch.testing.assert_close(call(repeated).advantages, call(same).advantages, atol=1e-4, rtol=1e-3)
+    if case.weights_KB.shape == case.present_KB.shape:
+        absent, present = case.present_KB & (case.weights_KB > 0), case.present_KB | (case.weights_KB == 0)
+        _assert_same(call(case.but(present_KB=present)), call(case.but(present_KB=absent)))
 
 
 def _scale_is_followed(call: Call, case: Case) -> None:
@@ -207,7 +240,7 @@ def _scale_is_followed(call: Call, case: Case) -> None:
 
 def _scale_of_one_objective_does_not_matter(call: Call, case: Case) -> None:
     """For rules that whiten: an objective's advantages times 16 change nothing."""
-    factors_K = torch.ones(len(case.weights_K)).index_fill(0, torch.tensor([0]), 16.0)
+    factors_K = torch.ones(len(case.weights_KB)).index_fill(0, torch.tensor([0]), 16.0)
     scaled = call(case.but(advantages_KBA=case.advantages_KBA * factors_K[:, None, None]))
     torch.testing.assert_close(scaled.advantages, call(case).advantages, atol=1e-4, rtol=1e-3)
 
@@ -215,15 +248,19 @@ def _scale_of_one_objective_does_not_matter(call: Call, case: Case) -> None:
 def _independent_objectives_come_out_at_unit_rms(call: Call, case: Case) -> None:
     """Independent standard normal advantages, with any weights; for rules that state ``unit_rms``."""
     generator = torch.Generator().manual_seed(0)
-    normal_KB1 = torch.randn(len(case.weights_K), MANY, 1, generator=generator)
+    normal_KB1 = torch.randn(len(case.weights_KB), MANY, 1, generator=generator)
+    groups_B = torch.arange(MANY) // 64
+    weights_KB = case.weights_KB
+    if weights_KB.shape[1] > 1:
+        weights_KB = weights_KB[:, groups_B % weights_KB.shape[1]]
     many = Case(
         normal_KB1,
         torch.ones(MANY, 1, dtype=torch.bool),
-        torch.ones(len(case.weights_K), MANY, dtype=torch.bool),
-        torch.arange(MANY) // 64,
-        case.weights_K,
+        torch.ones(len(case.weights_KB), MANY, dtype=torch.bool),
+        groups_B,
+        weights_KB,
     )
-    if len(case.weights_K) <= 3:  # more rarely agree, so that a sample of this size is too small
+    if len(case.weights_KB) <= 3:  # more rarely agree, so that a sample of this size is too small
         assert math.isclose(call(many).metrics["rms"], 1, rel_tol=0.1)
 
 
@@ -281,6 +318,7 @@ PROPERTIES: dict[str, Callable[[Call, Case], None]] = {
         _what_all_agree_on_is_followed,
         _an_objective_without_signal_has_no_say,
         _weights_have_a_say,
+        _weights_of_each_response_are_followed,
         _scale_is_followed,
         _scale_of_one_objective_does_not_matter,
         _independent_objectives_come_out_at_unit_rms,
@@ -311,14 +349,14 @@ def check_rule(rule: str, name: str, **options: Any) -> None:
     rewards = get_rule(rule).combines == "rewards"
 
     def call(case: Case) -> Aggregation:
-        arguments = {key: value(len(case.weights_K)) if callable(value) else value for key, value in options.items()}
+        arguments = {key: value(len(case.weights_KB)) if callable(value) else value for key, value in options.items()}
         if "rewards_KB" in get_rule(rule).parameters:
             arguments["rewards_KB"] = as_rewards(case)
         return aggregate(
             rule,
             case.advantages_KBA,
             case.mask_BA,
-            weights=case.weights_K,
+            weights=case.weights,
             present_KB=case.present_KB,
             groups_B=case.groups_B,
             **arguments,

@@ -55,7 +55,7 @@ def aggregate(
     level: str = "token",
     rescale: str = "auto",
     noon: bool | None = None,
-    weights: Sequence[float] | Tensor | None = None,
+    weights: Sequence[Any] | Tensor | None = None,
     whiten: bool = False,
     active: Sequence[bool] | Tensor | None = None,
     present_KB: Tensor | Sequence[Any] | None = None,
@@ -83,7 +83,8 @@ def aggregate(
             estimator scales, for ``pama`` at batch level, and for rules that do not state their size; else ``unit``.
         noon: keep only positive advantages ("No Negative", arXiv 2508.07768, Eq. 5). Default: true for ``pama`` with
             ``level="batch"``, false otherwise. Only ``pama`` and ``min_norm`` use it.
-        weights: K positive preference weights, 1 each by default. Each rule documents their meaning.
+        weights: K positive preference weights, 1 each by default. Each rule documents their meaning. Or (K, B), those
+            of each response, of which some may be 0: the objective then does not apply to the response.
         whiten: subtract from each objective's advantages, or their means at the sequence level, the mean over its valid
             tokens and divide by the standard deviation before combining. Use it with estimators that do not whiten, so
             that no objective dominates by its scale. The metrics then describe the whitened advantages.
@@ -140,15 +141,16 @@ def aggregate(
     context = {key: value for key, value in context.items() if key in chosen.parameters and value is not None}
     context |= check_context(rule, context, shape_KB, mask_BA)
 
-    weights_K = check_weights(weights, advantages_KBA)
+    weights_KB = check_weights(weights, advantages_KBA)
+    present_KB = present_KB & (weights_KB > 0)
     if level == "sequence":
         advantages_KBA = _means(advantages_KBA, mask_BA)
     active_K = _find_active(active, advantages_KBA, mask_BA, present_KB)
     if whiten:
         advantages_KBA = _whiten(advantages_KBA, mask_BA, present_KB)
-    combination = chosen.combine(advantages_KBA, mask_BA, weights_K, active_K, present_KB, **context, **options)
+    combination = chosen.combine(advantages_KBA, mask_BA, weights_KB, active_K, present_KB, **context, **options)
 
-    check_combination(rule, combination, weights_K, mask_BA)
+    check_combination(rule, combination, len(weights_KB), mask_BA)
     combined_BA = combination.advantages_BA.masked_fill(~mask_BA, 0)  # a copy: a rule may return a view
     if not bool(combined_BA.isfinite().all()):
         raise ValueError(f"rule {rule!r} returned NaN or inf at a valid token")
@@ -164,7 +166,7 @@ def aggregate(
     metrics["effective_objectives"] = effective_objectives(coefficients_K)
     if taken := sorted(metrics.keys() & combination.metrics.keys()):
         raise ValueError(f"rule {rule!r} returned reserved metric names: {', '.join(taken)}; rename them")
-    memory_K = _remember(rule, combination.metrics, len(weights_K)) if "memory_K" in chosen.parameters else ()
+    memory_K = _remember(rule, combination.metrics, len(weights_KB)) if "memory_K" in chosen.parameters else ()
     return Aggregation(combined_BA, coefficients_K, metrics | dict(combination.metrics), memory_K)
 
 

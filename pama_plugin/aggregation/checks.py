@@ -10,14 +10,25 @@ from torch import Tensor
 from pama_plugin.aggregation.registry import Combination, get_rule
 
 
-def check_weights(weights: Sequence[float] | Tensor | None, advantages_KBA: Tensor) -> Tensor:
-    """(K,) positive weights of the objectives; 1 each by default."""
+def check_weights(weights: Sequence[Any] | Tensor | None, advantages_KBA: Tensor) -> Tensor:
+    """(K, 1) positive weights of the objectives, 1 each by default; or (K, B), at least 0, if responses have others."""
+    objectives, responses, _ = advantages_KBA.shape
     if weights is None:
-        return advantages_KBA.new_ones(len(advantages_KBA))
-    weights_K = as_tensor("weights", weights, advantages_KBA.device, advantages_KBA.dtype)
-    if weights_K.shape != advantages_KBA.shape[:1] or not bool((weights_K.isfinite() & (weights_K > 0)).all()):
-        raise ValueError(f"weights must be {len(advantages_KBA)} positive finite numbers, found {weights}")
-    return weights_K
+        return advantages_KBA.new_ones(objectives, 1)
+    weights_KB = as_tensor("weights", weights, advantages_KBA.device, advantages_KBA.dtype)
+    if weights_KB.ndim < 2:
+        if weights_KB.shape != (objectives,) or not bool((weights_KB.isfinite() & (weights_KB > 0)).all()):
+            raise ValueError(f"weights must be {objectives} positive finite numbers, found {weights}")
+        return weights_KB.unsqueeze(-1)
+    if weights_KB.shape != (objectives, responses):
+        raise ValueError(f"weights must be (K,) or (K, B) = {(objectives, responses)}, found {tuple(weights_KB.shape)}")
+    wrong_B = ~((weights_KB.isfinite() & (weights_KB >= 0)).all(0) & (weights_KB > 0).any(0))
+    for response in wrong_B.nonzero().flatten().tolist():
+        raise ValueError(
+            "the weights of a response must be finite, at least 0, and not all 0, found "
+            f"{weights_KB[:, response].tolist()} for response {response}"
+        )
+    return weights_KB
 
 
 def check_context(rule: str, context: dict[str, Any], shape_KB: torch.Size, mask_BA: Tensor) -> dict[str, Any]:
@@ -65,14 +76,14 @@ def check_context(rule: str, context: dict[str, Any], shape_KB: torch.Size, mask
     return checked
 
 
-def check_combination(rule: str, result: object, weights_K: Tensor, mask_BA: Tensor) -> None:
+def check_combination(rule: str, result: object, objectives: int, mask_BA: Tensor) -> None:
     """Validate the return value of a rule, which may come from another package."""
     if not isinstance(result, Combination):
         raise ValueError(f"rule {rule!r} must return a Combination, found {type(result).__name__}")
     for part in result[:2]:
         if not isinstance(part, Tensor) or not part.is_floating_point():
             raise ValueError(f"rule {rule!r} must return a Combination of floating-point tensors, found {part!r}")
-    expected = (tuple(mask_BA.shape), tuple(weights_K.shape))
+    expected = (tuple(mask_BA.shape), (objectives,))
     shapes = (tuple(result.advantages_BA.shape), tuple(result.coefficients_K.shape))
     if shapes != expected:
         raise ValueError(f"rule {rule!r} must return shapes (B, A) and (K,), {expected}, found {shapes}")

@@ -66,7 +66,7 @@ def register_rule(
     constrained: bool = False,
     linear: bool = False,
 ) -> Callable[[Callable[..., Combination]], Callable[..., Combination]]:
-    """Register ``rule(advantages_KBA, mask_BA, weights_K, active_K, present_KB, *, …)`` under ``name``.
+    """Register ``rule(advantages_KBA, mask_BA, weights_KB, active_K, present_KB, *, …)`` under ``name``.
 
     The rule returns a ``Combination``. Its keyword-only parameters are its options; pydantic validates their
     annotations. Parameters with these names are not options; a rule that names one is given it:
@@ -81,9 +81,10 @@ def register_rule(
       objective, ``{"multiplier": 2.0}`` for ``multiplier/1``; empty before the first step. They must be finite, and are
       saved in checkpoints.
 
-    Advantages are finite where ``mask_BA`` is true and arbitrary elsewhere. Weights are positive. ``active_K`` is true
-    for objectives that vary over the batch. ``present_KB`` is true where an objective has a reward for a response; the
-    advantages of other responses must not affect the result. A rule must not modify its arguments.
+    Advantages are finite where ``mask_BA`` is true and arbitrary elsewhere. Weights are positive and (K, 1), or (K, B)
+    if responses have different ones, and then 0 only where ``present_KB`` is false. ``active_K`` is true for objectives
+    that vary over the batch, ``present_KB`` where an objective has a reward for a response; the advantages of other
+    responses must not affect the result. A rule must not modify its arguments.
 
     With ``of="rewards"`` the rule gets rewards (K, B, 1), with missing ones filled in and ``present_KB`` all true. It
     works with a critic only if it is ``linear``, a weighted sum, whose value is the weighted sum of the value heads. A

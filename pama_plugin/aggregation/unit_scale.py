@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pama_plugin.aggregation.weights import distinct
+
 _DRAWS = 2**16  # within 2 % of the integral for up to eight objectives
 
 
@@ -78,14 +80,14 @@ def size_of_mix(c_K: Tensor, normal_KK: Tensor, present_KB: Tensor) -> Tensor:
     return ((mixed_BK @ normal_KK.to(present_KB.device).double()) * mixed_BK).sum(-1).sqrt()
 
 
-def by_response(weights_K: Tensor, counted_KB: Tensor, rms: Callable[[tuple[float, ...]], float]) -> Tensor:
+def by_response(weights_KB: Tensor, counted_KB: Tensor, rms: Callable[[tuple[float, ...]], float]) -> Tensor:
     """(B,) float64 ``rms`` of the weights, sorted, of the objectives that are combined for each response; 0 for none.
 
     >>> counted_KB = torch.tensor([[True, True, False], [True, False, False]])
-    >>> by_response(torch.tensor([3.0, 4.0]), counted_KB, lambda weights: math.hypot(*weights))
+    >>> by_response(torch.tensor([[3.0], [4.0]]), counted_KB, lambda weights: math.hypot(*weights))
     tensor([5., 3., 0.], dtype=torch.float64)
     """
-    patterns_KP, which_B = torch.unique(counted_KB, dim=1, return_inverse=True)
-    weights = (tuple(sorted(weights_K[pattern_K].tolist())) for pattern_K in patterns_KP.T)
+    weights_KP, which_B = distinct(weights_KB * counted_KB)
+    weights = (tuple(sorted(weight for weight in weights_K if weight)) for weights_K in weights_KP.T.tolist())
     sizes = [rms(each) if each else 0.0 for each in weights]
     return torch.tensor(sizes, dtype=torch.float64, device=counted_KB.device)[which_B]

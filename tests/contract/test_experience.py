@@ -80,14 +80,15 @@ def test_a_rule_of_rewards_gets_what_it_asks_for(groups, monkeypatch) -> None:
     """The groups in training as in the rehearsal at start."""
     from pama_plugin import Combination, register_rule
     from pama_plugin.aggregation import registry
+    from pama_plugin.aggregation.weights import shares
 
     monkeypatch.setattr(registry.RULES, "entries", dict(registry.RULES.entries))
     seen = []
 
     @register_rule("grouped", of="rewards")
-    def grouped(rewards_KB1, mask_B1, weights_K, active_K, present_KB, *, groups_B):
+    def grouped(rewards_KB1, mask_B1, weights_KB, active_K, present_KB, *, groups_B):
         seen.append(groups_B.tolist())
-        return Combination(rewards_KB1.sum(0), weights_K / weights_K.sum())
+        return Combination(rewards_KB1.sum(0), shares(weights_KB))
 
     build(groups, loss="grouped").make_experience_batch(make_rollout(8, names=COLUMNS))
     *at_start, in_training = seen

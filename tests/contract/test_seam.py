@@ -394,12 +394,13 @@ def test_a_column_that_the_data_set_lacks_is_refused(tmp_path) -> None:
 def test_a_rule_of_rewards_whose_value_nobody_knows_is_refused_with_a_critic(monkeypatch) -> None:
     from pama_plugin import Combination, register_rule
     from pama_plugin.aggregation import registry
+    from pama_plugin.aggregation.weights import shares
     from pama_plugin.errors import ConfigError
 
     monkeypatch.setattr(registry.RULES, "entries", dict(registry.RULES.entries))
 
-    def largest(advantages_KBA, mask_BA, weights_K, active_K, present_KB):
-        return Combination(advantages_KBA.amax(0), weights_K / weights_K.sum())
+    def largest(advantages_KBA, mask_BA, weights_KB, active_K, present_KB):
+        return Combination(advantages_KBA.amax(0), shares(weights_KB))
 
     register_rule("largest", of="rewards")(largest)
     register_rule("a_sum", of="rewards", linear=True)(largest)

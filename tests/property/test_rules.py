@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pama_plugin import aggregate, available_rules
 from pama_plugin.aggregation import get_rule
@@ -112,3 +114,28 @@ def test_property(setting, name) -> None:
         pytest.skip(EXCEPT[setting, name])
     rule, options = SETTINGS[setting]
     check_rule(rule, name, **options)
+
+
+# Where the weights of one response affect others: rvpo subtracts a mean, pama at batch level has one c.
+MIXED = {"pama, batch", "rvpo", "rvpo, whitened", "gdpo, as published", "gd2po, as published", "saw, as published"}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.keys() - MIXED)
+@given(objectives=st.integers(2, 4), seed=st.integers(0, 2**32 - 1))
+def test_a_response_gets_what_it_would_get_if_all_had_its_weights(setting, objectives, seed) -> None:
+    rule, options = SETTINGS[setting]
+    options = {key: value(objectives) if callable(value) else value for key, value in options.items()}
+    generator = torch.Generator().manual_seed(seed)
+    advantages_KB1 = torch.randn(objectives, 24, 1, generator=generator)
+    weights_KP, which_B = torch.rand(objectives, 2, generator=generator) + 0.1, torch.arange(24) % 2
+    if "rewards_KB" in get_rule(rule).parameters:
+        options["rewards_KB"] = advantages_KB1.squeeze(-1)
+
+    def combine(weights) -> torch.Tensor:
+        same = dict(groups_B=torch.arange(24) // 4, weights=weights)
+        return aggregate(rule, advantages_KB1, torch.ones(24, 1), **same, **options).advantages
+
+    mixed_B1 = combine(weights_KP[:, which_B])
+    for index, weights_K in enumerate(weights_KP.T):
+        alone_B1 = combine(weights_K)
+        torch.testing.assert_close(mixed_B1[which_B == index], alone_B1[which_B == index], atol=1e-4, rtol=1e-3)

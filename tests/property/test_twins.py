@@ -86,7 +86,8 @@ def test_min_norm_agrees_with_a_quadratic_program(gram_KK) -> None:
 
 @given(cases())
 def test_gram_is_a_mean_of_products(case: Case) -> None:
-    advantages_KBA, mask_BA, present_KB, _, weights_K = case
+    advantages_KBA, mask_BA, present_KB, _, weights_KB = case
+    weights_K = weights_KB[:, 0]
     gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, weights_K, 1.0)
     rows = (advantages_KBA.masked_fill(~(mask_BA & present_KB.unsqueeze(-1)), 0) * weights_K[:, None, None]).double()
     for i, j in itertools.product(range(len(rows)), repeat=2):
@@ -134,13 +135,13 @@ def check_twin(rule: str, case: Case, combine, counts, then, **options) -> None:
         case.advantages_KBA,
         case.mask_BA,
         rescale="none",
-        weights=case.weights_K,
+        weights=case.weights,
         present_KB=case.present_KB,
         groups_B=case.groups_B,
-        active=[True] * len(case.weights_K),
+        active=[True] * len(case.weights_KB),
         **options,
     )
-    kept = [k for k in range(len(case.weights_K)) if not result.metrics[f"inactive/{k}"]]
+    kept = [k for k in range(len(case.weights_KB)) if not result.metrics[f"inactive/{k}"]]
     z = scores(case)
     tokens = [
         (b, t)
@@ -149,9 +150,7 @@ def check_twin(rule: str, case: Case, combine, counts, then, **options) -> None:
     ]
     expected = torch.zeros_like(result.advantages)
     if tokens:
-        raw = [
-            combine([(case.weights_K[k].item(), z[k][b][t]) for k in kept if case.present_KB[k, b]]) for b, t in tokens
-        ]
+        raw = [combine([(case.weight(k, b), z[k][b][t]) for k in kept if case.present_KB[k, b]]) for b, t in tokens]
         for (b, t), value in zip(tokens, then(raw)):
             expected[b, t] = value
     torch.testing.assert_close(result.advantages, expected, atol=1e-4, rtol=1e-3)
@@ -192,12 +191,12 @@ def test_gd2po(case: Case, as_published: bool) -> None:
 
 
 def kept_by(result: Aggregation, case: Case) -> list[int]:
-    return [k for k in range(len(case.weights_K)) if not result.metrics[f"inactive/{k}"]]
+    return [k for k in range(len(case.weights_KB)) if not result.metrics[f"inactive/{k}"]]
 
 
 def call(rule: str, case: Case, **options: Any) -> Aggregation:
-    same = dict(weights=case.weights_K, present_KB=case.present_KB, groups_B=case.groups_B)
-    everything = dict(active=[True] * len(case.weights_K), rescale="none")
+    same = dict(weights=case.weights, present_KB=case.present_KB, groups_B=case.groups_B)
+    everything = dict(active=[True] * len(case.weights_KB), rescale="none")
     return aggregate(rule, case.advantages_KBA, case.mask_BA, **same, **everything, **options)
 
 
@@ -219,7 +218,7 @@ def test_dvao(case: Case) -> None:
     z, kept = scores(case), kept_by(result, case)
     for b, t in case.mask_BA.nonzero().tolist():
         present = [k for k in kept if case.present_KB[k, b]]
-        raw = {k: case.weights_K[k].item() * spread_of(rewards_of_group(case, k, b)) for k in present}
+        raw = {k: case.weight(k, b) * spread_of(rewards_of_group(case, k, b)) for k in present}
         total = sum(raw.values())
         expected = sum(raw[k] / total * z[k][b][t] for k in present) if total else 0.0
         assert result.advantages[b, t].item() == pytest.approx(expected, abs=1e-4)
@@ -238,7 +237,7 @@ def test_saw(case: Case, as_published: bool) -> None:
         return
     share = {k: len(kept) * value / sum(variation.values()) for k, value in variation.items()}
     tokens = [(b, t) for b, t in case.mask_BA.nonzero().tolist() if any(case.present_KB[k, b] for k in kept)]
-    raw = [sum(case.weights_K[k].item() * share[k] * z[k][b][t] for k in kept) for b, t in tokens]
+    raw = [sum(case.weight(k, b) * share[k] * z[k][b][t] for k in kept) for b, t in tokens]
     for (b, t), expected in zip(tokens, whitened(raw) if as_published else raw):
         assert result.advantages[b, t].item() == pytest.approx(expected, abs=1e-3)
 
@@ -246,20 +245,21 @@ def test_saw(case: Case, as_published: bool) -> None:
 @given(cases())
 def test_ctwa(case: Case) -> None:
     """The sum with the weights of the last step, and the weights of the next."""
-    K = len(case.weights_K)
+    K = len(case.weights_KB)
     memory_K = [{"log_weight": 0.1 * k, "correlation": 0.05 * k} for k in range(K)]
     result = call("ctwa", case, memory_K=memory_K, target=0.3, rate=0.2, smoothing=0.25)
     kept = kept_by(result, case)
-    adapted = [case.weights_K[k].item() * math.exp(0.1 * (k - (K - 1))) for k in range(K)]
     for b, t in case.mask_BA.nonzero().tolist():
         present = [k for k in kept if case.present_KB[k, b]]
-        expected = sum(adapted[k] * case.advantages_KBA[k, b, t].item() for k in present)
+        expected = sum(
+            case.weight(k, b) * math.exp(0.1 * (k - (K - 1))) * case.advantages_KBA[k, b, t].item() for k in present
+        )
         assert result.advantages[b, t].item() == pytest.approx(expected, abs=1e-4)
     z = scores(case)
     combined = case.but(
         advantages_KBA=result.advantages.unsqueeze(0),
         present_KB=case.present_KB.any(0, keepdim=True),
-        weights_K=torch.ones(1),
+        weights_KB=torch.ones(1, 1),
     )
     (own,) = scores(combined)
     for k in range(K):
@@ -310,19 +310,19 @@ def test_balance_divides_the_advantages_by_a_power_of_their_size(case: Case, bal
     rms_K11 = (rows.square().sum((1, 2), keepdim=True) / case.mask_BA.sum()).sqrt()
     active_K11 = torch.tensor([not result.metrics[f"inactive/{k}"] for k in range(len(rows))])[:, None, None]
     divided = torch.where(rms_K11 > 0, rows / torch.where(rms_K11 > 0, rms_K11, 1) ** balance, 0)
-    same = dict(weights=case.weights_K, rescale="none", active=active_K11.flatten())
+    same = dict(weights=case.weights, rescale="none", active=active_K11.flatten())
     expected = aggregate("gram:upgrad", divided, case.mask_BA, **same)
     torch.testing.assert_close(result.advantages, expected.advantages, atol=1e-3, rtol=1e-2)
 
 
 @given(cases(tokens=1, complete=True), st.sampled_from([None, 0.5]), st.sampled_from([0.0, 0.3]))
 def test_tchebycheff(case: Case, smooth, augment) -> None:
-    rewards_KB1, mask_B1, present_KB, _, weights_K = case
-    options = dict(ideal=[0.5] * len(weights_K), smooth=smooth, augment=augment)
-    result = aggregate("tchebycheff", rewards_KB1, mask_B1, weights=weights_K, **options)
-    kept = [k for k in range(len(weights_K)) if not result.metrics[f"inactive/{k}"]]
+    rewards_KB1, mask_B1, present_KB, _, weights_KB = case
+    options = dict(ideal=[0.5] * len(weights_KB), smooth=smooth, augment=augment)
+    result = aggregate("tchebycheff", rewards_KB1, mask_B1, weights=case.weights, **options)
+    kept = [k for k in range(len(weights_KB)) if not result.metrics[f"inactive/{k}"]]
     for b in mask_B1.flatten().nonzero().flatten().tolist():
-        pairs = [(weights_K[k].item(), rewards_KB1[k, b, 0].item()) for k in kept]
+        pairs = [(case.weight(k, b), rewards_KB1[k, b, 0].item()) for k in kept]
         behind = [w * (0.5 - r) for w, r in pairs]
         worst = max(behind) if smooth is None else smooth * math.log(sum(math.exp(x / smooth) for x in behind))
         expected = -worst + augment * sum(w * r for w, r in pairs)
@@ -353,7 +353,7 @@ def test_soft_pama(case: Case, soft: float) -> None:
 @given(cases())
 def test_leak_is_between_noon_and_signed(case: Case) -> None:
     arguments = (case.advantages_KBA, case.mask_BA)
-    same = dict(present_KB=case.present_KB, weights=case.weights_K, rescale="none")
+    same = dict(present_KB=case.present_KB, weights=case.weights, rescale="none")
     leaky = {leak: aggregate("pama", *arguments, noon=True, leak=leak, **same).advantages for leak in (0.0, 0.5, 1.0)}
     assert torch.equal(leaky[0.0], aggregate("pama", *arguments, noon=True, **same).advantages)
     assert torch.equal(leaky[1.0], aggregate("pama", *arguments, noon=False, **same).advantages)
@@ -369,17 +369,17 @@ def test_rescale_does_not_amplify_rounding() -> None:
 
 @given(cases(min_objectives=2))
 def test_lagrangian(case: Case) -> None:
-    K = len(case.weights_K)
+    K = len(case.weights_KB)
     duals = dict(violations_K=[None] * (K - 1) + [-0.4], memory_K=[{}] * (K - 1) + [{"integral": 2.0}])
-    same = dict(weights=case.weights_K, active=[True] * K, rescale="none", rate=0.5, proportional=1.5)
+    same = dict(weights=case.weights, active=[True] * K, rescale="none", rate=0.5, proportional=1.5)
     result = aggregate("lagrangian", case.advantages_KBA, case.mask_BA, **same, **duals)
     integral = 2.0 - 0.5 * 0.4
     multiplier = integral - 1.5 * 0.4
     assert result.memory_K[:-1] == ({},) * (K - 1)
     assert result.memory_K[-1] == {"integral": pytest.approx(integral), "multiplier": pytest.approx(multiplier)}
     kept_K = torch.tensor([not result.metrics[f"inactive/{k}"] for k in range(K)])
-    w, A = (case.weights_K * kept_K)[:, None, None], case.advantages_KBA
-    main = (w[:-1] * A[:-1]).sum(0) / w[:-1].sum().clamp(min=1e-30)
+    w, A = (case.weights_KB * kept_K.unsqueeze(-1)).unsqueeze(-1), case.advantages_KBA
+    main = (w[:-1] * A[:-1]).sum(0) / w[:-1].sum(0).clamp(min=1e-30)
     expected = (main + multiplier * w[-1] * A[-1]) / (1 + multiplier)
     torch.testing.assert_close(result.advantages, expected.masked_fill(~case.mask_BA, 0), atol=1e-5, rtol=1e-4)
 

@@ -109,18 +109,18 @@ def test_in_small_groups_what_is_whitened_within_them_is_smaller() -> None:
 @given(cases(min_objectives=2, max_objectives=4))
 def test_the_factor_does_not_depend_on_the_advantages(rule, case: Case) -> None:
     """It is one number for each response, whatever the advantages of the batch are."""
-    more = dict(violations_K=[None] * (len(case.weights_K) - 1) + [0.5]) if get_rule(rule).constrained else {}
+    more = dict(violations_K=[None] * (len(case.weights_KB) - 1) + [0.5]) if get_rule(rule).constrained else {}
 
     def call(advantages_KBA, rescale):
         if "rewards_KB" in get_rule(rule).parameters:
             more["rewards_KB"] = as_rewards(case.but(advantages_KBA=advantages_KBA))
-        same = dict(weights=case.weights_K, present_KB=case.present_KB, groups_B=case.groups_B)
-        everything = dict(active=[True] * len(case.weights_K), rescale=rescale)
+        same = dict(weights=case.weights, present_KB=case.present_KB, groups_B=case.groups_B)
+        everything = dict(active=[True] * len(case.weights_KB), rescale=rescale)
         return aggregate(rule, advantages_KBA, case.mask_BA, **same, **everything, **more)
 
     plain, unit = (call(case.advantages_KBA, rescale) for rescale in ("none", "unit"))
     other = call(case.advantages_KBA.flip(1).nan_to_num() + torch.randn(case.advantages_KBA.shape), "unit")
-    if all(unit.metrics[f"inactive/{k}"] == other.metrics[f"inactive/{k}"] for k in range(len(case.weights_K))):
+    if all(unit.metrics[f"inactive/{k}"] == other.metrics[f"inactive/{k}"] for k in range(len(case.weights_KB))):
         assert unit.metrics["scale"] == pytest.approx(other.metrics["scale"], rel=1e-5)
     ratio_BA = unit.advantages / plain.advantages
     for ratios in (row[row.isfinite() & (row != 0)] for row in ratio_BA):
@@ -188,7 +188,7 @@ def test_with_equal_weights_the_factor_depends_on_the_number_of_objectives_only(
     scaled_KBA = case.advantages_KBA * (1.0 if normalised else 37.0)  # advantages keep their unit
     plain = aggregate("pama", scaled_KBA, case.mask_BA, rescale="none", **same)
     rescaled = aggregate("pama", scaled_KBA, case.mask_BA, **same)
-    kept_K = torch.tensor([not plain.metrics[f"inactive/{k}"] for k in range(len(case.weights_K))])
+    kept_K = torch.tensor([not plain.metrics[f"inactive/{k}"] for k in range(len(case.weights_KB))])
     combined_B = (case.present_KB & kept_K.unsqueeze(-1)).sum(0)
     factors_B = torch.tensor([unit_scale(max(k, 1), 0.0 if variant["noon"] else 1.0) for k in combined_B.tolist()])
     torch.testing.assert_close(rescaled.advantages, plain.advantages * factors_B.unsqueeze(-1), rtol=1e-5, atol=0)
@@ -200,7 +200,7 @@ def test_with_equal_weights_the_factor_depends_on_the_number_of_objectives_only(
 
 @given(cases(), VARIANTS)
 def test_the_result_is_at_most_the_constant_times_the_smallest_advantage(case: Case, variant) -> None:
-    weights_K = torch.ones(len(case.weights_K))
+    weights_K = torch.ones(len(case.weights_KB))
     result = aggregate("pama", case.advantages_KBA, case.mask_BA, present_KB=case.present_KB, **variant)
     kept = [k for k in range(len(weights_K)) if not result.metrics[f"inactive/{k}"]]
     for b, t in case.mask_BA.nonzero().tolist():
@@ -222,7 +222,9 @@ def test_at_batch_level_the_result_is_at_most_the_constant_times_the_largest_adv
     scale = rescaled.metrics["scale"]
     torch.testing.assert_close(rescaled.advantages, plain.advantages * scale, rtol=1e-5, atol=1e-7)
     assert scale <= 2  # √2 with Noon; otherwise smaller
-    kept_KB11 = torch.tensor([not rescaled.metrics[f"inactive/{k}"] for k in range(len(case.weights_K))])[:, None, None]
+    kept_KB11 = torch.tensor([not rescaled.metrics[f"inactive/{k}"] for k in range(len(case.weights_KB))])[
+        :, None, None
+    ]
     counted_KBA = case.mask_BA & case.present_KB.unsqueeze(-1) & kept_KB11
     largest_BA = case.advantages_KBA.masked_fill(~counted_KBA, 0).abs().amax(0)
     assert (rescaled.advantages.abs() <= scale * largest_BA * (1 + 1e-5) + 1e-7).all()

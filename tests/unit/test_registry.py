@@ -10,6 +10,7 @@ import torch
 
 from pama_plugin import aggregate, available_rules, register_rule
 from pama_plugin.aggregation import Combination, get_rule
+from pama_plugin.aggregation.weights import shares
 from pama_plugin.rewards import available_rewards, load_measure, register_reward
 
 
@@ -41,9 +42,9 @@ def test_an_installed_package_adds_a_rule(decorated, tmp_path, monkeypatch) -> N
     name = f"mean{decorated}"
     decorator = f"@register_rule({name!r}, of='rewards')\n" if decorated else ""
     (tmp_path / f"rules{decorated}.py").write_text(
-        "from pama_plugin import register_rule\nfrom pama_plugin.aggregation import Combination\n\n"
-        f"{decorator}def mean(advantages_KBA, mask_BA, weights_K, active_K, present_KB, *, scale: float = 1.0):\n"
-        "    return Combination(scale * advantages_KBA.mean(0), weights_K / weights_K.sum())\n"
+        "from pama_plugin import Combination, register_rule\nfrom pama_plugin.aggregation.weights import shares\n\n"
+        f"{decorator}def mean(advantages_KBA, mask_BA, weights_KB, active_K, present_KB, *, scale: float = 1.0):\n"
+        "    return Combination(scale * advantages_KBA.mean(0), shares(weights_KB))\n"
     )
     metadata = tmp_path / f"rules{decorated}-1.0.dist-info"
     metadata.mkdir()
@@ -113,7 +114,7 @@ def test_the_result_of_a_rule_is_validated(returned, message, rule) -> None:
 
 def test_a_rule_may_return_a_view(rule) -> None:
     """Masked tokens are set to 0 in the result only, not in the memory that the view shares."""
-    rule(lambda a, mask, w, active, present: Combination(a[0, :, :1].expand(mask.shape), w / w.sum()))
+    rule(lambda a, mask, w, active, present: Combination(a[0, :, :1].expand(mask.shape), shares(w)))
     advantages_KBA, mask_BA = torch.ones(1, 2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]])
     assert aggregate("odd", advantages_KBA, mask_BA).advantages.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert (advantages_KBA == 1).all()
@@ -121,7 +122,7 @@ def test_a_rule_may_return_a_view(rule) -> None:
 
 def test_options_without_default_or_annotation(rule) -> None:
     def odd(a, mask, weights, active, present, *, power, base: "float" = 1.0):
-        return Combination(a.sum(0) ** power * base, weights / weights.sum())
+        return Combination(a.sum(0) ** power * base, shares(weights))
 
     rule(odd)
     with pytest.raises(ValueError, match="'odd' needs option power"):
@@ -150,17 +151,20 @@ def test_a_rule_needs_a_name(name) -> None:
 # Property → a rule that violates it.
 WRONG = {
     "more_padding_changes_nothing": lambda a, mask, w, active, present: Combination(
-        (a * w[:, None, None]).where(mask & present.unsqueeze(-1), 0).mean(-1, keepdim=True).sum(0) * mask, w / w.sum()
+        (a * w.unsqueeze(-1)).where(mask & present.unsqueeze(-1), 0).mean(-1, keepdim=True).sum(0) * mask, shares(w)
     ),
     "what_all_agree_on_is_followed": lambda a, mask, w, active, present: Combination(
-        -(a * w[:, None, None]).where(mask & present.unsqueeze(-1), 0).sum(0), w / w.sum()
+        -(a * w.unsqueeze(-1)).where(mask & present.unsqueeze(-1), 0).sum(0), shares(w)
     ),
     "an_objective_without_signal_has_no_say": lambda a, mask, w, active, present: Combination(
-        (a.clamp(min=0) / w[:, None, None]).where(mask & present.unsqueeze(-1), torch.inf).amin(0).nan_to_num(posinf=0),
-        w / w.sum(),
+        (a.clamp(min=0) / w.unsqueeze(-1)).where(mask & present.unsqueeze(-1), torch.inf).amin(0).nan_to_num(posinf=0),
+        shares(w),
+    ),
+    "weights_of_each_response_are_followed": lambda a, mask, w, active, present: Combination(
+        (a * w.unsqueeze(-1) / w.sum()).where(mask & present.unsqueeze(-1), 0).sum(0), shares(w)
     ),
     "weights_have_a_say": lambda a, mask, w, active, present: Combination(
-        a.where(mask & present.unsqueeze(-1), 0).sum(0), w / w.sum()
+        a.where(mask & present.unsqueeze(-1), 0).sum(0), shares(w)
     ),
 }
 
@@ -179,10 +183,18 @@ def test_the_properties_detect_a_wrong_rule(name, rule) -> None:
         check_rule("odd", "right")
 
 
+def test_a_rule_that_reads_the_weights_of_one_response_only_is_detected(rule) -> None:
+    from pama_plugin.testing import check_rule
+
+    rule(lambda a, mask, w, active, present: Combination((a * w[:, :1, None]).sum(0), shares(w[:, :1])))
+    with pytest.raises(AssertionError):
+        check_rule("odd", "weights_have_a_say")
+
+
 def test_a_rule_that_modifies_its_input_is_detected(rule) -> None:
     from pama_plugin.testing import check_rule
 
-    rule(lambda a, mask, w, active, present: Combination(a.masked_fill_(~mask, 0).sum(0), w / w.sum()))
+    rule(lambda a, mask, w, active, present: Combination(a.masked_fill_(~mask, 0).sum(0), shares(w)))
     with pytest.raises(AssertionError):
         check_rule("odd", "inputs_are_not_modified")
 

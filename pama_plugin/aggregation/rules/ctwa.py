@@ -18,7 +18,7 @@ LARGEST = 50.0  # of a log-weight, so that none overflows
 def ctwa(
     advantages_KBA: Tensor,
     mask_BA: Tensor,
-    weights_K: Tensor,
+    weights_KB: Tensor,
     active_K: Tensor,
     present_KB: Tensor,
     *,
@@ -57,9 +57,9 @@ def ctwa(
     >>> [round(memory["log_weight"], 3) for memory in result.memory_K]  # 0.05 · (0.1 + 1)
     [0.0, 0.055]
     """
-    logs_K = weights_K.new_tensor([memory.get("log_weight", 0.0) for memory in memory_K], dtype=torch.float64)
-    adapted_K = weights_K.double() * (logs_K - logs_K.max()).exp()
-    combination = linear(advantages_KBA, mask_BA, adapted_K.to(weights_K.dtype), active_K, present_KB)
+    logs_K = weights_KB.new_tensor([memory.get("log_weight", 0.0) for memory in memory_K], dtype=torch.float64)
+    adapted_KB = weights_KB.double() * (logs_K - logs_K.max()).exp().unsqueeze(-1)
+    combination = linear(advantages_KBA, mask_BA, adapted_KB.to(weights_KB.dtype), active_K, present_KB)
     scores_KB = group_scores(advantages_KBA, mask_BA, present_KB, groups_B)
     everyone_1B = present_KB.any(0, keepdim=True)
     combined_1B = group_scores(combination.advantages_BA.unsqueeze(0), mask_BA, everyone_1B, groups_B)

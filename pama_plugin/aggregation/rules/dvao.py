@@ -6,13 +6,14 @@ from torch import Tensor
 from pama_plugin.aggregation.group_whitening import group_scores, group_spreads, spread
 from pama_plugin.aggregation.registry import Combination, register_rule
 from pama_plugin.aggregation.rules.linear import length
+from pama_plugin.aggregation.weights import weighted_sum
 
 
 @register_rule("dvao")
 def dvao(
     advantages_KBA: Tensor,
     mask_BA: Tensor,
-    weights_K: Tensor,
+    weights_KB: Tensor,
     active_K: Tensor,
     present_KB: Tensor,
     *,
@@ -49,11 +50,11 @@ def dvao(
     counted_KB = present_KB & active_K.unsqueeze(-1)
     scores_KB = group_scores(advantages_KBA, mask_BA, present_KB, groups_B)
     spread_KB = group_spreads(rewards_KB.masked_fill(~counted_KB, torch.nan), groups_B)
-    c_KB = weights_K.double().unsqueeze(-1) * spread_KB * counted_KB
+    c_KB = weights_KB.double() * spread_KB * counted_KB
     c_KB = c_KB / torch.where(c_KB.sum(0) > 0, c_KB.sum(0), 1)
-    totals_K, totals_B = c_KB.sum(-1), weights_K.double() @ counted_KB.double()
+    totals_K, totals_B = c_KB.sum(-1), weighted_sum(weights_KB.double(), counted_KB.double())
     return Combination(
-        spread((c_KB * scores_KB).sum(0), mask_BA, weights_K.dtype),
-        (totals_K / totals_K.sum().clamp(min=1e-300)).to(weights_K.dtype),
-        unit_rms=length(weights_K, counted_KB) / totals_B.clamp(min=1e-300),
+        spread((c_KB * scores_KB).sum(0), mask_BA, weights_KB.dtype),
+        (totals_K / totals_K.sum().clamp(min=1e-300)).to(weights_KB.dtype),
+        unit_rms=length(weights_KB, counted_KB) / totals_B.clamp(min=1e-300),
     )

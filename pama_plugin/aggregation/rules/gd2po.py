@@ -7,13 +7,14 @@ from torch import Tensor
 from pama_plugin.aggregation.group_whitening import group_scores, spread, whiten
 from pama_plugin.aggregation.registry import Combination, register_rule
 from pama_plugin.aggregation.rules.linear import length
+from pama_plugin.aggregation.weights import shares, weighted_sum
 
 
 @register_rule("gd2po")
 def gd2po(
     advantages_KBA: Tensor,
     mask_BA: Tensor,
-    weights_K: Tensor,
+    weights_KB: Tensor,
     active_K: Tensor,
     present_KB: Tensor,
     *,
@@ -45,13 +46,14 @@ def gd2po(
     scores_KB = group_scores(advantages_KBA, mask_BA, present_KB, groups_B) * active_K.unsqueeze(-1)
     counted_KB = present_KB & active_K.unsqueeze(-1)
     agreed_B = ~((scores_KB > 0).any(0) & (scores_KB < 0).any(0)) & counted_KB.any(0)
-    combined_B, unit_rms = (weights_K.double() @ scores_KB) * agreed_B, None
+    combined_B, unit_rms = weighted_sum(weights_KB.double(), scores_KB) * agreed_B, None
     if whiten_sum:
         combined_B = whiten(combined_B, agreed_B, mask_BA)
     else:
-        squares_B = length(weights_K, counted_KB).square()
-        products_B = (weights_K.double() @ counted_KB.double()).square() - squares_B
+        squares_B = length(weights_KB, counted_KB).square()
+        products_B = weighted_sum(weights_KB.double(), counted_KB.double()).square() - squares_B
         share_B = 2.0 ** (1 - counted_KB.sum(0).clamp(min=1))
         unit_rms = (share_B * (squares_B + 2 / math.pi * products_B)).sqrt()
-    coefficients_K = weights_K * active_K / weights_K[active_K].sum()
-    return Combination(spread(combined_B, mask_BA, weights_K.dtype), coefficients_K, unit_rms=unit_rms)
+    return Combination(
+        spread(combined_B, mask_BA, weights_KB.dtype), shares(weights_KB * active_K.unsqueeze(-1)), unit_rms=unit_rms
+    )

@@ -6,13 +6,14 @@ from torch import Tensor
 from pama_plugin.aggregation.group_whitening import group_scores, spread, whiten
 from pama_plugin.aggregation.registry import Combination, register_rule
 from pama_plugin.aggregation.rules.linear import length
+from pama_plugin.aggregation.weights import shares, weighted_sum
 
 
 @register_rule("gdpo")
 def gdpo(
     advantages_KBA: Tensor,
     mask_BA: Tensor,
-    weights_K: Tensor,
+    weights_KB: Tensor,
     active_K: Tensor,
     present_KB: Tensor,
     *,
@@ -45,8 +46,8 @@ def gdpo(
     tensor([-1.,  1.])
     """
     scores_KB = group_scores(advantages_KBA, mask_BA, present_KB, groups_B)
-    weights_K = weights_K * active_K
-    combined_B, unit_rms = weights_K.double() @ scores_KB, length(weights_K, present_KB)
+    weights_KB = weights_KB * active_K.unsqueeze(-1)
+    combined_B, unit_rms = weighted_sum(weights_KB.double(), scores_KB), length(weights_KB, present_KB)
     if whiten_sum:
         combined_B, unit_rms = whiten(combined_B, unit_rms > 0, mask_BA), torch.ones_like(unit_rms)
-    return Combination(spread(combined_B, mask_BA, weights_K.dtype), weights_K / weights_K.sum(), unit_rms=unit_rms)
+    return Combination(spread(combined_B, mask_BA, weights_KB.dtype), shares(weights_KB), unit_rms=unit_rms)

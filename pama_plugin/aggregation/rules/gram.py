@@ -35,6 +35,7 @@ from torch import Tensor
 from pama_plugin.aggregation.blocks import blocks, tokens_per_response, valid_at
 from pama_plugin.aggregation.registry import Combination, register_rule
 from pama_plugin.aggregation.unit_scale import normal_gram, size_of_mix
+from pama_plugin.aggregation.weights import at, distinct, shares
 
 # Name of the rule → class in TorchJD, and its arguments.
 WEIGHTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,27 +58,59 @@ def gram_matrix(advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, sca
     tokens_K = (present_KB * tokens_per_response(mask_BA)).sum(-1).clamp(min=1).double()
     total_KK = torch.zeros(len(scale_K), len(scale_K), dtype=torch.float64, device=mask_BA.device)
     for rows in blocks(advantages_KBA):
-        flat_KN = scaled(rows, advantages_KBA, mask_BA, present_KB, scale_K, slope).flatten(1).double()
+        flat_KN = scaled(rows, advantages_KBA, mask_BA, present_KB, scale_K.unsqueeze(-1), slope).flatten(1).double()
         total_KK += flat_KN @ flat_KN.T
     return total_KK / torch.outer(tokens_K, tokens_K).sqrt()
 
 
-def mix(
-    advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, scale_K: Tensor, slope: float, c_K: Tensor
-) -> Tensor:
-    """(B, A) ``Σ_i c_i a_i``, with ``a`` as in ``gram_matrix``."""
+def mix_by_gram(
+    advantages_KBA: Tensor,
+    mask_BA: Tensor,
+    present_KB: Tensor,
+    scale_KB: Tensor,
+    slope: float,
+    weigh: Callable[[Tensor], Tensor],
+    factor_K: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``Σ_i c_i a_i`` with c from the Gram matrix of all responses, for each of the scales that responses have.
+
+    Scales are 0 for objectives that are excluded. Responses with other scales have another matrix: that of the whole
+    batch if it had their scales. So c is what it would be if these were the scales of all.
+
+    Args:
+        weigh: M (k, k) float64 on the CPU, of the objectives that are not excluded → c (k,).
+        factor_K: by which advantages are multiplied beforehand, because they are not standard normal.
+
+    Returns:
+        (B, A) the combination; c (K, B) or (K, 1); and (B,) the root mean square of the combination for independent
+        standard normal advantages.
+    """
+    scale_KP, which_B = distinct(scale_KB)
+    factor_K = torch.ones_like(scale_KP[:, 0]) if factor_K is None else factor_K
+    first_K = (factor_K * scale_KP[:, 0] if scale_KP.shape[1] == 1 else factor_K).to(scale_KB.dtype)
+    gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, first_K, slope).cpu()
+    c_KP = torch.zeros(scale_KP.shape, dtype=torch.float64)
+    unit_rms_B = torch.zeros(present_KB.shape[1], dtype=torch.float64, device=mask_BA.device)
+    for index, scale_K in enumerate(scale_KP.cpu().T):
+        kept_K = scale_K > 0
+        own_KK = gram_KK if scale_KP.shape[1] == 1 else gram_KK * torch.outer(scale_K, scale_K)
+        c_KP[kept_K, index] = weigh(own_KK[kept_K][:, kept_K])
+        normal_KK = normal_gram(scale_K[kept_K].double(), slope)
+        with_scale_B = (which_B == index).expand_as(unit_rms_B)
+        unit_rms_B[with_scale_B] = size_of_mix(weigh(normal_KK), normal_KK, present_KB[kept_K][:, with_scale_B])
+    c_KB, balanced_KB = c_KP.to(mask_BA.device)[:, which_B], (scale_KB * factor_K.unsqueeze(-1)).to(scale_KB.dtype)
     combined_BA = torch.empty_like(advantages_KBA[0])
     for rows in blocks(advantages_KBA):
-        a_KbA = scaled(rows, advantages_KBA, mask_BA, present_KB, scale_K, slope)
-        combined_BA[rows] = a_KbA.mul_(c_K.to(a_KbA.dtype)[:, None, None]).sum(0)
-    return combined_BA
+        a_KbA = scaled(rows, advantages_KBA, mask_BA, present_KB, balanced_KB, slope)
+        combined_BA[rows] = a_KbA.mul_(at(rows, c_KB.to(a_KbA.dtype))).sum(0)
+    return combined_BA, c_KB, unit_rms_B
 
 
 def scaled(
-    rows: slice, advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, scale_K: Tensor, slope: float
+    rows: slice, advantages_KBA: Tensor, mask_BA: Tensor, present_KB: Tensor, scale_KB: Tensor, slope: float
 ) -> Tensor:
     """(K, b, A) ``a`` of a block; 0 at invalid tokens and where an objective has no reward."""
-    a_KbA = advantages_KBA[:, rows].masked_fill(~valid_at(rows, mask_BA, present_KB), 0).mul_(scale_K[:, None, None])
+    a_KbA = advantages_KBA[:, rows].masked_fill(~valid_at(rows, mask_BA, present_KB), 0).mul_(at(rows, scale_KB))
     return a_KbA if slope == 1 else torch.where(a_KbA < 0, a_KbA * slope, a_KbA)
 
 
@@ -85,7 +118,7 @@ def _torchjd(
     name: str,
     advantages_KBA: Tensor,
     mask_BA: Tensor,
-    weights_K: Tensor,
+    weights_KB: Tensor,
     active_K: Tensor,
     present_KB: Tensor,
     *,
@@ -103,22 +136,14 @@ def _torchjd(
         weighting = getattr(aggregation, kind)(**settings)
     except ImportError as error:
         raise ValueError(f"rule 'gram:{name}' needs pip install 'pama_plugin[gram]', found {error}") from error
-    scale_K = weights_K * active_K
-    gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0)
+    factor_K = None
     if balance:
-        rms_K = gram_KK.diagonal().sqrt() / weights_K
-        scale_K = torch.where(rms_K > 0, scale_K * rms_K**-balance, 0).to(scale_K.dtype)
-        gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0)
-    c_K = _weigh(weighting, gram_KK.cpu()).to(mask_BA.device)
-    combined_BA = mix(advantages_KBA, mask_BA, present_KB, scale_K, 1.0, c_K)
-    normal_KK = normal_gram((weights_K * active_K).double().cpu())
-    normal_c_K = _weigh(weighting, normal_KK)
-    total = c_K.abs().sum()
-    return Combination(
-        combined_BA,
-        (c_K.abs() / torch.where(total > 0, total, 1)).to(weights_K.dtype),
-        unit_rms=size_of_mix(normal_c_K, normal_KK, present_KB),
-    )
+        one_K = weights_KB[:, 0] if weights_KB.shape[1] == 1 else torch.ones_like(weights_KB[:, 0])
+        rms_K = gram_matrix(advantages_KBA, mask_BA, present_KB, one_K, 1.0).diagonal().sqrt() / one_K
+        factor_K = torch.where(rms_K > 0, rms_K**-balance, 0)
+    scale_KB, weigh = weights_KB * active_K.unsqueeze(-1), functools.partial(_weigh, weighting)
+    combined_BA, c_KB, unit_rms_B = mix_by_gram(advantages_KBA, mask_BA, present_KB, scale_KB, 1.0, weigh, factor_K)
+    return Combination(combined_BA, shares(c_KB.abs()).to(weights_KB.dtype), unit_rms=unit_rms_B)
 
 
 def _weigh(weighting: Callable[[Tensor], Tensor], gram_KK: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -17,7 +16,7 @@ LARGEST = 10.0  # violation that counts, so that no outlier moves a multiplier t
 def lagrangian(
     advantages_KBA: Tensor,
     mask_BA: Tensor,
-    weights_K: Tensor,
+    weights_KB: Tensor,
     active_K: Tensor,
     present_KB: Tensor,
     *,
@@ -84,17 +83,16 @@ def lagrangian(
             integral = min(max(integral + rate * violation, 0.0), ceiling)
             multipliers[index] = min(max(integral + proportional * violation, 0.0), ceiling)
             metrics |= {f"multiplier/{index}": multipliers[index], f"integral/{index}": integral}
-    if not 0 < len(multipliers) < len(weights_K):
+    if not 0 < len(multipliers) < len(weights_KB):
         raise ValueError(
-            f"lagrangian needs at least one constraint and one objective among {len(weights_K)}, found "
+            f"lagrangian needs at least one constraint and one objective among {len(weights_KB)}, found "
             f"{len(multipliers)} constraints"
         )
-    scales = (weights_K * active_K).double()
-    free = [index for index in range(len(scales)) if index not in multipliers]
-    scales[free] /= scales[free].sum().clamp(min=1e-300)
+    scales_KB = (weights_KB * active_K.unsqueeze(-1)).double()
+    free = [index for index in range(len(scales_KB)) if index not in multipliers]
+    scales_KB[free] /= scales_KB[free].sum(0).clamp(min=1e-300)
     for index, multiplier in multipliers.items():
-        scales[index] *= multiplier
-    scales = (scales / (1 + sum(multipliers.values()))).to(weights_K.dtype)
-    combination = linear(advantages_KBA, mask_BA, scales, active_K, present_KB)
-    coefficients_K = scales / torch.where(scales.sum() > 0, scales.sum(), 1)
-    return combination._replace(metrics=metrics, coefficients_K=coefficients_K)
+        scales_KB[index] *= multiplier
+    scales_KB = (scales_KB / (1 + sum(multipliers.values()))).to(weights_KB.dtype)
+    combination = linear(advantages_KBA, mask_BA, scales_KB, active_K, present_KB)
+    return combination._replace(metrics=metrics)

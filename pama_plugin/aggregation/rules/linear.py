@@ -5,11 +5,12 @@ from torch import Tensor
 
 from pama_plugin.aggregation.blocks import blocks, valid_at
 from pama_plugin.aggregation.registry import Combination, register_rule
+from pama_plugin.aggregation.weights import at, shares, weighted_sum
 
 
 @register_rule("linear")
 def linear(
-    advantages_KBA: Tensor, mask_BA: Tensor, weights_K: Tensor, active_K: Tensor, present_KB: Tensor
+    advantages_KBA: Tensor, mask_BA: Tensor, weights_KB: Tensor, active_K: Tensor, present_KB: Tensor
 ) -> Combination:
     """``Σ_i w_i A_i``, with ``A_i`` estimated, and whitened if the estimator whitens, for each objective separately.
 
@@ -27,14 +28,14 @@ def linear(
     >>> aggregate("linear", advantages_KBA, torch.ones(1, 2), weights=[3, 4]).advantages
     tensor([[3.0000, 0.4000]])
     """
-    weights_K = weights_K * active_K
+    weights_KB = weights_KB * active_K.unsqueeze(-1)
     combined_BA = torch.empty_like(advantages_KBA[0])
     for rows in blocks(advantages_KBA):
         valid_KbA = valid_at(rows, mask_BA, present_KB & active_K.unsqueeze(-1))
-        combined_BA[rows] = torch.where(valid_KbA, advantages_KBA[:, rows] * weights_K[:, None, None], 0).sum(0)
-    return Combination(combined_BA, weights_K / weights_K.sum(), unit_rms=length(weights_K, present_KB))
+        combined_BA[rows] = torch.where(valid_KbA, advantages_KBA[:, rows] * at(rows, weights_KB), 0).sum(0)
+    return Combination(combined_BA, shares(weights_KB), unit_rms=length(weights_KB, present_KB))
 
 
-def length(weights_K: Tensor, present_KB: Tensor) -> Tensor:
+def length(weights_KB: Tensor, present_KB: Tensor) -> Tensor:
     """(B,) float64 ``√(Σ_i w_i²)`` over the objectives that have a reward for a response."""
-    return (weights_K.double().square() @ present_KB.double()).sqrt()
+    return weighted_sum(weights_KB.double().square(), present_KB.double()).sqrt()

@@ -4,15 +4,14 @@ import torch
 from torch import Tensor
 
 from pama_plugin.aggregation.registry import Combination, register_rule
-from pama_plugin.aggregation.rules.gram import gram_matrix, mix
-from pama_plugin.aggregation.unit_scale import normal_gram, size_of_mix
+from pama_plugin.aggregation.rules.gram import mix_by_gram
 
 
 @register_rule("min_norm")
 def min_norm(
     advantages_KBA: Tensor,
     mask_BA: Tensor,
-    weights_K: Tensor,
+    weights_KB: Tensor,
     active_K: Tensor,
     present_KB: Tensor,
     *,
@@ -40,16 +39,13 @@ def min_norm(
     >>> [round(a, 2) for a in result.advantages.flatten().tolist()]
     [0.58, 0.41, -0.78, -0.21]
     """
-    scale_K = weights_K[active_K].mean() / weights_K * active_K
-    slope = 0.0 if noon else 1.0
-    gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, scale_K, slope)
-    c_K = torch.zeros_like(gram_KK[0])
-    c_K[active_K] = min_norm_point(gram_KK[active_K][:, active_K].cpu()).to(c_K.device)
-    combined_BA = mix(advantages_KBA, mask_BA, present_KB, scale_K, slope, c_K)
-    normal_KK = normal_gram(scale_K[active_K].double().cpu(), slope)
-    normal_c_K = min_norm_point(normal_KK)
-    unit_rms = size_of_mix(normal_c_K, normal_KK, present_KB[active_K])
-    return Combination(combined_BA, c_K.to(weights_K.dtype), unit_rms=unit_rms)
+    weighted_KB = active_K.unsqueeze(-1) & (weights_KB > 0)
+    mean_B = weights_KB[active_K].sum(0) / weighted_KB.sum(0).clamp(min=1)
+    scale_KB = torch.where(weighted_KB, mean_B / weights_KB, 0)
+    combined_BA, c_KB, unit_rms_B = mix_by_gram(
+        advantages_KBA, mask_BA, present_KB, scale_KB, 0.0 if noon else 1.0, min_norm_point
+    )
+    return Combination(combined_BA, c_KB.mean(1).to(weights_KB.dtype), unit_rms=unit_rms_B)
 
 
 def min_norm_point(gram_KK: Tensor) -> Tensor:

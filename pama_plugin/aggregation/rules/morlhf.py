@@ -8,7 +8,7 @@ from pama_plugin.aggregation.rules.linear import linear
 
 @register_rule("morlhf", of="rewards", linear=True)
 def morlhf(
-    advantages_KBA: Tensor, mask_BA: Tensor, weights_K: Tensor, active_K: Tensor, present_KB: Tensor
+    advantages_KBA: Tensor, mask_BA: Tensor, weights_KB: Tensor, active_K: Tensor, present_KB: Tensor
 ) -> Combination:
     """``Σ_i w_i r_i`` of the rewards (K, B, 1), passed to the estimator as the reward of each response.
 
@@ -32,4 +32,4 @@ def morlhf(
     >>> aggregate("morlhf", rewards_KB1, torch.ones(2, 1), weights=[1, 0.1]).advantages.flatten()
     tensor([2., 5.])
     """
-    return linear(advantages_KBA, mask_BA, weights_K, active_K, present_KB)._replace(unit_rms=None)
+    return linear(advantages_KBA, mask_BA, weights_KB, active_K, present_KB)._replace(unit_rms=None)

@@ -21,7 +21,7 @@ LARGEST_SOFT = 8
 def pama(
     advantages_KBA: Tensor,
     mask_BA: Tensor,
-    weights_K: Tensor,
+    weights_KB: Tensor,
     active_K: Tensor,
     present_KB: Tensor,
     *,
@@ -88,11 +88,11 @@ def pama(
         raise ValueError(f"reference_clip needs level=token and a reference policy, found {found}")
     slope = leak if noon else 1.0
     present_KB = present_KB[active_K]
-    weights_K1 = weights_K[active_K].unsqueeze(-1)
-    # Weights have mean 1 over the objectives that are combined for a response; at batch level, over all.
-    counted_KB = torch.ones_like(present_KB) if level == "batch" else present_KB
-    mean_B = (weights_K1 * counted_KB).sum(0) / counted_KB.sum(0).clamp(min=1)
-    units_KB1 = (weights_K1 / torch.where(mean_B > 0, mean_B, 1)).unsqueeze(-1)
+    weights_KB = weights_KB[active_K]
+    # Weights have mean 1 over the objectives that are combined for a response; at batch level, over all with a weight.
+    counted_KB = (weights_KB > 0).expand_as(present_KB) if level == "batch" else present_KB
+    mean_B = (weights_KB * counted_KB).sum(0) / counted_KB.sum(0).clamp(min=1)
+    units_KB1 = (weights_KB / torch.where(mean_B > 0, mean_B, 1)).unsqueeze(-1)
 
     def block(rows: slice) -> tuple[Tensor, Tensor]:
         """``a`` before Noon, and the mask of its valid entries."""
@@ -114,11 +114,11 @@ def pama(
         projected, c = _project(_leaky(a_KbA, slope), valid_KbA, soft)
         combined_BA[rows] = projected
         shares_K += (c * mask_BA[rows]).sum((1, 2), dtype=torch.float64)
-    coefficients_K = torch.zeros_like(weights_K)
-    coefficients_K[active_K] = (shares_K / torch.where(shares_K.sum() > 0, shares_K.sum(), 1)).to(weights_K.dtype)
+    coefficients_K = weights_KB.new_zeros(len(active_K))
+    coefficients_K[active_K] = (shares_K / torch.where(shares_K.sum() > 0, shares_K.sum(), 1)).to(weights_KB.dtype)
     unit_rms = None
     if soft is None or len(present_KB) <= LARGEST_SOFT:
-        unit_rms = by_response(weights_K1.squeeze(-1), counted_KB, functools.partial(_unit_rms, level, slope, soft))
+        unit_rms = by_response(weights_KB, counted_KB, functools.partial(_unit_rms, level, slope, soft))
     return Combination(combined_BA, coefficients_K, unit_rms=unit_rms)
 
 

@@ -15,7 +15,7 @@ _GROUPS = 2**12
 def pareto_rank(
     advantages_KBA: Tensor,
     mask_BA: Tensor,
-    weights_K: Tensor,
+    weights_KB: Tensor,
     active_K: Tensor,
     present_KB: Tensor,
     *,
@@ -70,8 +70,8 @@ def pareto_rank(
     sizes = zip(applies_KG1.sum(0).flatten().tolist(), compared_GN.sum(-1).tolist())
     for rows_N, filled_N, (objectives, count) in zip(rows_GN, filled_GN, sizes):
         unit_rms_B[rows_N[filled_N]] = _unit_rms(objectives, count)
-    shares_K = active_K.to(weights_K.dtype) / active_K.sum()
-    return Combination(spread(credit_B, mask_BA, weights_K.dtype), shares_K, unit_rms=unit_rms_B)
+    shares_K = active_K.to(weights_KB.dtype) / active_K.sum()
+    return Combination(spread(credit_B, mask_BA, weights_KB.dtype), shares_K, unit_rms=unit_rms_B)
 
 
 def _by_group(groups_B: Tensor) -> tuple[Tensor, Tensor]:

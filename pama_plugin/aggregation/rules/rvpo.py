@@ -17,7 +17,7 @@ from pama_plugin.aggregation.unit_scale import by_response, sampled_rms
 def rvpo(
     advantages_KBA: Tensor,
     mask_BA: Tensor,
-    weights_K: Tensor,
+    weights_KB: Tensor,
     active_K: Tensor,
     present_KB: Tensor,
     *,
@@ -51,17 +51,17 @@ def rvpo(
     scores_KB = group_scores(advantages_KBA, mask_BA, present_KB, groups_B)
     counted_KB = present_KB & active_K.unsqueeze(-1)
     # Weights are normalised over the objectives that have a reward for the response.
-    log_weights_KB = weights_K.double().log().unsqueeze(-1).masked_fill(~counted_KB, -torch.inf)
+    log_weights_KB = weights_KB.double().log().masked_fill(~counted_KB, -torch.inf)
     logits_KB = log_weights_KB - risk * scores_KB
     combined_B = ((log_weights_KB.logsumexp(0) - logits_KB.logsumexp(0)) / risk).nan_to_num(nan=0.0)
     if whiten_sum:
         combined_B, unit_rms = whiten(combined_B, counted_KB.any(0), mask_BA), torch.ones_like(combined_B)
     else:
         combined_B = centre(combined_B, counted_KB.any(0), mask_BA)
-        unit_rms = by_response(weights_K, counted_KB, functools.partial(_unit_rms, risk))
+        unit_rms = by_response(weights_KB, counted_KB, functools.partial(_unit_rms, risk))
     totals_K = (logits_KB.softmax(0).nan_to_num(nan=0.0) * tokens_per_response(mask_BA)).sum(-1)
-    coefficients_K = (totals_K / totals_K.sum().clamp(min=1)).to(weights_K.dtype)
-    return Combination(spread(combined_B, mask_BA, weights_K.dtype), coefficients_K, unit_rms=unit_rms)
+    coefficients_K = (totals_K / totals_K.sum().clamp(min=1)).to(weights_KB.dtype)
+    return Combination(spread(combined_B, mask_BA, weights_KB.dtype), coefficients_K, unit_rms=unit_rms)
 
 
 @functools.lru_cache(maxsize=1024)

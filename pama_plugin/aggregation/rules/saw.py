@@ -6,13 +6,14 @@ from torch import Tensor
 from pama_plugin.aggregation.group_whitening import group_scores, spread, whiten
 from pama_plugin.aggregation.registry import Combination, register_rule
 from pama_plugin.aggregation.rules.linear import length
+from pama_plugin.aggregation.weights import shares, weighted_sum
 
 
 @register_rule("saw")
 def saw(
     advantages_KBA: Tensor,
     mask_BA: Tensor,
-    weights_K: Tensor,
+    weights_KB: Tensor,
     active_K: Tensor,
     present_KB: Tensor,
     *,
@@ -50,11 +51,11 @@ def saw(
     variation_K = (deviations_K / (count_K - 1).clamp(min=1)).sqrt() / mean_K.abs().maximum(smallest_K)
     if not bool((variation_K > 0).any()):
         variation_K = active_K.double()  # the flags of active objectives come from the caller
-    adapted_K = weights_K.double() * active_K.sum() * variation_K / variation_K.sum()
-    combined_B = adapted_K @ group_scores(advantages_KBA, mask_BA, present_KB, groups_B)
-    unit_rms = length(weights_K * active_K, present_KB)
+    adapted_KB = weights_KB.double() * active_K.sum() * variation_K.unsqueeze(-1) / variation_K.sum()
+    combined_B = weighted_sum(adapted_KB, group_scores(advantages_KBA, mask_BA, present_KB, groups_B))
+    unit_rms = length(weights_KB * active_K.unsqueeze(-1), present_KB)
     if whiten_sum:
         combined_B, unit_rms = whiten(combined_B, counted_KB.any(0), mask_BA), torch.ones_like(unit_rms)
     metrics = {f"variation/{index}": value for index, value in enumerate(variation_K.tolist())}
-    coefficients_K = (adapted_K / adapted_K.sum()).to(weights_K.dtype)
-    return Combination(spread(combined_B, mask_BA, weights_K.dtype), coefficients_K, metrics, unit_rms)
+    coefficients_K = shares(adapted_KB).to(weights_KB.dtype)
+    return Combination(spread(combined_B, mask_BA, weights_KB.dtype), coefficients_K, metrics, unit_rms)

@@ -13,7 +13,7 @@ from pama_plugin.aggregation.registry import Combination, register_rule
 def tchebycheff(
     advantages_KBA: Tensor,
     mask_BA: Tensor,
-    weights_K: Tensor,
+    weights_KB: Tensor,
     active_K: Tensor,
     present_KB: Tensor,
     *,
@@ -52,17 +52,17 @@ def tchebycheff(
     rewards_KB1 = advantages_KBA.masked_fill(absent_KB1, 0)
     if ideal is None:
         ideal_K11 = advantages_KBA.masked_fill(absent_KB1, -torch.inf).amax((1, 2), keepdim=True).nan_to_num(neginf=0.0)
-    elif len(ideal) == len(weights_K):
+    elif len(ideal) == len(weights_KB):
         ideal_K11 = rewards_KB1.new_tensor(ideal)[:, None, None]
     else:
-        raise ValueError(f"ideal must be {len(weights_K)} numbers, one per objective, found {ideal}")
-    behind_KB1 = (weights_K[:, None, None] * (ideal_K11 - rewards_KB1)).masked_fill_(absent_KB1, -torch.inf)
+        raise ValueError(f"ideal must be {len(weights_KB)} numbers, one per objective, found {ideal}")
+    behind_KB1 = (weights_KB.unsqueeze(-1) * (ideal_K11 - rewards_KB1)).masked_fill_(absent_KB1, -torch.inf)
     if smooth is None:
         furthest_B1 = behind_KB1.amax(0)
         shares_KB1 = (behind_KB1 == furthest_B1) & ~absent_KB1
     else:
         furthest_B1 = smooth * (behind_KB1 / smooth).logsumexp(0)
         shares_KB1 = (behind_KB1 / smooth).softmax(0).nan_to_num_(nan=0.0)
-    total_B1 = furthest_B1.neg().nan_to_num(posinf=0.0) + augment * (weights_K[:, None, None] * rewards_KB1).sum(0)
-    shares_K = (shares_KB1 / shares_KB1.sum(0).clamp(min=1)).sum((1, 2)).to(weights_K.dtype)
+    total_B1 = furthest_B1.neg().nan_to_num(posinf=0.0) + augment * (weights_KB.unsqueeze(-1) * rewards_KB1).sum(0)
+    shares_K = (shares_KB1 / shares_KB1.sum(0).clamp(min=1)).sum((1, 2)).to(weights_KB.dtype)
     return Combination(total_B1, shares_K / shares_K.sum().clamp(min=1))

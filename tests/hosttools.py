@@ -6,7 +6,7 @@ import os
 import runpy
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,6 +126,31 @@ def fixed_group(name: str, ranks: int = 1) -> Any:
     finally:
         for module in (launcher, utils):
             cloudpickle.unregister_pickle_by_value(module)
+
+
+def head_of(values_BA: torch.Tensor, name: str) -> torch.Tensor:
+    """The values that the head of an objective has in ``give_value_heads``."""
+    return values_BA * (3.0 if name == "harmless" else 1.0)
+
+
+def give_value_heads(maker: Any, critic: Any, names: Sequence[str]) -> None:
+    """Let the maker see (b, A, K) values, as of a critic with one head for each of the K objectives."""
+    maker.critic_model_group = critic
+    dispatch, critic_refs = maker._flatten_results, None
+
+    def with_columns(refs, copies):
+        results = dispatch(refs, copies)
+        if refs is critic_refs:
+            results = [torch.stack([head_of(own, name) for name in names], -1).squeeze(-1) for own in results]
+        return results
+
+    def dispatch_forward(group, *args, **kwargs):
+        nonlocal critic_refs
+        refs = type(maker)._dispatch_forward(maker, group, *args, **kwargs)
+        critic_refs = refs if group is critic else critic_refs
+        return refs
+
+    maker._flatten_results, maker._dispatch_forward = with_columns, dispatch_forward
 
 
 def as_reward_groups(config: Any, actors: dict[str, Any]) -> SimpleNamespace:

@@ -1,6 +1,7 @@
 """Combine K rewards per response, or K advantages per token, into one. The only module of a run that calls a rule."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ def combine(
     active: list[bool] | None = None,
     log_ratio_BA: Tensor | None = None,
     rewards_KB: Tensor | None = None,
+    preferences: Sequence[Sequence[float]] = (),
 ) -> Aggregation:
     """Apply the rule to the values, with all context that rules use, and store the rule's memory in ``state``.
 
@@ -36,6 +38,7 @@ def combine(
         active: for each objective, whether its rewards differ between responses, if known.
         log_ratio_BA: log π − log π_ref at every token, for the rules that need it.
         rewards_KB: the rewards that the estimator received, for the rules that need them.
+        preferences: of each response, if prompts have them.
     """
     result = config.combine(
         values_KBA,
@@ -48,6 +51,7 @@ def combine(
         rewards_KB=None if rewards_KB is None else rewards_KB.masked_fill(~present_KB, math.nan),
         violations=_violations(config, state, table),
         memory=[state.objectives[name].memory for name in config.trained_names],
+        preferences=preferences,
     )
     for name, memory in zip(config.trained_names, result.memory_K):
         state.objectives[name].memory = memory

@@ -11,6 +11,7 @@ OUR_COLUMNS = (REWARD, SECONDS, PAMA, EXPLAINED)
 ACTIVE, CONFLICT, STEPS_AT_FRONT = f"{PAMA}active_fraction", f"{PAMA}conflict_rate", f"{PAMA}steps_at_front"
 KL, REFERENCE_NLL, UNIFORM = f"{PAMA}kl_response", f"{PAMA}reference_nll", f"{PAMA}uniform_prompts"
 SPREAD, AT_BEST, GROUP_CORRELATION = f"{PAMA}spread/", f"{PAMA}at_best/", f"{PAMA}group_correlation/"
+PREFERENCE, FOLLOWS = f"{PAMA}preference/", f"{PAMA}follows/"
 COEFFICIENT, GAIN = f"{PAMA}coefficient/", f"{PAMA}gain/"
 GRADIENT, REWARD_MEAN, REWARD_STD = f"{PAMA}gradient_", "reward_mean/", "reward_std/"
 COSINE = f"{GRADIENT}cosine/"

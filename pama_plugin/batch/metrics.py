@@ -9,7 +9,18 @@ from torch import Tensor
 
 from pama_plugin.aggregation import Aggregation
 from pama_plugin.batch.gradient_gram import cosines, jackknife, min_norm, unbiased_gram
-from pama_plugin.batch.keys import ABSTAINED, COEFFICIENT, FAILURES, GRADIENT, GROUP_CORRELATION, PAMA, REWARD, SECONDS
+from pama_plugin.batch.keys import (
+    ABSTAINED,
+    COEFFICIENT,
+    FAILURES,
+    FOLLOWS,
+    GRADIENT,
+    GROUP_CORRELATION,
+    PAMA,
+    PREFERENCE,
+    REWARD,
+    SECONDS,
+)
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.settings.run import PamaConfig
 
@@ -24,6 +35,20 @@ def name_metrics(config: PamaConfig, result: Aggregation, steps_done: int) -> di
         named[f"{PAMA}{stem}/{names[int(index)]}" if of_objective else f"{PAMA}{key}"] = value
     scheduled = [objective for objective in config.trained if objective.weight.shape != "constant"]
     return named | {f"{PAMA}weight/{objective.name}": objective.weight.at(steps_done) for objective in scheduled}
+
+
+def describe_preferences(
+    config: PamaConfig, table: RewardTable, preferences: Sequence[Sequence[float]]
+) -> dict[str, float]:
+    """The mean preference of the batch, and how its rewards correlate with the preference for them; {} without any."""
+    if not preferences:
+        return {}
+    preferences_KB = torch.tensor(preferences, dtype=torch.float64).T
+    metrics = {f"{PREFERENCE}{name}": float(row.mean()) for name, row in zip(config.trained_names, preferences_KB)}
+    for name, preference_B in zip(config.trained_names, preferences_KB):
+        follows = correlate(preference_B, table.row(name))
+        metrics |= {} if math.isnan(follows) else {f"{FOLLOWS}{name}": follows}
+    return metrics
 
 
 def reduce_columns(columns: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
@@ -81,6 +106,21 @@ def correlate(one_B: Tensor, other_B: Tensor) -> float:
     if pairs_2N.shape[1] < 2 or (pairs_2N.amin(1) == pairs_2N.amax(1)).any():
         return math.nan
     return float(torch.corrcoef(pairs_2N)[0, 1])
+
+
+def spearman(one_N: Tensor, other_N: Tensor) -> float:
+    """Spearman's rank correlation over the entries that both have, with mean ranks for ties; NaN if one is constant.
+
+    >>> round(spearman(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([3.0, 1.0, 9.0])), 6)
+    0.5
+    """
+    both_N = one_N.isfinite() & other_N.isfinite()
+    return correlate(*(_ranks(values_N[both_N]) for values_N in (one_N, other_N)))
+
+
+def _ranks(values_N: Tensor) -> Tensor:
+    below_N = (values_N.unsqueeze(0) < values_N.unsqueeze(1)).sum(1)
+    return below_N + ((values_N.unsqueeze(0) == values_N.unsqueeze(1)).sum(1) - 1) / 2
 
 
 def describe_gradients(products_MJMJ: Tensor, names: Sequence[str]) -> dict[str, float]:

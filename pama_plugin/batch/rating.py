@@ -5,10 +5,13 @@ import math
 import torch
 from torch import Tensor
 
+from pama_plugin.batch.metrics import spearman
 from pama_plugin.batch.state import RunState
+from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
 
 BEST = "eval_pama_best"
+AT_PREFERENCE = "eval_preference/"
 ALL = "all"  # name of the union of all datasets
 
 
@@ -52,6 +55,43 @@ def summarise(
     return metrics
 
 
+def summarise_front(config: PamaConfig, rewards: dict[str, Tensor], n_samples_per_prompt: int) -> dict[str, float]:
+    """Every objective with every preference, and whether it follows its weight.
+
+    Args:
+        config: the evaluated preferences, L of them.
+        rewards: objective → (P·L·n,) rewards for P prompts with L preferences and n responses each, in this order.
+        n_samples_per_prompt: n.
+
+    Returns:
+        ``eval_preference/<weights>/<name>``, the mean over prompts, and ``…_se``, its standard error; and
+        ``eval_follows/<name>``, Spearman's rank correlation between the weight of a trained objective and its mean.
+    """
+    preferences = config.evaluated_preferences
+    metrics: dict[str, float] = {}
+    for name, rewards_PLN in rewards.items():
+        means_PL = rewards_PLN.double().reshape(-1, len(preferences), n_samples_per_prompt).nanmean(2)
+        means_L = means_PL.nanmean(0)
+        others_L = (~means_PL.isnan()).sum(0) - 1
+        errors_L = ((means_PL - means_L).square().nanmean(0) / others_L).sqrt()  # NaN for a single prompt
+        for preference, mean, error in zip(preferences, means_L.tolist(), errors_L.tolist()):
+            key = f"{AT_PREFERENCE}{label(preference)}/{name}"
+            metrics |= {key: mean, f"{key}_se": error}
+        if name in config.trained_names:
+            weights = [preference[config.trained_names.index(name)] for preference in preferences]
+            metrics[f"eval_follows/{name}"] = spearman(torch.tensor(weights), means_L)
+    return {key: value for key, value in metrics.items() if not math.isnan(value)}
+
+
+def label(preference: tuple[float, ...]) -> str:
+    """A preference as part of a metric key.
+
+    >>> label((0.25, 0.75)), label((1 / 3, 2 / 3))
+    ('0.25_0.75', '0.333_0.667')
+    """
+    return "_".join(f"{weight:.3g}" for weight in preference)
+
+
 def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> float:
     """Rating of an evaluation by ``config.best``; larger is better.
 
@@ -61,7 +101,8 @@ def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> floa
     - ``min``: ``min_i z_i / w_i`` with weights scaled to mean 1: the objective that rose least.
     - ``weighted``: ``Σ w_i m_i`` with the mean rewards m_i, the quantity that ``--loss linear`` maximises.
     - ``hypervolume``: ``Π max(0, 1 + z_i)``, the volume dominated above the reference point one standard deviation
-      below the first evaluation; 1 at the first evaluation.
+      below the first evaluation; 1 at the first evaluation. With --pama.preferences, the volume that the means with all
+      preferences dominate together; the first evaluation is then the mean over all preferences.
 
     Weights are the final ones of their schedules. ``state``, and so the checkpoint, stores the first evaluation of each
     objective. An objective that has never varied over the prompts has no unit, and no say in ``min``; ``min`` is 0 if
@@ -84,9 +125,28 @@ def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> floa
         return sum(objective.weight.end * metrics[f"eval_{ALL}/{objective.name}"] for objective in evaluated)
     if any(math.isnan(rise) for rise, _ in rises):
         return math.nan  # never better than another rating
+    if config.best == "hypervolume" and config.preferences is not None:
+        return _dominated_by_front(config, state, metrics, evaluated)
     if config.best == "hypervolume":
         return math.prod(max(0.0, 1 + rise) for rise, _ in rises)
     if not rises:
         return 0.0
     mean_weight = sum(weight for _, weight in rises) / len(rises)
     return min(rise * mean_weight / weight for rise, weight in rises)
+
+
+def _dominated_by_front(
+    config: PamaConfig, state: RunState, metrics: dict[str, float], evaluated: list[Objective]
+) -> float:
+    """The hypervolume of the means with all preferences, in the units of ``rate``."""
+    import moocore  # not needed by other runs
+
+    scales = {each.name: state.objectives[each.name].first_evaluation for each in evaluated}
+    units = {name: first for name, first in scales.items() if first is not None}
+    keys = [label(preference) for preference in config.evaluated_preferences]
+    if not units:
+        return 0.0
+    front = [
+        [(metrics[f"{AT_PREFERENCE}{key}/{name}"] - mean) / std for name, (mean, std) in units.items()] for key in keys
+    ]
+    return float(moocore.hypervolume(front, ref=[-1.0] * len(units), maximise=True))

@@ -41,6 +41,7 @@ def describe_responses(
     distances: Mapping[str, Tensor],
     chosen: Sequence[int],
     steps_done: int,
+    preferences: Sequence[Sequence[float]] = (),
 ) -> list[Row]:
     """One JSON object per chosen response, without its texts.
 
@@ -52,8 +53,10 @@ def describe_responses(
         distances: (B,) nats from the reference and its mean negative log-likelihood per token, if there is one.
         chosen: positions of the responses.
         steps_done: number of steps before this one.
+        preferences: of each response, if prompts have them.
     """
-    weights = {objective.name: objective.weight.at(steps_done) for objective in config.trained}
+    weights_KB = config.weights_with(preferences, steps_done).reshape(len(config.trained), -1)
+    weights_KB = weights_KB.expand(-1, len(mask_BA))
     coefficients = dict(zip(config.trained_names, map(_number, result.coefficients.tolist())))
     advantages_B = (result.advantages * mask_BA).sum(1) / mask_BA.sum(1)
     rows = []
@@ -67,7 +70,7 @@ def describe_responses(
                 "problems": {
                     name: table.problems[name, response] for name in rewards if (name, response) in table.problems
                 },
-                "weights": weights,
+                "weights": dict(zip(config.trained_names, map(_number, weights_KB[:, response].tolist()))),
                 "coefficients": coefficients,
                 "advantage": _number(float(advantages_B[response])),
                 "tokens": int(mask_BA[response].sum()),

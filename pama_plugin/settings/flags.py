@@ -131,11 +131,33 @@ def add_flags(parser: argparse.ArgumentParser, rules: Mapping[str, Sequence[str]
         + "; ".join(f"{name}: {_keys(options)}" for name, options in rules.items() if options),
     )
     group.add_argument(
+        "--pama.preferences",
+        metavar="SOURCE",
+        help="train one policy for every trade-off: each prompt has weights of its own, which sum to 1, multiply those "
+        "of the objectives, and are written into the prompt. dirichlet:ALPHA draws them (1: uniformly; below 1: more "
+        "near single objectives), grid:N takes those with N values per pair of objectives in turn, column:NAME reads "
+        "them from the data set (a list in the order of the objectives, or a mapping). 0: the objective does not apply",
+    )
+    group.add_argument(
+        "--pama.preference_template",
+        metavar="TEXT",
+        help="how --pama.preferences are written: a field {NAME} or {NAME:FORMAT} for every objective and {prompt}, "
+        "the text of the user; without {prompt} TEXT is the system message (default: '[NAME {NAME}, NAME {NAME}]', a "
+        "line above the user's text). Rewards judge the prompt without it",
+    )
+    group.add_argument(
+        "--pama.eval_preferences",
+        metavar="N",
+        help="with --pama.preferences and --eval.dataset: answer each held-out prompt with each of the weights that "
+        "have N values per pair of objectives (default: 5 with two objectives, else 3)",
+    )
+    group.add_argument(
         "--pama.best",
         metavar="RULE",
         help=f"rating of evaluations, by which the best checkpoint is kept: {', '.join(BEST_RULES)}. min: rise of the "
         "objective that rose least; weighted: sum of mean rewards times weights; hypervolume: product of 1 + rise over "
-        "the objectives (default: min)",
+        "the objectives, or with --pama.preferences the volume that their front dominates (default: min; with "
+        "--pama.preferences hypervolume)",
     )
     group.add_argument(
         "--pama.probe",
@@ -242,7 +264,8 @@ def load_flags(arguments: Sequence[str]) -> "PamaConfig | None":
     from pama_plugin.settings.load import load_config
 
     keys = ["level", "noon", "best", "probe", "whiten", "option", "probe_gradients", "stop_at_front", "filter_by"]
-    keys += ["log_rollouts", "stop_at_kl", "rescale", "inactive_below"]
+    keys += ["log_rollouts", "stop_at_kl", "rescale", "inactive_below", "preferences", "preference_template"]
+    keys += ["eval_preferences"]
     settings = {key: flags[f"pama.{key}"] for key in keys}
     return load_config(loss, flags["pama.objective"], file, **settings, default_level="token")
 

@@ -41,6 +41,9 @@ def load_config(
     stop_at_kl: float | str | None = None,
     rescale: str | None = None,
     inactive_below: float | str | None = None,
+    preferences: str | None = None,
+    preference_template: str | None = None,
+    eval_preferences: int | str | None = None,
     *,
     default_level: str,
 ) -> PamaConfig:
@@ -69,6 +72,9 @@ def load_config(
         "stop_at_kl": stop_at_kl,
         "rescale": rescale,
         "inactive_below": inactive_below,
+        "preferences": preferences,
+        "preference_template": preference_template,
+        "eval_preferences": eval_preferences,
     }
     listed = {key: value for key, value in content.items() if value is not None or key == "probe"}
     settings = listed | {key: value for key, value in flags.items() if value is not None}

@@ -24,6 +24,14 @@ from pydantic import (
 from pama_plugin.aggregation import LEVELS, RESCALES, Aggregation, aggregate, available_rules, check_options, get_rule
 from pama_plugin.settings.names import BEST_RULES, PROBE_MODES, STOCK
 from pama_plugin.settings.objective import Objective
+from pama_plugin.settings.preferences import (
+    Preferences,
+    Template,
+    default_template,
+    parse_preferences,
+    parse_template,
+    simplex_grid,
+)
 from pama_plugin.settings.source import Source, group_by_source
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -89,6 +97,9 @@ class PamaConfig(BaseModel):
     filter_by: str | None = None
     log_rollouts: int | Literal["all"] = 8
     stop_at_kl: float | None = None
+    preferences: str | None = None
+    preference_template: str | None = None
+    eval_preferences: int | None = None
 
     @field_validator(*CHOICES, mode="before")
     @classmethod
@@ -135,6 +146,21 @@ class PamaConfig(BaseModel):
                 return nats
         raise ValueError(f"--pama.stop_at_kl must be a positive number of nats per response, found {nats!r}")
 
+    @field_validator("preferences")
+    @classmethod
+    def _are_preferences(cls, text: str | None) -> str | None:
+        try:
+            return text if text is None else parse_preferences(text) and text
+        except ValueError as error:
+            raise ValueError(f"--pama.preferences {error}") from None
+
+    @field_validator("eval_preferences", mode="before")
+    @classmethod
+    def _is_a_number_of_points(cls, points: Any) -> Any:
+        if points is not None and not (str(points).isdecimal() and int(points) > 1):
+            raise ValueError(f"--pama.eval_preferences must be a number of points, at least 2, found {points!r}")
+        return points
+
     @field_validator("stop_at_front", mode="before")
     @classmethod
     def _is_a_share_and_steps(cls, stop: Any) -> Any:
@@ -161,7 +187,7 @@ class PamaConfig(BaseModel):
             raise ValueError(f"--pama.option: {error}") from error
         if noon is None and "noon" in rule.parameters:
             noon = rule.parameters["noon"].default
-        return settings | {"options": options, "noon": noon}
+        return settings | {"options": options, "noon": noon} | _complete_preferences(settings)
 
     @model_validator(mode="after")
     def _can_run(self) -> "PamaConfig":
@@ -202,6 +228,7 @@ class PamaConfig(BaseModel):
                 f"{self.filter_by!r}"
             )
         _rehearse(self)
+        _check_preferences(self)
         if self.stop_at_front is not None:
             _check_stop_at_front(self, self.stop_at_front)
         return self
@@ -226,25 +253,56 @@ class PamaConfig(BaseModel):
             return tuple(objective for objective in self.objectives if objective.name == self.filter_by)
         return tuple(objective for objective in self.objectives if objective.role == "train")
 
-    def rate(self, rewards: Mapping[str, float], steps_done: int) -> float:
+    def rate(self, rewards: Mapping[str, float], steps_done: int, preference: Sequence[float] = ()) -> float:
         """The rating of a response for dynamic filtering: a reward as it is, or the sum of rewards times weights.
 
         Args:
             rewards: of the objectives that apply to the response.
             steps_done: number of steps done, for the weights.
+            preference: that of the prompt, if prompts have one.
         """
         if self.filter_by in self.names:
             return rewards[self.filter_by]
-        applying = [objective for objective in self.filtered_by if objective.name in rewards]
-        return sum(objective.weight.at(steps_done) * rewards[objective.name] for objective in applying)
+        weights = dict(zip(self.trained_names, self.weights_with([preference] if preference else [], steps_done)))
+        applying = [objective.name for objective in self.filtered_by if objective.name in rewards]
+        return sum(float(weights[name]) * rewards[name] for name in applying)
 
     def weights_at(self, steps_done: int) -> tuple[float, ...]:
         """The weights of the trained objectives for the next step, after ``steps_done`` steps."""
         return tuple(objective.weight.at(steps_done) for objective in self.trained)
 
+    def final_weights(self, preferences: Sequence[Sequence[float]] = ()) -> torch.Tensor:
+        """``weights_with`` at the end of all schedules; (K, 1) without preferences."""
+        ends_K = torch.tensor([objective.weight.end for objective in self.trained], dtype=torch.float64)
+        return _times_preferences(ends_K, preferences) if preferences else ends_K.unsqueeze(-1)
+
+    def weights_with(self, preferences: Sequence[Sequence[float]], steps_done: int) -> torch.Tensor:
+        """(K, B) the weights of the trained objectives for responses with these preferences; (K,) without preferences.
+
+        A preference multiplies the weight of the objective by K times its share, so that equal shares change nothing.
+        """
+        weights_K = torch.tensor(self.weights_at(steps_done), dtype=torch.float64)
+        return _times_preferences(weights_K, preferences) if preferences else weights_K
+
+    @property
+    def preference_source(self) -> Preferences | None:
+        return None if self.preferences is None else parse_preferences(self.preferences)
+
+    @property
+    def template(self) -> Template:
+        """How preferences are written into prompts."""
+        return parse_template(str(self.preference_template), self.trained_names)
+
+    @property
+    def evaluated_preferences(self) -> tuple[tuple[float, ...], ...]:
+        """The preferences with which each held-out prompt is answered; none if prompts have none."""
+        return () if self.eval_preferences is None else simplex_grid(len(self.trained), self.eval_preferences)
+
     def rule_settings(self) -> dict[str, Any]:
         """What the combined advantages depend on besides the objectives, as JSON has it."""
         included = {"loss", "level", "rescale", "noon", "whiten", "inactive_below", "options"}
+        if self.preferences is not None:
+            included |= {"preferences", "preference_template"}
         settings: dict[str, Any] = json.loads(self.model_dump_json(include=included))
         if self.noon is None and "noon" in get_rule(self.loss).parameters:
             settings["noon"] = self.level == "batch"
@@ -263,6 +321,7 @@ class PamaConfig(BaseModel):
         log_ratio_BA: torch.Tensor | None = None,
         active: list[bool] | None = None,
         present_KB: torch.Tensor | None = None,
+        preferences: Sequence[Sequence[float]] = (),
     ) -> Aggregation:
         """Call the rule with the settings of the run and the context that it uses, in training and at start."""
         context: dict[str, Any] = {"rewards_KB": rewards_KB, "violations_K": violations, "memory_K": memory}
@@ -274,7 +333,7 @@ class PamaConfig(BaseModel):
             level=self.level,
             rescale=self.rescale,
             noon=self.noon,
-            weights=self.weights_at(steps_done),
+            weights=self.weights_with(preferences, steps_done),
             whiten=self.whiten,
             active=active,
             present_KB=present_KB,
@@ -283,7 +342,7 @@ class PamaConfig(BaseModel):
             **{key: values for key, values in context.items() if key in get_rule(self.loss).parameters},
         )
 
-    def rehearse(self, values_KB1: torch.Tensor) -> Aggregation:
+    def rehearse(self, values_KB1: torch.Tensor, preferences: Sequence[Sequence[float]] = ()) -> Aggregation:
         """Call the rule on responses of one token to a single prompt, before a run."""
         return self.combine(
             values_KB1,
@@ -294,6 +353,7 @@ class PamaConfig(BaseModel):
             rewards_KB=values_KB1.squeeze(-1),
             log_ratio_BA=torch.zeros(values_KB1.shape[1:]),
             memory=[{}] * len(self.trained),
+            preferences=preferences,
         )
 
     def scored_in(self, *places: str) -> tuple[Objective, ...]:
@@ -310,12 +370,65 @@ class PamaConfig(BaseModel):
         return tuple(dict.fromkeys(name for objective in self.objectives for name in objective.columns))
 
 
+def _times_preferences(weights_K: torch.Tensor, preferences: Sequence[Sequence[float]]) -> torch.Tensor:
+    return weights_K.unsqueeze(-1) * torch.tensor(preferences, dtype=torch.float64).T * len(weights_K)
+
+
 def _rehearse(config: PamaConfig) -> None:
     """Call the rule on zeros, so that it refuses options that conflict with each other or with the objectives."""
     try:
         config.rehearse(torch.zeros(len(config.trained), 2, 1))
     except ValueError as error:
         raise ValueError(f"--loss {config.loss}: {error}") from error
+
+
+def _complete_preferences(settings: dict[str, Any]) -> dict[str, Any]:
+    """With preferences, the defaults of what belongs to them."""
+    if settings.get("preferences") is None:
+        return {}
+    names = [objective.name for objective in settings["objectives"] if objective.role != "monitor"]
+    chosen = {key: value for key, value in settings.items() if value is not None}
+    return {
+        "best": "hypervolume",
+        "preference_template": default_template(names),
+        "eval_preferences": 5 if len(names) == 2 else 3,
+    } | {key: chosen[key] for key in ("best", "preference_template", "eval_preferences") if key in chosen}
+
+
+def _check_preferences(config: PamaConfig) -> None:
+    """Refuse preferences that nothing would follow, and templates and grids that do not fit the objectives."""
+    if config.preferences is None:
+        for name in ("preference_template", "eval_preferences"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"--pama.{name} needs --pama.preferences, found none")
+        return
+    flag, count = f"--pama.preferences {config.preferences}", len(config.trained)
+    if count < 2:
+        raise ValueError(f"{flag} needs at least 2 trained objectives, found {count}")
+    if get_rule(config.loss).constrained:
+        raise ValueError(f"{flag} needs a rule without constraints, found --loss {config.loss}: it sets the weights")
+    if config.level == "batch":
+        raise ValueError(f"{flag} needs --pama.level token or sequence, found batch: its c is the same for all prompts")
+    if config.best != "hypervolume":
+        raise ValueError(
+            f"--pama.best must be hypervolume with --pama.preferences, found {config.best}: an evaluation has a front"
+        )
+    try:
+        parse_template(str(config.preference_template), config.trained_names)
+    except ValueError as error:
+        raise ValueError(f"--pama.preference_template {error}, in {config.preference_template!r}") from None
+    grids = {"preferences": config.preference_source.points if config.preference_source else 2}
+    for name, points in (grids | {"eval_preferences": config.eval_preferences or 2}).items():
+        try:
+            simplex_grid(count, points)
+        except ValueError as error:
+            raise ValueError(f"--pama.{name}: {error}") from None
+    generator = torch.Generator().manual_seed(0)
+    values_KB1 = torch.randn(count, 16, 1, generator=generator)
+    shares = ([(share, *[(1 - share) / (count - 1)] * (count - 1))] * 16 for share in (0.3, 0.7))
+    one, other = (config.rehearse(values_KB1, preferences).advantages for preferences in shares)
+    if torch.allclose(one / one.norm(), other / other.norm(), atol=1e-4):
+        raise ValueError(f"{flag} needs a rule that follows weights, found --loss {config.loss}")
 
 
 def _check_stop_at_front(config: PamaConfig, stop: StopAtFront) -> None:

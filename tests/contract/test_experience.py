@@ -1,13 +1,12 @@
 """K objectives through the whole experience maker: what reaches the actor, what is logged, and what stops the run."""
 
 import math
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hosttools import as_reward_groups, host_args, make_rollout
+from hosttools import as_reward_groups, give_value_heads, host_args, make_rollout
 
 from pama_plugin import aggregate, available_rules
 from pama_plugin.batch.keys import SAMPLED
@@ -233,30 +232,6 @@ def test_dynamic_batches_give_what_fixed_ones_give(level, groups) -> None:
     assert found["fixed"].keys() == found["dynamic"].keys() and len(found["fixed"]) == 8
     for prompt, advantages in found["fixed"].items():
         torch.testing.assert_close(found["dynamic"][prompt], advantages)
-
-
-def columns(values_BA: torch.Tensor, name: str) -> torch.Tensor:
-    return values_BA * (3.0 if name == "harmless" else 1.0)
-
-
-def give_value_heads(maker: Any, critic: Any, names: Sequence[str]) -> None:
-    """Let the maker see (b, A, K) values, as of a critic with one head for each of the K objectives."""
-    maker.critic_model_group = critic
-    dispatch, critic_refs = maker._flatten_results, None
-
-    def with_columns(refs, copies):
-        results = dispatch(refs, copies)
-        if refs is critic_refs:
-            results = [torch.stack([columns(own, name) for name in names], -1).squeeze(-1) for own in results]
-        return results
-
-    def dispatch_forward(group, *args, **kwargs):
-        nonlocal critic_refs
-        refs = type(maker)._dispatch_forward(maker, group, *args, **kwargs)
-        critic_refs = refs if group is critic else critic_refs
-        return refs
-
-    maker._flatten_results, maker._dispatch_forward = with_columns, dispatch_forward
 
 
 @pytest.mark.parametrize("reference_clip", [None, 0.2])

@@ -274,8 +274,9 @@ BOMB = "a: &a [x]\n" + "".join(
         ("objectives: [a, b]", "--pama.config: .*objectives must map names.*found list"),
         (
             "- a",
-            "--pama.config: .*mapping.*best, filter_by, inactive_below, level, log_rollouts, loss, noon, objectives, "
-            "options, probe, probe_gradients, rescale, stop_at_front, stop_at_kl, whiten.*found list",
+            "--pama.config: .*mapping.*best, eval_preferences, filter_by, inactive_below, level, log_rollouts, loss, "
+            "noon, objectives, options, preference_template, preferences, probe, probe_gradients, rescale, "
+            "stop_at_front, stop_at_kl, whiten.*found list",
         ),
         ("objective: {}", "--pama.config: .*mapping.*objectives.*found objective$"),
         ("objectives: {a: 'builtin:length', a: 'builtin:length'}", "--pama.config: .*keys must differ.*found a twice"),

@@ -11,6 +11,7 @@ import ray
 import torch
 from openrlhf.trainer.ppo_utils.experience import Experience as HostExperience
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pama_plugin.batch.keys import ABSTAINED, FAILURES, PROBLEM, REWARD, SECONDS
 from pama_plugin.batch.outcome import ABSTAINED_CODE, NOT_ASKED_CODE, judge_column
@@ -18,7 +19,7 @@ from pama_plugin.batch.shaping import apply_failure_policy
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.errors import RewardError
 from pama_plugin.host.actors.pending import PendingRewards
-from pama_plugin.host.actors.prompts import columns_of
+from pama_plugin.host.actors.prompts import columns_of, plain
 from pama_plugin.host.protocols import Experience, Strategy, Tokenizer
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
@@ -81,6 +82,9 @@ class RewardCollector:
         one_by_one = self.args.train.colocate_all or shared_with_critic
         prompts = list(itertools.chain.from_iterable(samples.prompts for samples in samples_list))
         conversations = self.conversations.of(samples_list) if self.config.scored_in("replicas") else []
+        readable = samples_list
+        if self.config.preferences is not None and self.config.scored_in("ranks"):
+            readable = [without_preferences(samples, self.tokenizer) for samples in samples_list]
         requests = []
         for source in self.config.sources("ranks", "replicas"):
             applies_KB = torch.ones(len(source.objectives), len(prompts), dtype=torch.bool)
@@ -89,10 +93,10 @@ class RewardCollector:
                     [[_applies(each, prompt) for prompt in prompts] for each in source.objectives]
                 )
             asked_B, in_text = applies_KB.any(0), source.objectives[0].reward_kind.scored_in == "replicas"
-            inputs: list[Any] = conversations if in_text else samples_list
+            inputs: list[Any] = conversations if in_text else readable
             if not asked_B.all():
                 chosen = itertools.compress(conversations, asked_B.tolist())
-                inputs = list(chosen) if in_text else _choose(samples_list, asked_B)
+                inputs = list(chosen) if in_text else _choose(readable, asked_B)
             sizes = [len(inputs)] if in_text else [len(samples.sequences) for samples in inputs]
             pending = self.groups[source.name].request(inputs, one_by_one=one_by_one) if inputs else None
             requests.append(Requested(source, applies_KB, pending, sizes))
@@ -234,6 +238,21 @@ class RewardCollector:
 
 def _applies(objective: Objective, prompt: str) -> bool:
     return objective.when is None or objective.applies_to(columns_of(prompt))
+
+
+def without_preferences(samples: Experience, tokenizer: Tokenizer) -> Experience:
+    """The sequences with the prompts as they are without preferences, padded on the right."""
+    rows = []
+    for prompt, tokens_S, attention_S, action_A in zip(
+        samples.prompts, samples.sequences, samples.attention_mask, samples.action_mask
+    ):
+        actions = action_A.nonzero()
+        first = int(actions[0]) + 1 if len(actions) else len(tokens_S)  # the mask starts at the second token
+        before = torch.tensor(tokenizer(plain(prompt), add_special_tokens=False)["input_ids"])
+        rows.append(torch.cat([before, tokens_S[first:][attention_S[first:].bool()]]))
+    sequences = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return HostExperience(sequences=sequences, attention_mask=attention_mask)
 
 
 def _choose(samples_list: list[Experience], chosen_B: Tensor) -> list[Experience]:

@@ -6,6 +6,7 @@ from typing import Any
 from openrlhf.datasets.prompts_dataset import preprocess_data
 from openrlhf.datasets.utils import blending_datasets
 
+from pama_plugin.host.actors.prompts import plain
 from pama_plugin.host.protocols import Experience
 from pama_plugin.rewards import Conversation
 
@@ -29,7 +30,7 @@ class Conversations:
     def of(self, samples_list: list[Experience]) -> list[Conversation]:
         """Return one per response, in order. All turns after the first prompt belong to the response."""
         return [
-            Conversation(self._messages(samples.prompts[row]), self._response(samples, row))
+            Conversation(self._messages(plain(samples.prompts[row])), self._response(samples, row))
             for samples in samples_list
             for row in range(len(samples.sequences))
         ]

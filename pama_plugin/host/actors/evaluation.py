@@ -1,13 +1,16 @@
 """Evaluation per objective: all rewards of every held-out response."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
-from pama_plugin.batch.rating import summarise
+from pama_plugin.batch.rating import summarise, summarise_front
 from pama_plugin.host.actors.collector import RewardCollector
-from pama_plugin.host.actors.prompts import columns_of
+from pama_plugin.host.actors.dataset import NumberedDraw, PromptsWithPreferences
+from pama_plugin.host.actors.prompts import columns_of, plain, preference_of
 from pama_plugin.host.protocols import Experience
 from pama_plugin.settings.names import DATASOURCE
 
@@ -15,12 +18,20 @@ FEW_PROMPTS = 0.1  # share of prompts left by dynamic filtering, below which a w
 
 
 class ScoredSamplesGenerator(SamplesGenerator):
-    """OpenRLHF's generator; its evaluation samples carry the rewards of all objectives, including ``rm``."""
+    """OpenRLHF's generator; its evaluation samples carry the rewards of all objectives, including ``rm``.
+
+    With --pama.preferences, prompts get theirs here: one drawn for each prompt of training, and the whole grid for each
+    held-out prompt.
+    """
 
     def __init__(self, stock: SamplesGenerator, collector: RewardCollector) -> None:
-        super().__init__(
-            stock.strategy, stock.prompts_dataloader, stock.eval_dataloader, stock.tokenizer, stock.vllm_engines
-        )
+        config, prompts, held_out = collector.config, stock.prompts_dataloader, stock.eval_dataloader
+        self.draw = NumberedDraw(config, stock.strategy.args.train.seed)
+        if config.preferences is not None:
+            grid = list(config.evaluated_preferences)
+            prompts = PromptsWithPreferences(prompts, config.template, self.draw)
+            held_out = held_out and PromptsWithPreferences(held_out, config.template, lambda _: grid)
+        super().__init__(stock.strategy, prompts, held_out, stock.tokenizer, stock.vllm_engines)
         self.collector = collector
         self.metrics: dict[str, float] = {}
         self.batches = 0
@@ -51,13 +62,18 @@ class ScoredSamplesGenerator(SamplesGenerator):
     @torch.no_grad()
     def generate_eval_samples(self, **generate_kwargs: Any) -> list[Experience]:
         """Generate as OpenRLHF does; ``rewards``, for its metrics, is the sum of ours with their final weights."""
+        config, size = self.collector.config, generate_kwargs["n_samples_per_prompt"]
         samples: list[Experience] = super().generate_eval_samples(**generate_kwargs)
+        if config.preferences is not None:
+            samples = in_order_of_preferences(samples, size, config.evaluated_preferences)
         table = self.collector.score(samples)
         rewards = {name: table.row(name).float() for name in table.names}
-        trained = self.collector.config.trained
+        trained = config.trained
         applies = {name: table.applies_to(name) for name in table.names}
         applying = [applies[objective.name] for objective in trained]
-        weighted = torch.stack([rewards[objective.name] * objective.weight.end for objective in trained])
+        preferences = [preference_of(sample.prompts[0]) for sample in samples] if config.preferences is not None else []
+        weights = config.final_weights(preferences)
+        weighted = torch.stack([rewards[objective.name] for objective in trained]) * weights.float()
         totals = weighted.masked_fill(~torch.stack(applying), 0).sum(0)  # NaN where a reward is missing
         for sample, total in zip(samples, totals):
             sample.rewards = total.reshape(1)
@@ -65,14 +81,35 @@ class ScoredSamplesGenerator(SamplesGenerator):
             prompt: dataset for names, prompts, *_ in self.eval_dataloader for prompt, dataset in zip(prompts, names)
         }
         prompts = [sample.prompts[0] for sample in samples]
-        if DATASOURCE in self.collector.config.columns:  # the same text may be in several data sets
+        if DATASOURCE in config.columns:  # the same text may be in several data sets
             of_responses = [str(columns_of(prompt)[DATASOURCE]) for prompt in prompts]
         else:
             of_responses = [datasets.get(prompt, "unknown") for prompt in prompts]  # as in OpenRLHF's metrics
-        self.metrics = summarise(rewards, applies, of_responses, generate_kwargs["n_samples_per_prompt"])
+        self.metrics = summarise(rewards, applies, of_responses, size * max(len(config.evaluated_preferences), 1))
+        if config.preferences is not None:
+            self.metrics |= summarise_front(config, rewards, size)
         return samples
 
     def pop_metrics(self) -> dict[str, float]:
         """Return the metrics of the last evaluation and forget them."""
         metrics, self.metrics = self.metrics, {}
         return metrics
+
+
+def in_order_of_preferences(
+    samples: Sequence[Experience], size: int, preferences: Sequence[tuple[float, ...]]
+) -> list[Experience]:
+    """The samples, ``size`` of each prompt with each preference, by prompt and then in the order of ``preferences``.
+
+    OpenRLHF returns prompts in the order in which vLLM finished.
+    """
+    places = {preference: place for place, preference in enumerate(preferences)}
+    prompts: dict[str, int] = {}
+    seen: Counter[str] = Counter()  # the same prompt may be in the data set several times
+    keys = []
+    for sample in samples[::size]:
+        prompt = sample.prompts[0]
+        keys.append((prompts.setdefault(plain(prompt), len(prompts)), seen[prompt], places[preference_of(prompt)]))
+        seen[prompt] += 1
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return [sample for group in order for sample in samples[group * size : (group + 1) * size]]

@@ -1,9 +1,7 @@
 """OpenRLHF's experience maker for K rewards per response: one estimator run each, one combined advantage per token."""
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +15,13 @@ from pama_plugin.aggregation import Aggregation, get_rule
 from pama_plugin.batch.behaviour import distance
 from pama_plugin.batch.combine import active_flags, combine, estimated
 from pama_plugin.batch.keys import AT_BEST, EXPLAINED, KL, REFERENCE_NLL, SAMPLED, SPREAD, UNIFORM
-from pama_plugin.batch.metrics import describe_gradients, group_correlations, name_metrics, share_at_best
+from pama_plugin.batch.metrics import (
+    describe_gradients,
+    describe_preferences,
+    group_correlations,
+    name_metrics,
+    share_at_best,
+)
 from pama_plugin.batch.rollouts import Row, choose_responses, describe_responses
 from pama_plugin.batch.shaping import fill_with_means, measure, shape_trained, spreads, varies_enough
 from pama_plugin.batch.state import RunState
@@ -26,10 +30,12 @@ from pama_plugin.host.actors.collector import RewardCollector
 from pama_plugin.host.actors.estimators import Estimator
 from pama_plugin.host.actors.gradients import gradient_products
 from pama_plugin.host.actors.probe import check_sampler, probe_rollout
+from pama_plugin.host.actors.prompts import plain, preference_of
 from pama_plugin.host.actors.rollout_log import add_texts
-from pama_plugin.host.actors.write_back import explain_variance, join, weighted_sum, write_back
+from pama_plugin.host.actors.write_back import explain_variance, join, of_rows, weighted_sum, write_back
 from pama_plugin.host.protocols import Experience
 from pama_plugin.settings.objective import Objective
+from pama_plugin.settings.preferences import Weights
 from pama_plugin.settings.run import PamaConfig
 
 logger = init_logger(__name__)
@@ -89,10 +95,12 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         the objectives' estimator runs. With one objective of weight 1 and the rule ``linear`` every tensor equals the
         stock one, bit for bit.
         """
-        config, state, table, weights = self.config, self.state, self.table, self.config.weights_at(self.steps_done)
+        config, state, table = self.config, self.state, self.table
+        preferences = self._preferences(experiences)
+        weights_KB = config.weights_with(preferences, self.steps_done).reshape(len(config.trained), -1)
         shaped_KB, present_KB = shape_trained(config.trained, table, state, by_group=self.estimator.by_group)
         runs = [
-            self._estimate(rewards_B, present_B, experiences, partial(torch.select, dim=-1, index=head))
+            self._estimate(rewards_B, present_B, experiences, _value_of(head))
             for head, (rewards_B, present_B) in enumerate(zip(shaped_KB, present_KB))
         ]
         advantages_KBA = torch.stack([join([experience.advantages for experience in run]) for run in runs])
@@ -108,7 +116,15 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
                 in_group = [table.grouped(present_B).any(1, keepdim=True) for present_B in present_KB]
                 used_KB = torch.stack([table.ungrouped(any_G1.expand(-1, table.group_size)) for any_G1 in in_group])
             of_rewards = combine(
-                config, state, table, shaped_KB.unsqueeze(-1), one_B1, used_KB, self.steps_done, active
+                config,
+                state,
+                table,
+                shaped_KB.unsqueeze(-1),
+                one_B1,
+                used_KB,
+                self.steps_done,
+                active,
+                preferences=preferences,
             )
             rewards_B, active_K = of_rewards.advantages.squeeze(-1), active_flags(of_rewards)
             self._warn_of_clipping(f"the combined reward of --loss {config.loss}", rewards_B)
@@ -117,11 +133,14 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
                     rewards_B,
                     present_KB.any(0),
                     experiences,
-                    lambda values: weighted_sum(values.unbind(-1), (torch.tensor(weights) * active_K).tolist()),
+                    lambda values, rows_b: weighted_sum(
+                        values.unbind(-1), of_rows(weights_KB * active_K.unsqueeze(-1), rows_b)
+                    ),
                 )
             ]
             estimate_BA = join([experience.advantages for experience in shown[0]])
-            result, weights = estimated(of_rewards, estimate_BA, advantages_KBA, mask_BA, present_KB), (1.0,)
+            result = estimated(of_rewards, estimate_BA, advantages_KBA, mask_BA, present_KB)
+            weights_KB = torch.ones(1, 1)
         else:
             shown = runs
             for objective, rewards_B in zip(config.trained, shaped_KB):
@@ -140,9 +159,11 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
                 active,
                 log_ratio_BA=log_ratio_BA,
                 rewards_KB=shaped_KB,
+                preferences=preferences,
             )
 
         metrics = name_metrics(config, result, self.steps_done)
+        metrics |= describe_preferences(config, table, preferences)
         metrics |= self._probe_gradients(experiences, advantages_KBA, present_KB, result)
         metrics |= {f"{SPREAD}{name}": value for name, value in spreads(config.objectives, table, state).items()}
         at_best = {f"{AT_BEST}{name}": share_at_best(table.row(name)) for name in config.trained_names}
@@ -154,38 +175,52 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         if self.estimator.name == "gae":
             for objective, run, present_B in zip(config.trained, runs, present_KB):
                 metrics[f"{EXPLAINED}{objective.name}"] = explain_variance(run, table.split(present_B))
-        return write_back(experiences, runs, shown, weights, table.split(result.advantages), metrics)
+        return write_back(experiences, runs, shown, weights_KB, table.split(result.advantages), metrics)
+
+    def _preferences(self, experiences: list[Experience]) -> list[Weights]:
+        """The preference of each response, if prompts have one."""
+        if self.config.preferences is None:
+            return []
+        return [preference_of(prompt) for experience in experiences for prompt in experience.prompts]
 
     def _describe(self, experiences: list[Experience], result: Aggregation, mask_BA: Tensor) -> list[Row]:
         """The rows of this step for the log of rollouts."""
         if not self.config.log_rollouts:
             return []
-        prompts = list(itertools.chain.from_iterable(experience.prompts for experience in experiences))
+        prompts = [plain(prompt) for experience in experiences for prompt in experience.prompts]
         chosen = choose_responses(prompts, self.table.order_B.tolist(), self.config.log_rollouts)
         distances = {
             word: torch.cat([experience.info[key] for experience in experiences])
             for word, key in (("nats", KL), ("reference_nll", REFERENCE_NLL))
             if key in experiences[0].info
         }
-        rows = describe_responses(self.config, self.table, result, mask_BA, distances, chosen, self.steps_done)
+        preferences = self._preferences(experiences)
+        rows = describe_responses(
+            self.config, self.table, result, mask_BA, distances, chosen, self.steps_done, preferences
+        )
         add_texts(rows, chosen, experiences, self.tokenizer)
         return rows
 
     def _estimate(
-        self, rewards_B: Tensor, present_B: Tensor, experiences: list[Experience], pick: Callable[[Tensor], Tensor]
+        self,
+        rewards_B: Tensor,
+        present_B: Tensor,
+        experiences: list[Experience],
+        pick: Callable[[Tensor, Tensor], Tensor],
     ) -> list[Experience]:
         """Run OpenRLHF's estimator on one reward per response, in copies that share everything else.
 
-        ``pick`` selects the values (b, A) of this reward from those of all heads, (b, A, K).
+        ``pick`` selects the values (b, A) of this reward from those of all heads, (b, A, K), for the responses b.
         """
         copies = []
-        for experience, rewards_b in zip(experiences, self.table.split(rewards_B)):
+        rows = self.table.split(torch.arange(len(rewards_B)))
+        for experience, rewards_b, rows_b in zip(experiences, self.table.split(rewards_B), rows):
             rewards_b = rewards_b.clone()  # OpenRLHF applies penalties in place
             values = experience.values
             changed = {
                 "rewards": rewards_b,
                 "info": experience.info | {"reward": rewards_b},
-                "values": values if values is None or values.dim() == 2 else pick(values),
+                "values": values if values is None or values.dim() == 2 else pick(values, rows_b),
             }
             copies.append(HostExperience(**vars(experience) | changed))
         if present_B.all():
@@ -257,6 +292,10 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
             all_ranks=self.args.ds.zero_stage == 3,
         )
         return describe_gradients(products, self.config.trained_names)
+
+
+def _value_of(head: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda values, _: values[..., head]
 
 
 def _distance_from_reference(experience: Experience) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from pama_plugin.batch.keys import PROBLEM, REWARD, SAMPLED, SECONDS
 from pama_plugin.batch.outcome import NOT_ASKED, Outcome, attempt, code_of
 from pama_plugin.errors import LONGEST_PROBLEM, PamaError, RewardError, problem_of
 from pama_plugin.host.actors.orphans import end_with_this_process
-from pama_plugin.host.actors.prompts import columns_of, with_columns
+from pama_plugin.host.actors.prompts import plain, preference_of, whole
 from pama_plugin.rewards import Response, Scorer
 from pama_plugin.rewards.numbers import only_number
 from pama_plugin.settings.objective import Objective
@@ -44,7 +44,8 @@ class ObjectiveExecutor(AgentExecutorBase):
 
     def __init__(self, config: PamaConfig, base: AgentExecutorBase) -> None:
         self.config, self.base = config, base
-        self.sources, self.reads_columns = config.sources("rollout", "agent"), bool(config.columns)
+        self.sources = config.sources("rollout", "agent")
+        self.reads_columns = bool(config.columns) or config.preferences is not None
         self.scorers = {source.name: _load(source) for source in config.sources("rollout")}
         self.failures = dict.fromkeys(config.names, 0)
         self.problems: dict[int, str] = {}
@@ -58,15 +59,19 @@ class ObjectiveExecutor(AgentExecutorBase):
         output: dict[str, Any] = await self.base.execute(hf_tokenizer=hf_tokenizer, **request)
         columns: Mapping[str, Any] = {}
         if self.reads_columns:
-            columns = columns_of(request["prompt"])
-            output["prompt"] = with_columns(output["prompt"], columns)
+            prompt = whole(request["prompt"])
+            columns, output["prompt"] = prompt.columns, prompt.as_text(output["prompt"])
         if not self.sources:
             return output
         tokens, turns = output["observation_tokens"], output["action_ranges"]
         actions = [token for start, end in turns for token in tokens[start:end]]
+        query = hf_tokenizer.decode(tokens, skip_special_tokens=False)
+        if self.config.preferences is not None:  # rewards judge the response, not how well it fits the preference
+            first = turns[0][0] if turns else len(tokens)
+            query = plain(output["prompt"]) + hf_tokenizer.decode(tokens[first:], skip_special_tokens=False)
         response = Response(
-            query=hf_tokenizer.decode(tokens, skip_special_tokens=False),
-            prompt=output["prompt"],
+            query=query,
+            prompt=plain(output["prompt"]),
             label=output["label"],
             response=hf_tokenizer.decode(actions, skip_special_tokens=True),
             num_tokens=len(actions),
@@ -92,7 +97,8 @@ class ObjectiveExecutor(AgentExecutorBase):
                 applying |= {} if math.isnan(outcome.reward) else {name: outcome.reward}
         output["extra_logs"] = logs | logged
         if self.config.filter_by is not None:  # by ``scores`` OpenRLHF filters prompts
-            output["scores"] = self.config.rate(applying, self.steps_done)
+            preference = preference_of(output["prompt"]) if self.config.preferences is not None else ()
+            output["scores"] = self.config.rate(applying, self.steps_done, preference)
         return output
 
     def _check_logs(self, logs: dict[str, Any]) -> None:

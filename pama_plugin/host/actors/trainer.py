@@ -299,6 +299,7 @@ class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.
     """The synchronous trainer."""
 
     prompts_dataloader: Any
+    eval_dataloader: Any
     samples_generator: Any
 
     def __init__(self, pretrain: str, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
@@ -307,9 +308,11 @@ class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.
         read_columns(strategy)
         super().__init__(pretrain, strategy, *args, **kwargs)
         self.samples_generator = ScoredSamplesGenerator(self.samples_generator, self.experience_maker.collector)
+        self.eval_dataloader = self.samples_generator.eval_dataloader  # by its prompts OpenRLHF knows the data sets
 
     def init_checkpoint_states(self) -> dict[str, Any]:
         states = super().init_checkpoint_states()
+        self.samples_generator.draw.number = states["total_consumed_prompts"]
         position = states["data_loader_state_dict"]
         return states | {"data_loader_state_dict": reachable_position(position, len(self.prompts_dataloader))}
 

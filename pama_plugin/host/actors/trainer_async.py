@@ -77,6 +77,7 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
 
     rollout_slots: Any
     prompts_dataloader: Any
+    eval_dataloader: Any
     samples_generator: Any
 
     def __init__(self, pretrain: str, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
@@ -89,13 +90,15 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
         parts = (None, None, reward_model_group, None, None, strategy, tokenizer)
         maker = MultiObjectiveExperienceMaker(*parts, vllm_engines=engines)
         self.samples_generator = ScoredSamplesGenerator(self.samples_generator, maker.collector)
+        self.eval_dataloader = self.samples_generator.eval_dataloader  # by its prompts OpenRLHF knows the data sets
         self.rollout_slots = WatchedSlots(self.rollout_slots, self.samples_generator)
         self.steps_done = steps_done
 
-    def fit(self, *args: Any, **kwargs: Any) -> None:
+    def fit(self, episode: int, total_consumed_prompts: int) -> None:
         """Run as OpenRLHF does; a ``RewardError`` names the step that its rollout was for."""
+        self.samples_generator.draw.number = total_consumed_prompts
         try:
-            super().fit(*args, **kwargs)
+            super().fit(episode, total_consumed_prompts)
         except RewardError as error:
             raise error.at_step(self.steps_done + self.samples_generator.batches + 1) from error
 

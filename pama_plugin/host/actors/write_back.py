@@ -17,19 +17,36 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([pad(tensor, (0, length - tensor.shape[1])) for tensor in tensors])
 
 
-def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Sum in order, starting from the first tensor: a single tensor of weight 1 stays the same, bit for bit."""
-    total, *rest = (tensor * weight for tensor, weight in zip(tensors, weights, strict=True))
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
+    """Sum in order, starting from the first tensor: a single tensor of weight 1 stays the same, bit for bit.
+
+    A weight is a number, or has one for each row of the tensors.
+    """
+    total, *rest = (
+        tensor * (weight.reshape(-1, *[1] * (tensor.dim() - 1)) if isinstance(weight, Tensor) else weight)
+        for tensor, weight in zip(tensors, weights, strict=True)
+    )
     for term in rest:
         total = total + term
     return total
+
+
+def of_rows(weights_KB: Tensor, rows_b: Tensor) -> list[float | Tensor]:
+    """The weight of each objective for some responses: one number if all have the same, else (b,) numbers.
+
+    >>> of_rows(torch.tensor([[0.5]]), torch.tensor([1])), of_rows(torch.tensor([[0.5, 1.0]]), torch.tensor([1]))
+    ([0.5], [tensor([1.])])
+    """
+    if weights_KB.shape[1] == 1:
+        return list(weights_KB[:, 0].tolist())
+    return list(weights_KB[:, rows_b].float())
 
 
 def write_back(
     experiences: Sequence[Experience],
     runs: Sequence[Sequence[Experience]],
     shown: Sequence[Sequence[Experience]],
-    weights: Sequence[float],
+    weights_KB: Tensor,
     advantages: Sequence[Tensor],
     metrics: dict[str, float],
 ) -> list[Experience]:
@@ -38,13 +55,17 @@ def write_back(
     Args:
         experiences: as OpenRLHF made them, one per micro-batch.
         runs: the estimator's output for each objective; the copies of the first run are changed and returned.
-        shown: the runs whose rewards and returns OpenRLHF shows as its own, summed with ``weights``.
-        weights: one for each of ``shown``.
+        shown: the runs whose rewards and returns OpenRLHF shows as its own, summed with their weights.
+        weights_KB: those of ``shown``, (K, 1) or (K, B).
         advantages: the combined advantages, (b, A) or longer for each micro-batch.
         metrics: metrics of the whole rollout batch.
     """
-    for stock, advantages_BA, copies, parts in zip(experiences, advantages, zip(*runs), zip(*shown), strict=True):
-        combined = copies[0]
+    sizes = [len(experience.sequences) for experience in experiences]
+    rows = torch.split(torch.arange(sum(sizes)), sizes)
+    for stock, advantages_BA, rows_b, copies, parts in zip(
+        experiences, advantages, rows, zip(*runs), zip(*shown), strict=True
+    ):
+        combined, weights = copies[0], of_rows(weights_KB, rows_b)
         if combined.values is not None:
             combined.values, combined.returns = (
                 flatten_objectives(torch.stack([getattr(experience, field) for experience in copies], -1))

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from pama_plugin.errors import ConfigError
+from pama_plugin.host.preflight.preferences import check_preferences
 from pama_plugin.settings.condition import column_of, text_of
 from pama_plugin.settings.names import DATASOURCE
 from pama_plugin.settings.run import PamaConfig
 
 
 def check_columns(args: argparse.Namespace, config: PamaConfig) -> list[str]:
-    """Refuse columns that a data set does not have, and conditions that hold for no prompt.
+    """Refuse columns that a data set does not have, conditions that hold for no prompt, and preferences without place.
 
     Args:
         args: OpenRLHF's flags, flat.
@@ -23,10 +24,12 @@ def check_columns(args: argparse.Namespace, config: PamaConfig) -> list[str]:
     Raises:
         ConfigError: names the objective, and what there is.
     """
-    if not config.columns or not getattr(args, "data.prompt_dataset"):
+    needs_nothing = not config.columns and config.preferences is None
+    if needs_nothing or not getattr(args, "data.prompt_dataset"):
         return []
     if args.use_ms:
-        return [f"--use_ms: not checked whether the data sets have the columns {', '.join(config.columns)}"]
+        needed = [*config.columns, *(["preferences"] if config.preferences is not None else [])]
+        return [f"--use_ms: not checked whether the data sets have what is needed for {', '.join(needed)}"]
     flags = {"data.prompt_dataset": "data.prompt_split", "eval.dataset": "eval.split"}
     read = {
         flag: [_read(args, name, getattr(args, split)) for name in getattr(args, flag).split(",")]
@@ -47,7 +50,7 @@ def check_columns(args: argparse.Namespace, config: PamaConfig) -> list[str]:
             columns = [rows[name] if name in rows.column_names else [None] for rows in read["data.prompt_dataset"]]
             found = {text_of(column_of({name: value}, name)) for column in columns for value in column}
             objective.when.check(found, objective.name)
-    return []
+    return check_preferences(args, config, read) if config.preferences is not None else []
 
 
 def _read(args: argparse.Namespace, name: str, split: str) -> Any:

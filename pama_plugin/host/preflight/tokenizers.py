@@ -67,8 +67,12 @@ def load(read: Callable[[str], Any], flag: str, location: str) -> Any:
 
 def read_vocabulary(location: str) -> dict[int, str]:
     """Token id → token, for the tokenizer that OpenRLHF would load from ``location``."""
-    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)  # the default would ask the user
-    return {index: token for token, index in tokenizer.get_vocab().items()}
+    return {index: token for token, index in read_tokenizer(location).get_vocab().items()}
+
+
+def read_tokenizer(location: str) -> Any:
+    """The tokenizer that OpenRLHF would load from ``location``."""
+    return AutoTokenizer.from_pretrained(location, trust_remote_code=False)  # the default would ask the user
 
 
 def _vocabulary_size(location: str) -> int:

@@ -28,6 +28,7 @@ class Rollout(BaseModel):
     turns: list[dict[str, str]] = []
     rewards: dict[str, float | None]
     problems: dict[str, str] = {}
+    weights: dict[str, float | None] = {}
     coefficients: dict[str, float | None] = {}
     advantage: float | None = None
     nats: float | None = None

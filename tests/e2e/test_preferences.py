@@ -1,0 +1,88 @@
+"""One policy for every preference: weights are drawn, written into the prompt, followed by the rule and evaluated."""
+
+import json
+from collections import Counter
+
+import pytest
+from hosttools import ALL_MODES, evaluations
+
+from pama_plugin.runs.rollouts import read_rollouts
+from pama_plugin.settings.preferences import parse_preferences, simplex_grid
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]
+
+MODES = {
+    "value heads": "--algo.advantage.estimator gae --critic.save_value_network --ds.value_head_prefix score",
+    "asynchronous": "--algo.advantage.estimator reinforce_baseline --train.async_enable --train.async_queue_size 1",
+    "partial rollouts": "--algo.advantage.estimator group_norm --train.async_enable --train.partial_rollout_enable",
+    "dynamic filtering": "--algo.advantage.estimator rloo --algo.dynamic_filtering_enable --pama.filter_by sum "
+    "--algo.dynamic_filtering_range -99 99",
+}
+BY_HAND = pytest.mark.skipif(not ALL_MODES, reason="eight minutes; run with PAMA_ALL_MODES=1")
+SEED = 11
+
+VOWELS = """
+def vowels(queries, prompts, labels):
+    assert not any("[" in text for text in (*queries, *prompts)), (queries, prompts)
+    return [sum(letter in "aeiou" for letter in query) / 10 for query in queries]
+"""
+
+
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=() if mode == "value heads" else BY_HAND) for mode in MODES])
+def test_one_policy_for_every_preference(mode, run_host, models, tmp_path) -> None:
+    (tmp_path / "vowels.py").write_text(VOWELS)
+    objectives = {
+        "helpful": f"rm:{models}/helpful",
+        "polite": f"hf:{models}/polite,label=polite",
+        "vowels": f"py:{tmp_path}/vowels.py:vowels",
+    }
+    if mode == "dynamic filtering":  # of what is scored in the rollout
+        objectives = {
+            "long": "builtin:length",
+            "vowels": objectives["vowels"],
+            "helpful": f"{objectives['helpful']},role=monitor",
+        }
+    trained = [name for name, spec in objectives.items() if "monitor" not in spec]
+    flags = (
+        *MODES[mode].split(),
+        *f"--loss linear --pama.preferences dirichlet:0.5 --pama.eval_preferences 3 --train.seed {SEED}".split(),
+        *"--rollout.n_samples_per_prompt 4 --train.batch_size 16 --ckpt.save_steps 2 --pama.probe off".split(),
+        *f"--eval.dataset {models}/held_out.jsonl --eval.steps 2 --eval.n_samples_per_prompt 2".split(),
+        *"--pama.log_rollouts all --algo.kl.init_coef 0".split(),
+        *(word for name, spec in objectives.items() for word in ("--pama.objective", f"{name}={spec}")),
+    )
+    run = run_host(*flags, "--data.max_samples", "16", steps=4)
+    assert run.status == 0, run.output[-5000:]
+    check_draws(tmp_path, trained, range(1, 5), mode)
+    for step in run.steps:
+        assert sum(step[f"pama/preference/{name}"] for name in trained) == pytest.approx(1, rel=1e-3)
+        assert any(f"pama/follows/{name}" in step for name in trained)
+    logged = evaluations(tmp_path)
+    grid = ["_".join(f"{weight:.3g}" for weight in weights) for weights in simplex_grid(len(trained), 3)]
+    assert {f"eval_preference/{label}/{name}" for label in grid for name in objectives} <= set(logged)
+    assert {f"eval_default/{name}" for name in objectives} <= set(logged), "the data set of held-out prompts is known"
+    assert all(rating >= 0 for rating in logged["eval_pama_best"])
+    if not ALL_MODES:
+        return  # the resume costs another minute
+    resumed = run_host(*flags, "--ckpt.load_enable", "--data.max_samples", "24", steps=6)
+    assert resumed.status == 0, resumed.output[-5000:]
+    assert list(resumed.by_step) == [5, 6]
+    check_draws(tmp_path, trained, range(5, 7), mode)
+
+
+def check_draws(folder, names: list[str], steps: range, mode: str) -> None:
+    """Every response has the weights of its prompt's number, in its text and in the combination."""
+    source = parse_preferences("dirichlet:0.5")
+    for step in steps:
+        rollouts = [each for each in read_rollouts(folder / "logs") if each.step == step]
+        assert len(rollouts) == 16
+        drawn = [source.draw(number, SEED, len(names)) for number in range(4 * (step - 1), 4 * step)]
+        expected = {tuple(round(weight * len(names), 4) for weight in weights) for weights in drawn}
+        found = Counter(tuple(round(each.weights[name], 4) for name in names) for each in rollouts)
+        assert set(found.values()) == {4}, "all responses to a prompt have the same"
+        if mode != "partial rollouts":  # where a prompt may be answered in a later step
+            for weights in found:
+                assert any(weights == pytest.approx(each, abs=2e-4) for each in expected), (step, weights, expected)
+        for each in rollouts:
+            shares = ", ".join(f"{name} {each.weights[name] / len(names):.2f}" for name in names)
+            assert json.dumps(each.prompt).startswith(json.dumps(f"[{shares}]\n")[:-1])

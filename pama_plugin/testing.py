@@ -123,7 +123,7 @@ def _more_padding_changes_nothing(call: Call, case: Case) -> None:
             pad(case.mask_BA, (0, wide, 0, 1)),
             pad(case.present_KB, (0, 1), value=True),
             pad(case.groups_B, (0, 1)),
-            pad(case.weights_KB.expand_as(case.present_KB), (0, 1), value=1),
+            torch.cat([case.weights_KB, case.weights_KB[:, -1:]], 1) if case.weights.ndim == 2 else case.weights_KB,
         )
     )
     kept_BA = padded.advantages[:responses, :tokens]

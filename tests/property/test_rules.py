@@ -84,6 +84,7 @@ EXCEPT = {
         for rule in ("pama, sequence", "pama, Noon by sequence", "linear, sequence", "min_norm, sequence")
         + ("gram:upgrad, sequence", "ctwa, sequence")
     },
+    ("saw", "independent_objectives_come_out_at_unit_rms"): "its unit size is that of rewards that vary alike",
     ("gram:upgrad, balanced", "scale_is_followed"): "the result scales with the power 1 − balance",
     ("pareto_rank", "weights_have_a_say"): "only the order of each reward matters",
     ("gram:imtl_g", "weights_have_a_say"): "it is invariant to scale",

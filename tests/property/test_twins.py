@@ -190,6 +190,16 @@ def test_gd2po(case: Case, as_published: bool) -> None:
     check_twin("gd2po", case, lambda scored: sum(w * z for w, z in scored), agrees, then, whiten_sum=as_published)
 
 
+def test_gd2po_takes_what_rounding_leaves_of_a_0_for_no_sign() -> None:
+    """0.2 minus the mean of 0.1, 0.2 and 0.3 is 2.8e-17 in double precision, or its negative in another order."""
+    first, second = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64), torch.tensor([-1.0, 2.0, -1.0])
+    found = []
+    for sign in (1, -1):
+        advantages_KB1 = torch.stack([sign * first, second.double()]).unsqueeze(-1)
+        found.append(aggregate("gd2po", advantages_KB1, torch.ones(3, 1), groups_B=[0, 0, 0]).advantages[1].item())
+    assert found[0] == pytest.approx(found[1]) and found[0] > 0.9
+
+
 def kept_by(result: Aggregation, case: Case) -> list[int]:
     return [k for k in range(len(case.weights_KB)) if not result.metrics[f"inactive/{k}"]]
 

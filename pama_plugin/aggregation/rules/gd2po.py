@@ -9,6 +9,8 @@ from pama_plugin.aggregation.registry import Combination, register_rule
 from pama_plugin.aggregation.rules.linear import length
 from pama_plugin.aggregation.weights import shares, weighted_sum
 
+ROUNDING = 1e-9  # a Z that is smaller has no sign: the mean of the group leaves about 1e-16 of a 0
+
 
 @register_rule("gd2po")
 def gd2po(
@@ -45,7 +47,7 @@ def gd2po(
     """
     scores_KB = group_scores(advantages_KBA, mask_BA, present_KB, groups_B) * active_K.unsqueeze(-1)
     counted_KB = present_KB & active_K.unsqueeze(-1)
-    agreed_B = ~((scores_KB > 0).any(0) & (scores_KB < 0).any(0)) & counted_KB.any(0)
+    agreed_B = ~((scores_KB > ROUNDING).any(0) & (scores_KB < -ROUNDING).any(0)) & counted_KB.any(0)
     combined_B, unit_rms = weighted_sum(weights_KB.double(), scores_KB) * agreed_B, None
     if whiten_sum:
         combined_B = whiten(combined_B, agreed_B, mask_BA)

@@ -92,7 +92,8 @@ def mix_by_gram(
     c_KP = torch.zeros(scale_KP.shape, dtype=torch.float64)
     unit_rms_B = torch.zeros(present_KB.shape[1], dtype=torch.float64, device=mask_BA.device)
     for index, scale_K in enumerate(scale_KP.cpu().T):
-        kept_K = scale_K > 0
+        if not (kept_K := scale_K > 0).any():
+            continue  # these responses have weights for inactive objectives only
         own_KK = gram_KK if scale_KP.shape[1] == 1 else gram_KK * torch.outer(scale_K, scale_K)
         c_KP[kept_K, index] = weigh(own_KK[kept_K][:, kept_K])
         normal_KK = normal_gram(scale_K[kept_K].double(), slope)

@@ -45,7 +45,8 @@ def min_norm(
     combined_BA, c_KB, unit_rms_B = mix_by_gram(
         advantages_KBA, mask_BA, present_KB, scale_KB, 0.0 if noon else 1.0, min_norm_point
     )
-    return Combination(combined_BA, c_KB.mean(1).to(weights_KB.dtype), unit_rms=unit_rms_B)
+    c_K = c_KB[:, (c_KB > 0).any(0)].mean(1)
+    return Combination(combined_BA, c_K.to(weights_KB.dtype), unit_rms=unit_rms_B)
 
 
 def min_norm_point(gram_KK: Tensor) -> Tensor:

@@ -73,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rollouts.add_argument(
         "folder", type=Path, metavar="RUN", help="the --logger.tensorboard_dir of a run, or its --ckpt.output_dir"
     )
+    rollouts.add_argument(
+        "--evaluation", action="store_true", help="show the responses to held-out prompts of the last evaluation"
+    )
     rollouts.add_argument("--step", type=int, nargs="+", metavar="N", help="the steps (default: the last)")
     order = rollouts.add_mutually_exclusive_group()
     order.add_argument("--best", metavar="NAME", help="in order of this reward, the highest first")

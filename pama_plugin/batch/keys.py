@@ -16,3 +16,15 @@ COEFFICIENT, GAIN = f"{PAMA}coefficient/", f"{PAMA}gain/"
 GRADIENT, REWARD_MEAN, REWARD_STD = f"{PAMA}gradient_", "reward_mean/", "reward_std/"
 COSINE = f"{GRADIENT}cosine/"
 CRITIC_LOSS, REWARD_TIMING = "critic_loss/", "timing/reward/"
+# Of evaluations; OpenRLHF adds the prefix ``eval/``.
+ALL = "all"  # name of the union of all datasets
+AT_PREFERENCE, FOLLOWED = "eval_preference/", "eval_follows/"
+
+
+def label(preference: tuple[float, ...]) -> str:
+    """A preference as part of a metric key.
+
+    >>> label((0.25, 0.75)), label((1 / 3, 2 / 3))
+    ('0.25_0.75', '0.333_0.667')
+    """
+    return "_".join(f"{weight:.3g}" for weight in preference)

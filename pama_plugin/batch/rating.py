@@ -5,14 +5,13 @@ import math
 import torch
 from torch import Tensor
 
+from pama_plugin.batch.keys import ALL, AT_PREFERENCE, FOLLOWED, label
 from pama_plugin.batch.metrics import spearman
 from pama_plugin.batch.state import RunState
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.run import PamaConfig
 
 BEST = "eval_pama_best"
-AT_PREFERENCE = "eval_preference/"
-ALL = "all"  # name of the union of all datasets
 
 
 def summarise(
@@ -79,17 +78,8 @@ def summarise_front(config: PamaConfig, rewards: dict[str, Tensor], n_samples_pe
             metrics |= {key: mean, f"{key}_se": error}
         if name in config.trained_names:
             weights = [preference[config.trained_names.index(name)] for preference in preferences]
-            metrics[f"eval_follows/{name}"] = spearman(torch.tensor(weights), means_L)
+            metrics[f"{FOLLOWED}{name}"] = spearman(torch.tensor(weights), means_L)
     return {key: value for key, value in metrics.items() if not math.isnan(value)}
-
-
-def label(preference: tuple[float, ...]) -> str:
-    """A preference as part of a metric key.
-
-    >>> label((0.25, 0.75)), label((1 / 3, 2 / 3))
-    ('0.25_0.75', '0.333_0.667')
-    """
-    return "_".join(f"{weight:.3g}" for weight in preference)
 
 
 def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> float:

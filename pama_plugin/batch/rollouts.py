@@ -8,7 +8,18 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pama_plugin.aggregation import Aggregation
-from pama_plugin.batch.keys import ACTIVE, COEFFICIENT, CONFLICT, KL, REFERENCE_NLL, REWARD
+from pama_plugin.batch.keys import (
+    ACTIVE,
+    ALL,
+    AT_PREFERENCE,
+    COEFFICIENT,
+    CONFLICT,
+    FOLLOWED,
+    KL,
+    REFERENCE_NLL,
+    REWARD,
+    label,
+)
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.settings.run import PamaConfig
 
@@ -56,26 +67,33 @@ def describe_responses(
         preferences: of each response, if prompts have them.
     """
     weights_KB = config.weights_with(preferences, steps_done).reshape(len(config.trained), -1)
-    weights_KB = weights_KB.expand(-1, len(mask_BA))
     coefficients = dict(zip(config.trained_names, map(_number, result.coefficients.tolist())))
     advantages_B = (result.advantages * mask_BA).sum(1) / mask_BA.sum(1)
+    rows = describe_rewards(config, table, chosen, weights_KB)
+    for row, response in zip(rows, chosen):
+        row |= {
+            "step": steps_done + 1,
+            "coefficients": coefficients,
+            "advantage": _number(float(advantages_B[response])),
+            "tokens": int(mask_BA[response].sum()),
+        } | {key: _number(float(values_B[response])) for key, values_B in distances.items()}
+    return rows
+
+
+def describe_rewards(config: PamaConfig, table: RewardTable, chosen: Sequence[int], weights_KB: Tensor) -> list[Row]:
+    """The rewards of each chosen response, the reasons for missing ones, and its weights (K, 1) or (K, B)."""
+    weights_KB = weights_KB.expand(-1, len(table.order_B))
     rows = []
     for response in chosen:
         rewards = dict(zip(table.names, table.values_KB[:, response].tolist()))
+        problems = {name: table.problems[name, response] for name in rewards if (name, response) in table.problems}
         rows.append(
             {
-                "step": steps_done + 1,
                 "sample": int(table.order_B[response]),
                 "rewards": {name: _number(reward) for name, reward in rewards.items()},
-                "problems": {
-                    name: table.problems[name, response] for name in rewards if (name, response) in table.problems
-                },
+                "problems": problems,
                 "weights": dict(zip(config.trained_names, map(_number, weights_KB[:, response].tolist()))),
-                "coefficients": coefficients,
-                "advantage": _number(float(advantages_B[response])),
-                "tokens": int(mask_BA[response].sum()),
             }
-            | {key: _number(float(values_B[response])) for key, values_B in distances.items()}
         )
     return rows
 
@@ -83,6 +101,27 @@ def describe_responses(
 def _number(value: float) -> float | None:
     """Six digits; None for what JSON cannot represent."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def evaluation_table(config: PamaConfig, step: int, metrics: Mapping[str, float]) -> str:
+    """Mean ± standard error of every objective on held-out prompts, with each preference if prompts have them."""
+    places = {"all": f"eval_{ALL}/"}
+    if config.preferences is not None:
+        places = {label(each): f"{AT_PREFERENCE}{label(each)}/" for each in config.evaluated_preferences}
+    rows = [["weights of " + ", ".join(config.trained_names) if config.preferences else "data sets", *config.names]]
+    for place, prefix in places.items():
+        cells = [(metrics.get(f"{prefix}{name}"), metrics.get(f"{prefix}{name}_se")) for name in config.names]
+        rows.append([place.replace("_", ", "), *("–" if mean is None else _with_error(mean, se) for mean, se in cells)])
+    if config.preferences is not None:
+        follows = [metrics.get(f"{FOLLOWED}{name}") for name in config.names]
+        rows.append(["rank correlation with weight", *("–" if rho is None else f"{rho:.2f}" for rho in follows)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n  ".join([f"PAMA evaluation after step {step}", *lines])
+
+
+def _with_error(mean: float, error: float | None) -> str:
+    return f"{mean:.3g}" if error is None or math.isnan(error) else f"{mean:.3g} ± {error:.2g}"
 
 
 def step_line(config: PamaConfig, step: int, steps: int | None, metrics: Mapping[str, float], *, colours: bool) -> str:

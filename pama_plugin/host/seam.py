@@ -28,7 +28,7 @@ from typing import Any, cast
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.preflight.columns import check_columns
 from pama_plugin.host.preflight.fingerprints import check_host
-from pama_plugin.host.preflight.flags import check_flags, check_models
+from pama_plugin.host.preflight.flags import check_evaluation, check_flags, check_models
 from pama_plugin.host.preflight.memory import estimate
 from pama_plugin.host.preflight.nodes import ask_nodes
 from pama_plugin.host.preflight.placement import Node, Plan, check_cluster, format_plan, make_plan, parse_cluster
@@ -55,7 +55,9 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     flags = {key.removeprefix("pama."): vars(args).pop(key) for key in list(vars(args)) if key.startswith("pama.")}
     allowed = {name: flags.pop(f"allow_{name}") for name in PERMISSIONS}
     objectives, file, loss, plan_for = (flags.pop(name) for name in ("objective", "config", "loss", "plan"))
-    any_flag = objectives or file or plan_for is not None or any(value not in (None, []) for value in flags.values())
+    evaluate_only = bool(flags.pop("evaluate_only"))
+    given = [objectives, file, plan_for, evaluate_only or None, *flags.values()]
+    any_flag = any(value not in (None, []) for value in given)
     if loss == STOCK or not (loss or file):
         if any_flag:
             raise ConfigError(f"--pama.* flags need --loss RULE other than {STOCK}, found --loss {loss}")
@@ -66,6 +68,8 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     config = load_config(loss, objectives, file, **flags, default_level=level)
     warnings = check_host(allowed["unsupported_host"]) + warn_of_many_objectives(config)
     config = check_flags(args, config)
+    if evaluate_only:
+        check_evaluation(args)
     plan = make_plan(args, config)
     if plan_for is None:  # a plan is made anywhere, also where the models are not
         warnings += check_models(args, config)
@@ -85,6 +89,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
     )
 
     args.pama, args.pama_adapters, args.pama_terminal = config, adapters_of(vars(args)), sys.stdout.isatty()
+    args.pama_evaluate_only = evaluate_only
     if scored_by_models := config.scored_in("ranks", "replicas"):
         # Truthy, so that OpenRLHF initialises the reward groups.
         setattr(args, "reward.model_name_or_path", scored_by_models[0].location)
@@ -140,7 +145,13 @@ def _swap(
 
         main.PolicyModelActor, inside = policy.PolicyModelActor, main.ReferenceModelActor
     main.RayActorGroup = reward_groups.group_builder(
-        config, plan, main.RayActorGroup, main.RewardModelActor, main.PolicyModelActor, reference_in_policy=inside
+        config,
+        plan,
+        main.RayActorGroup,
+        main.RewardModelActor,
+        main.PolicyModelActor,
+        reference_in_policy=inside,
+        saves=not args.pama_evaluate_only,
     )
     main.get_strategy = _ready(main.get_strategy, config, plan, resume, allow_waiting=allow_waiting)
 

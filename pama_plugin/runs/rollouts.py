@@ -14,7 +14,8 @@ from pama_plugin.errors import ConfigError, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-FILE, SETTINGS = "rollouts.jsonl", "pama.yaml"  # what a run writes, beside its TensorBoard logs if it has any
+# What a run writes, beside its TensorBoard logs if it has any.
+FILE, EVALUATION_FILE, SETTINGS = "rollouts.jsonl", "evaluation.jsonl", "pama.yaml"
 
 
 class Rollout(BaseModel):
@@ -35,15 +36,19 @@ class Rollout(BaseModel):
     reference_nll: float | None = None
 
 
-def read_rollouts(folder: Path) -> list[Rollout]:
+def read_rollouts(folder: Path, name: str = FILE) -> list[Rollout]:
     """The logged responses of a run by step. Of a step that a resumed run repeated, those that were written last.
+
+    Args:
+        folder: of the run.
+        name: ``EVALUATION_FILE`` for the responses to held-out prompts.
 
     Raises:
         ConfigError: there is no log, or a line of it cannot be read. The last line may be cut off.
     """
-    files = sorted(folder.rglob(FILE), key=lambda file: file.stat().st_mtime)
+    files = sorted(folder.rglob(name), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise ConfigError(f"no {FILE} in {folder}: give the folder of --logger.tensorboard_dir or --ckpt.output_dir")
+        raise ConfigError(f"no {name} in {folder}: give the folder of --logger.tensorboard_dir or --ckpt.output_dir")
     steps: dict[int, dict[int, Rollout]] = {}
     for file in files:
         lines = file.read_bytes().splitlines()
@@ -70,7 +75,7 @@ def show_rollouts(options: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    rollouts = read_rollouts(options.folder)
+    rollouts = read_rollouts(options.folder, EVALUATION_FILE if options.evaluation else FILE)
     steps = list(dict.fromkeys(rollout.step for rollout in rollouts))
     if not steps:
         raise ConfigError(f"{options.folder}: no response was logged yet")

@@ -216,6 +216,13 @@ def add_flags(parser: argparse.ArgumentParser, rules: Mapping[str, Sequence[str]
         help="run on an OpenRLHF release with which this version of the plugin was not tested",
     )
     group.add_argument(
+        "--pama.evaluate_only",
+        action="store_const",
+        const=True,
+        help="evaluate the policy, or the one of the checkpoint with --ckpt.load_enable, on --eval.dataset, and end "
+        "without a training step and without saving a model",
+    )
+    group.add_argument(
         "--pama.plan",
         metavar="NODESxGPUS",
         help="print the placement of all models on a cluster of this size (1x8: one node with 8 GPUs) and the resolved "

@@ -82,7 +82,7 @@ def test_each_of_several_data_sets_must_have_the_columns(tmp_path) -> None:
         check_columns(args, config_of("x=http:http://localhost/,columns=answer"))
     args.use_ms = True
     (warning,) = check_columns(args, config_of("x=http:http://localhost/,columns=answer"))
-    assert "not checked whether the data sets have the columns answer" in warning
+    assert "not checked whether the data sets have what is needed for answer" in warning
 
 
 def test_a_rubric_with_a_label_needs_labels(tmp_path) -> None:
@@ -539,13 +539,13 @@ def test_an_evaluation_counts_what_applies(groups) -> None:
 
     config = config_of("helpful=rm:org/a,when=datasource:math,weight=2", "tone=builtin:length,when=datasource:chat")
     _, maker, _ = estimate(groups, config, rollout_of(config), "reinforce_baseline")
-    stock = SamplesGenerator(SimpleNamespace(args=maker.args), None, [], None, None)
+    stock = SamplesGenerator(SimpleNamespace(args=maker.args), None, [], maker.tokenizer, None)
     generator = ScoredSamplesGenerator(stock, maker.collector)
     samples = rollout_of(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SamplesGenerator, "generate_eval_samples", lambda self, **_: samples)
         found = generator.generate_eval_samples(n_samples_per_prompt=GROUP)
-    metrics = generator.pop_metrics()
+    metrics, _ = generator.pop(1)
     assert {key for key in metrics if not key.endswith(("_se", "_std"))} == {
         *("eval_math/helpful", "eval_chat/tone", "eval_all/helpful", "eval_all/tone")
     }

@@ -13,6 +13,8 @@ from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
 
+DECODES = SimpleNamespace(decode=lambda tokens, **_: str(tokens))
+
 
 def test_mean_and_standard_error_by_dataset_and_over_all() -> None:
     from pama_plugin.batch.rating import summarise
@@ -113,7 +115,7 @@ def test_held_out_samples_get_every_objective_and_their_weighted_sum(groups) -> 
         None, None, rewards, None, None, SimpleNamespace(args=args), SimpleNamespace(pad_token_id=0)
     )
     samples = make_rollout(5, names=("length",))
-    stock = SamplesGenerator(SimpleNamespace(args=args), None, [(["d"], ["prompt 0"])], None, None)
+    stock = SamplesGenerator(SimpleNamespace(args=args), None, [(["d"], ["prompt 0"])], DECODES, None)
     generator = ScoredSamplesGenerator(stock, maker.collector)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SamplesGenerator, "generate_eval_samples", lambda self, **_: samples)
@@ -122,7 +124,9 @@ def test_held_out_samples_get_every_objective_and_their_weighted_sum(groups) -> 
     alone = torch.cat([maker.collector.score([sample]).row("helpful") for sample in make_rollout(5, names=("length",))])
     lengths = torch.cat([sample.info["reward/length"] for sample in make_rollout(5, names=("length",))])
     torch.testing.assert_close(torch.cat([sample.rewards for sample in found]), (2 * alone + lengths).float())
-    metrics = generator.pop_metrics()
+    metrics, rows = generator.pop(3)
+    assert sorted(row["sample"] for row in rows) == [0, 1, 2, 3, 4] and {row["step"] for row in rows} == {3}
+    assert all(row["rewards"]["helpful"] == pytest.approx(alone[row["sample"]].item(), rel=1e-5) for row in rows)
     assert metrics["eval_all/helpful"] == pytest.approx(alone.mean().item(), rel=1e-5)
     assert {key.partition("/")[0] for key in metrics} == {"eval_d", "eval_unknown", "eval_all"}
 
@@ -148,7 +152,7 @@ def test_reward_models_score_while_the_engines_sleep(monkeypatch) -> None:
         return make_rollout(2), 2, True
 
     monkeypatch.setattr(SamplesGenerator, "_generate_vllm", generate)
-    stock = SamplesGenerator(SimpleNamespace(args=args), None, [], None, None)
+    stock = SamplesGenerator(SimpleNamespace(args=args), None, [], DECODES, None)
     ScoredSamplesGenerator(stock, SimpleNamespace(score=score, config=config)).generate_eval_samples(
         n_samples_per_prompt=1
     )

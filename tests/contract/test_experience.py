@@ -554,7 +554,7 @@ def test_the_log_goes_on_after_a_cut_off_line_and_ends_with_one_warning(tmp_path
     texts, tables = [], []
     tensorboard = SimpleNamespace(writer=SimpleNamespace(add_text=lambda *call: texts.append(call)))
     wandb = SimpleNamespace(Table=lambda columns, data: (columns, data), log=tables.append)
-    log = RolloutLog(tmp_path, SimpleNamespace(handle=wandb), tensorboard)
+    log = RolloutLog(tmp_path / "rollouts.jsonl", "pama/rollouts", SimpleNamespace(handle=wandb), tensorboard)
     log.write([row | {"prompt": "p"}])
     log.write([row | {"prompt": "p", "step": 2}])
     assert [each.step for each in read_rollouts(tmp_path)] == [1, 2]
@@ -564,7 +564,7 @@ def test_the_log_goes_on_after_a_cut_off_line_and_ends_with_one_warning(tmp_path
     assert dict(zip(columns, data[0]))["a"] == 1.0
 
     (tmp_path / "file").write_text("")
-    log = RolloutLog(tmp_path / "file" / "below", None, None)
+    log = RolloutLog(tmp_path / "file" / "below" / "rollouts.jsonl", "pama/rollouts", None, None)
     for _ in range(3):
         log.write([row])
     (warning,) = [record.getMessage() for record in caplog.records]

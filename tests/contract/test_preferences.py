@@ -366,7 +366,7 @@ def test_held_out_prompts_are_answered_with_every_preference(groups) -> None:
         None, None, as_reward_groups(config, {}), None, None, strategy, SimpleNamespace(pad_token_id=0)
     )
     rows = [{"prompt": text, "datasource": source} for text, source in (("a", "x"), ("b", "y"), ("a", "x"))]
-    stock = SamplesGenerator(strategy, loader_of(config), loader_of(config, rows), None, None)
+    stock = SamplesGenerator(strategy, loader_of(config), loader_of(config, rows), Tokenizer(), None)
     generator = ScoredSamplesGenerator(stock, maker.collector)
     size = 2
 
@@ -390,7 +390,8 @@ def test_held_out_prompts_are_answered_with_every_preference(groups) -> None:
     assert len(found) == 3 * 3 * size
     grid = config.evaluated_preferences
     assert [sample.prompts[0].preference for sample in found[::size]] == [*grid, *grid, *grid]
-    metrics = generator.pop_metrics()
+    metrics, rows = generator.pop(1)
+    assert len(rows) == len(found) and rows[0]["weights"] == {"helpful": 2.0, "terse": 0.0}
     assert metrics["eval_preference/0.5_0.5/helpful"] == pytest.approx(0.5 + 1 / 3 + 0.05)
     assert metrics["eval_x/helpful"] == pytest.approx(0.55) and metrics["eval_y/helpful"] == pytest.approx(1.55)
     assert metrics["eval_follows/helpful"] == pytest.approx(1) and metrics["eval_follows/terse"] == pytest.approx(1)

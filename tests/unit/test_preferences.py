@@ -221,3 +221,51 @@ def test_the_rating_is_the_volume_that_the_front_dominates() -> None:
     assert rate(config, state, first | spread) == pytest.approx(1)
     better = evaluation(config, [(3.0, 0.0), (1.0, 0.0), (1.0, 1.0)])  # (1, 0), (0, 0), (0, 1)
     assert rate(config, state, first | better) == pytest.approx(3)
+
+
+def run_of(tmp_path, name: str, last: list[tuple[float, float]], follows: float = 1.0):
+    """A run with two evaluations of three preferences, as a report reads it."""
+    from pama_plugin.runs.logs import Run
+
+    config = config_of(eval_preferences="3")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "pama.yaml").write_text(dump_config(config))
+    scalars = {f"eval/eval_follows/{objective}": [(5, follows)] for objective in config.names}
+    for preference, means in zip(("1_0", "0.5_0.5", "0_1"), last):
+        for objective, mean in zip(config.names, means):
+            scalars[f"eval/eval_preference/{preference}/{objective}"] = [(1, 1.0), (5, mean)]
+            scalars[f"eval/eval_preference/{preference}/{objective}_se"] = [(1, 0.5), (5, 0.25)]
+    return Run(tmp_path / name, name, name, None, scalars, ())
+
+
+def test_a_report_has_the_front_of_one_policy(tmp_path) -> None:
+    pytest.importorskip("moocore")
+    from matplotlib import pyplot
+
+    from pama_plugin.runs.report.preferences import draw_steering, read_steering, steering_table
+
+    follows = read_steering(run_of(tmp_path, "follows", [(4.0, 1.0), (3.0, 2.0), (1.0, 3.0)]))
+    ignores = read_steering(run_of(tmp_path, "ignores", [(2.0, 2.0)] * 3, follows=0.0))
+    assert follows.names == ("helpful", "terse") and follows.steps == (1, 5)
+    assert follows.weights_LK.tolist() == [[1, 0], [0.5, 0.5], [0, 1]]
+    assert follows.means_2LK.tolist() == [[[1, 1]] * 3, [[4, 1], [3, 2], [1, 3]]]
+    grid = steering_table([follows, ignores])
+    assert grid.columns == ["run", "weights of helpful, terse", "helpful", "terse", "hypervolume"]
+    assert grid.rows[1] == ["follows", "0.5, 0.5", "3.000 ± 0.250", "2.000 ± 0.250", "–"]
+    assert grid.rows[3] == ["follows", "follows its weight", "1.00", "1.00", "0 → 2"], "above (1, 1): the square (3, 2)"
+    assert grid.rows[7][-1] == "0 → 1" and "above helpful 1.000, terse 1.000" in grid.caption
+    figure = draw_steering([follows, ignores])
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == ["follows", "ignores"]
+    pyplot.close(figure)
+
+
+def test_a_run_without_preferences_has_no_such_front(tmp_path) -> None:
+    pytest.importorskip("moocore")
+    from pama_plugin.runs.report.preferences import read_steering
+
+    run = run_of(tmp_path, "a", [(1.0, 1.0)] * 3)
+    without = {tag: series for tag, series in run.scalars.items() if "preference" not in tag}
+    assert read_steering(type(run)(**vars(run) | {"scalars": without})) is None
+    (tmp_path / "a" / "pama.yaml").unlink()
+    with pytest.raises(ConfigError, match="there is no pama.yaml"):
+        read_steering(run)

@@ -8,9 +8,11 @@ import torch
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
 from pama_plugin.batch.rating import summarise, summarise_front
+from pama_plugin.batch.rollouts import Row, choose_responses, describe_rewards
 from pama_plugin.host.actors.collector import RewardCollector
 from pama_plugin.host.actors.dataset import NumberedDraw, PromptsWithPreferences
 from pama_plugin.host.actors.prompts import columns_of, plain, preference_of
+from pama_plugin.host.actors.rollout_log import add_texts
 from pama_plugin.host.protocols import Experience
 from pama_plugin.settings.names import DATASOURCE
 
@@ -34,6 +36,7 @@ class ScoredSamplesGenerator(SamplesGenerator):
         super().__init__(stock.strategy, prompts, held_out, stock.tokenizer, stock.vllm_engines)
         self.collector = collector
         self.metrics: dict[str, float] = {}
+        self.rows: list[Row] = []
         self.batches = 0
         self.ended = False
 
@@ -88,12 +91,16 @@ class ScoredSamplesGenerator(SamplesGenerator):
         self.metrics = summarise(rewards, applies, of_responses, size * max(len(config.evaluated_preferences), 1))
         if config.preferences is not None:
             self.metrics |= summarise_front(config, rewards, size)
+        chosen = choose_responses([plain(prompt) for prompt in prompts], range(len(samples)), config.log_rollouts)
+        self.rows = describe_rewards(config, table, chosen, weights)
+        add_texts(self.rows, chosen, samples, self.tokenizer)
         return samples
 
-    def pop_metrics(self) -> dict[str, float]:
-        """Return the metrics of the last evaluation and forget them."""
-        metrics, self.metrics = self.metrics, {}
-        return metrics
+    def pop(self, step: int) -> tuple[dict[str, float], list[Row]]:
+        """Return the metrics of the last evaluation, and its responses to be logged, and forget them."""
+        metrics, rows = self.metrics, [row | {"step": step} for row in self.rows]
+        self.metrics, self.rows = {}, []
+        return metrics, rows
 
 
 def in_order_of_preferences(

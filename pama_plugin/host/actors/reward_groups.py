@@ -120,7 +120,15 @@ def _strategy_of(objective: Objective, strategy: Strategy) -> Strategy:
 
 
 class PolicyGroup(RayActorGroup):
-    """OpenRLHF's group of policy actors; does not send them values and returns, which only the critic reads."""
+    """OpenRLHF's group of policy actors; does not send them values and returns, which only the critic reads.
+
+    If ``saves`` is false, the run trains nothing, and OpenRLHF's request to save the model at its end is ignored.
+    """
+
+    saves = True
+
+    def async_save_model(self) -> list[Any]:
+        return super().async_save_model() if self.saves else []
 
     def async_run_method_batch(self, method_name: str, **kwargs: Any) -> list[Any]:
         if method_name == "append":
@@ -156,17 +164,20 @@ def group_builder(
     policy_actor: Any,
     *,
     reference_in_policy: Any = None,
+    saves: bool = True,
 ) -> Callable[..., Any]:
     """Return the function that OpenRLHF's driver calls in place of ``RayActorGroup``.
 
     Args:
         reference_in_policy: OpenRLHF's reference actor, if the policy has LoRA adapters: it is not started.
+        saves: whether the policy is saved at the end.
     """
     policies: list[PolicyGroup] = []  # OpenRLHF builds it before the reference
 
     def build(num_nodes: int, num_gpus_per_node: int, ray_actor_type: Any, **placement: Any) -> Any:
         if ray_actor_type is policy_actor:
             policies.append(PolicyGroup(num_nodes, num_gpus_per_node, ray_actor_type, **placement))
+            policies[-1].saves = saves
             return policies[-1]
         if ray_actor_type is reference_in_policy:
             return ReferenceInPolicy(policies[-1])

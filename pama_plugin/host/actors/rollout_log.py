@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pama_plugin.batch.rollouts import Row
 from pama_plugin.host.protocols import Experience, Tokenizer
-from pama_plugin.runs.rollouts import FILE
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +55,14 @@ def split_turns(tokens_T: Tensor, attention_T: Tensor, action_A: Tensor) -> list
 
 
 class RolloutLog:
-    """The file, and the trackers that show the responses of the last steps.
+    """A file of responses, and the trackers that show those of the last steps under ``name``.
 
     A disk that is full, or a folder that cannot be written, gives one warning; the run goes on without the log.
     """
 
-    def __init__(self, folder: Path, wandb: Any, tensorboard: Any) -> None:
-        self.file: Path | None = folder / FILE
-        self.wandb, self.tensorboard = wandb, tensorboard
+    def __init__(self, file: Path, name: str, wandb: Any, tensorboard: Any) -> None:
+        self.file: Path | None = file
+        self.name, self.wandb, self.tensorboard = name, wandb, tensorboard
 
     def write(self, rows: Sequence[Row]) -> None:
         if self.file is not None:
@@ -79,11 +78,11 @@ class RolloutLog:
             return
         if self.tensorboard is not None:
             texts = [f"    {line}" for row in rows for line in json.dumps(row, indent=1).splitlines()]
-            self.tensorboard.writer.add_text("pama/rollouts", "\n".join(texts), rows[0]["step"])
+            self.tensorboard.writer.add_text(self.name, "\n".join(texts), rows[0]["step"])
         if self.wandb is not None:
             columns = ["step", "prompt", "response", "label", *rows[0]["rewards"], "advantage"]
-            table = [[(row | row["rewards"])[column] for column in columns] for row in rows]
-            self.wandb.handle.log({"pama/rollouts": self.wandb.handle.Table(columns=columns, data=table)})
+            table = [[(row | row["rewards"]).get(column) for column in columns] for row in rows]
+            self.wandb.handle.log({self.name: self.wandb.handle.Table(columns=columns, data=table)})
 
 
 def _cut_off_half_a_line(file: BinaryIO) -> None:

@@ -29,7 +29,7 @@ from pama_plugin.batch.keys import (
 )
 from pama_plugin.batch.metrics import reduce_columns
 from pama_plugin.batch.rating import BEST, rate
-from pama_plugin.batch.rollouts import step_line
+from pama_plugin.batch.rollouts import evaluation_table, step_line
 from pama_plugin.batch.state import RunState
 from pama_plugin.errors import PamaError, RewardError
 from pama_plugin.host.actors.dataset import read_columns
@@ -40,7 +40,7 @@ from pama_plugin.host.actors.probe import probe_pairs
 from pama_plugin.host.actors.rollout_log import RolloutLog
 from pama_plugin.host.preflight.resume import STATE
 from pama_plugin.host.protocols import Strategy
-from pama_plugin.runs.rollouts import SETTINGS
+from pama_plugin.runs.rollouts import EVALUATION_FILE, FILE, SETTINGS
 from pama_plugin.settings.load import as_settings, dump_config
 from pama_plugin.settings.run import StopAtFront
 
@@ -82,7 +82,9 @@ class MultiObjectiveTrainer(Host):
         if self.tensorboard_logger:
             folder = Path(self.tensorboard_logger.writer.log_dir)
         self.settings_file = folder / SETTINGS
-        self.rollout_log = RolloutLog(folder, self.wandb_logger, self.tensorboard_logger)
+        trackers = self.wandb_logger, self.tensorboard_logger
+        self.rollout_log = RolloutLog(folder / FILE, "pama/rollouts", *trackers)
+        self.evaluation_log = RolloutLog(folder / EVALUATION_FILE, "pama/evaluation", *trackers)
         monitors = [objective.name for objective in self.config.objectives if objective.role == "monitor"]
         self.alarms = Alarms(self.config.trained_names, monitors)
         self.steps_done = 0
@@ -99,6 +101,9 @@ class MultiObjectiveTrainer(Host):
             logger.warning("PAMA: cannot write %s: %s", self.settings_file, error.strerror)
         if self.config.probe != "off":
             probe_pairs(self.experience_maker.collector)
+        if self.args.pama_evaluate_only:
+            self.evaluate_only()
+            return
         try:
             super().fit(*args, **kwargs)
         except RewardError as error:
@@ -116,6 +121,10 @@ class MultiObjectiveTrainer(Host):
             f"nothing was trained: an optimizer step takes {needed} responses (--train.batch_size), the run had "
             f"{responses}{filtered}"
         )
+
+    def log_folder(self) -> Path:
+        """Where this run writes its settings and texts."""
+        return self.settings_file.parent
 
     def shake_hands(self) -> str:
         def reports(group: Any) -> list[Any]:
@@ -196,6 +205,10 @@ class MultiObjectiveTrainer(Host):
             flush=True,
         )
         return True
+
+    def evaluate_only(self) -> None:
+        """Evaluate the policy, and end as if it had been trained."""
+        raise NotImplementedError
 
     def end_run(self) -> None:
         """End the run after this step as if no prompts were left: with checkpoint, evaluation and saved model."""
@@ -326,6 +339,18 @@ class PPOTrainer(MultiObjectiveTrainer, ppo_trainer.PPOTrainer.__ray_metadata__.
 
     def evaluate(self, global_step: int, **generate_kwargs: Any) -> dict[str, float]:
         logs: dict[str, float] = super().evaluate(global_step, **generate_kwargs)
-        metrics = self.samples_generator.pop_metrics()
+        metrics, rows = self.samples_generator.pop(global_step)
+        self.evaluation_log.write(rows)
         self.log_eval(global_step, metrics)
+        print(evaluation_table(self.config, global_step, metrics), flush=True)
         return logs | metrics
+
+    def evaluate_only(self) -> None:
+        self.init_checkpoint_states()
+        if self.steps_at_start:
+            self.broadcast_to_vllm()
+        evaluation = self.args.eval
+        settings = {"temperature": evaluation.temperature, "n_samples_per_prompt": evaluation.n_samples_per_prompt}
+        self.evaluate(self.steps_at_start, **self.generate_kwargs | settings)
+        for logger in filter(None, (self.wandb_logger, self.tensorboard_logger)):
+            logger.close()

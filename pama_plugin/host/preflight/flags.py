@@ -202,6 +202,15 @@ def _check_agent(agent: str | None, config: PamaConfig) -> None:
         raise ConfigError(f"--train.agent_func_path must be a file, found {agent}")
 
 
+def check_evaluation(args: argparse.Namespace) -> None:
+    """Refuse --pama.evaluate_only where there is nothing to evaluate. Raises ``ConfigError``."""
+    if not getattr(args, "eval.dataset"):
+        raise ConfigError("--pama.evaluate_only needs --eval.dataset, found none")
+    if getattr(args, "train.async_enable"):
+        raise ConfigError("--pama.evaluate_only needs synchronous training, found --train.async_enable")
+    setattr(args, "critic.save_value_network", False)
+
+
 def check_models(args: argparse.Namespace, config: PamaConfig) -> list[str]:
     """Return warnings of likely mistakes; raise ``ConfigError`` if a model cannot read the policy's token ids."""
     warnings = []

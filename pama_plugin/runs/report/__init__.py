@@ -13,6 +13,7 @@ from pama_plugin.runs.report.figures import draw_curves, draw_front, draw_paths
 from pama_plugin.runs.report.front import find_front
 from pama_plugin.runs.report.page import write_page
 from pama_plugin.runs.report.pareto import by_arm, starts
+from pama_plugin.runs.report.preferences import Steering, draw_steering, read_steering, steering_table
 from pama_plugin.runs.report.tables import (
     arms_table,
     differences_table,
@@ -31,7 +32,8 @@ __all__ = ["report_runs"]
 def report_runs(
     folders: Sequence[Path], out: Path | None = None, reference: Sequence[str] = (), baseline: str | None = None
 ) -> None:
-    """Print tables of the runs; write ``curves.png``, ``paths.png``, ``front.png`` and ``report.html``.
+    """Print tables of the runs; write ``curves.png``, ``paths.png``, ``front.png``, ``report.html``, and
+    ``preferences.png`` of runs whose policy follows preferences.
 
     Args:
         folders: ``--logger.tensorboard_dir`` of a run, or the folder of a sweep.
@@ -58,12 +60,17 @@ def report_runs(
         if not names:
             raise ConfigError("--baseline needs an objective that all runs train, found none")
         grids.append(differences_table(runs, names, baseline))
+    steering = _steering(runs, missing)
+    if steering:
+        grids.append(steering_table(steering))
     grids = [without_empty_columns(grid) for grid in grids]
     figures = {"curves": draw_curves(runs)}
     if len(names) > 1 and (paths := draw_paths(runs, names)):
         figures["paths"] = paths
     if comparable:
         figures["front"] = draw_front(runs, names, point)
+    if steering:
+        figures["preferences"] = draw_steering(steering)
     pictures = [out / f"{name}.png" for name in figures]
     for figure, picture in zip(figures.values(), pictures):
         figure.savefig(picture, dpi=120)
@@ -84,6 +91,17 @@ def report_runs(
         console.print(f"missing: {line}", style="yellow", soft_wrap=True)
     for path in [*pictures, out / "report.html"]:
         console.print(str(path), soft_wrap=True)
+
+
+def _steering(runs: Sequence[Run], missing: list[str]) -> list[Steering]:
+    """The runs whose policies follow preferences; one that cannot be read is ``missing``."""
+    found = []
+    for run in runs:
+        try:
+            found.append(read_steering(run))
+        except ConfigError as error:
+            missing.append(str(error))
+    return [each for each in found if each is not None]
 
 
 def _texts(runs: Sequence[Run], missing: list[str]) -> list[tuple[str, list[Exchange]]]:

@@ -1,4 +1,4 @@
-"""The command ``pama``: train, doctor, enable, disable, report, rollouts, sweep, score and stationarity."""
+"""The command ``pama``: train, doctor, enable, disable, report, rollouts, sweep, score, stationarity and soup."""
 
 import argparse
 import sys
@@ -133,6 +133,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stationarity.add_argument(
         "--out", type=Path, default=Path("stationarity.json"), help="output file (default: stationarity.json)"
     )
+    soup = commands.add_parser(
+        "soup",
+        usage="pama soup POLICY POLICY ... --out DIR [--weights W,W ... | --points N] [-- FLAGS]",
+        help="interpolate policies that were trained from the same model, and evaluate what lies between them",
+        description="Write the policies between trained policies, Σ w_i θ_i (rewarded soups, arXiv 2306.04488): one "
+        "policy per weight vector, from whole models or LoRA adapters in safetensors. With the flags of a run after "
+        "--, each is evaluated on its --eval.dataset, as with --pama.evaluate_only; what is there is not made again. "
+        "Prints a table and writes soups.json.",
+    )
+    soup.add_argument("policy", type=Path, nargs="+", metavar="POLICY", help="the --ckpt.output_dir of a run")
+    soup.add_argument("--out", type=Path, required=True, help="folder for the folders of the soups")
+    vectors = soup.add_mutually_exclusive_group()
+    vectors.add_argument(
+        "--weights", nargs="+", metavar="W,W", help="weight vectors, in the order of the policies, which sum to 1"
+    )
+    vectors.add_argument(
+        "--points", type=int, default=5, metavar="N", help="weights with N values per pair of policies (default: 5)"
+    )
     if arguments[:1] in (["score"], ["stationarity"]):  # imports the kinds of other packages, to list them
         from pama_plugin.settings.flags import add_objective_flags
 
@@ -146,6 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="the policy, whose tokenizer encodes text for rm and counts tokens for builtin (default: the model of the "
         "first rm objective)",
     )
+    flags: Sequence[str] = ()
+    if arguments[:1] == ["soup"] and "--" in arguments:  # what follows is for pama train
+        place = list(arguments).index("--")
+        arguments, flags = arguments[:place], arguments[place + 1 :]
     options = parser.parse_args(arguments)
 
     from pama_plugin.errors import ConfigError
@@ -159,6 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from pama_plugin.stationarity import measure_stationarity
 
             sys.exit(measure_stationarity(options))
+        if options.command == "soup":
+            from pama_plugin.soup import make_soups
+
+            sys.exit(make_soups(options, flags))
         if options.command == "rollouts":
             from pama_plugin.runs.rollouts import show_rollouts
 

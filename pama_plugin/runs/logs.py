@@ -175,6 +175,24 @@ def _interval(steps: list[int]) -> int:
     return min((later - step for step, later in zip(steps, steps[1:])), default=1)
 
 
+def read_evaluation(folder: Path) -> dict[str, float]:
+    """The metrics of the last evaluation in a ``--logger.tensorboard_dir``, without OpenRLHF's prefix ``eval/``.
+
+    Raises:
+        ConfigError: the events cannot be read.
+    """
+    metrics: dict[str, float] = {}
+    for file in sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime):
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
+        try:
+            events.Reload()
+        except (DecodeError, OSError) as error:
+            raise ConfigError(f"cannot read the TensorBoard events in {file}: {error}") from error
+        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("eval/")]
+        metrics |= {tag.removeprefix("eval/"): events.Scalars(tag)[-1].value for tag in tags}
+    return metrics
+
+
 def read_scalars(folder: Path) -> dict[str, Series]:
     """All scalars of the newest run in a ``--logger.tensorboard_dir``, without OpenRLHF's prefix ``train/``.
 

@@ -423,3 +423,43 @@ def test_a_resumed_run_goes_on_with_the_number_of_prompts_it_had_consumed(asynch
         actor.samples_generator, actor.prompts_dataloader = generator, []
         actor.init_checkpoint_states()
     assert generator.draw.number == 96
+
+
+# ---- runs that only evaluate
+
+
+def test_a_run_that_only_evaluates_needs_held_out_prompts_and_saves_nothing() -> None:
+    from pama_plugin.host.actors.reward_groups import PolicyGroup
+    from pama_plugin.host.preflight.flags import check_evaluation
+
+    with pytest.raises(ConfigError, match="--pama.evaluate_only needs --eval.dataset, found none"):
+        check_evaluation(parse_host_flags())
+    held_out = ("--eval.dataset", "held_out.jsonl", "--critic.save_value_network")
+    with pytest.raises(ConfigError, match="needs synchronous training, found --train.async_enable"):
+        check_evaluation(parse_host_flags(*held_out, "--train.async_enable"))
+    args = parse_host_flags(*held_out)
+    check_evaluation(args)
+    assert not getattr(args, "critic.save_value_network")
+    group = object.__new__(PolicyGroup)
+    group._actor_handlers = [SimpleNamespace(save_model=SimpleNamespace(remote=lambda: "saved"))]
+    assert group.async_save_model() == ["saved"]
+    group.saves = False
+    assert group.async_save_model() == []
+
+
+@pytest.mark.parametrize("steps", [0, 7])
+def test_a_run_that_only_evaluates_syncs_a_checkpoint_and_closes_the_trackers(steps) -> None:
+    from pama_plugin.host.actors import trainer
+
+    called = []
+    actor = object.__new__(trainer.PPOTrainer.__ray_metadata__.modified_class)
+    actor.steps_at_start, actor.generate_kwargs = steps, {"max_len": 64, "temperature": 1.0}
+    actor.args = SimpleNamespace(eval=SimpleNamespace(temperature=0.5, n_samples_per_prompt=3))
+    actor.init_checkpoint_states = lambda: called.append("states")
+    actor.broadcast_to_vllm = lambda: called.append("weights")
+    actor.evaluate = lambda step, **settings: called.append((step, settings))
+    actor.wandb_logger = None
+    actor.tensorboard_logger = SimpleNamespace(close=lambda: called.append("closed"))
+    actor.evaluate_only()
+    settings = {"max_len": 64, "temperature": 0.5, "n_samples_per_prompt": 3}
+    assert called == ["states", *["weights"] * bool(steps), (steps, settings), "closed"]

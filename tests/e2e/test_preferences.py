@@ -1,12 +1,13 @@
 """One policy for every preference: weights are drawn, written into the prompt, followed by the rule and evaluated."""
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
 from hosttools import ALL_MODES, evaluations
 
-from pama_plugin.runs.rollouts import read_rollouts
+from pama_plugin.runs.rollouts import EVALUATION_FILE, read_rollouts
 from pama_plugin.settings.preferences import parse_preferences, simplex_grid
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]
@@ -68,6 +69,19 @@ def test_one_policy_for_every_preference(mode, run_host, models, tmp_path) -> No
     assert resumed.status == 0, resumed.output[-5000:]
     assert list(resumed.by_step) == [5, 6]
     check_draws(tmp_path, trained, range(5, 7), mode)
+    if mode == "value heads":
+        only_evaluated(run_host, tmp_path, flags, 3 * len(grid) * 2)
+
+
+def only_evaluated(run_host, folder, flags: tuple[str, ...], responses: int) -> None:
+    """The policy of the checkpoint, with the same flags: no step, no model, and one more evaluation of step 6."""
+    shutil.rmtree(folder / "model")
+    run = run_host(*flags, "--ckpt.load_enable", "--pama.evaluate_only", "--data.max_samples", "24", steps=6)
+    assert run.status == 0, run.output[-5000:]
+    assert not run.by_step and not (folder / "model").exists()
+    assert "PAMA evaluation after step 6" in run.output and "rank correlation with weight" in run.output
+    of_step = [each for each in read_rollouts(folder / "logs", EVALUATION_FILE) if each.step == 6]
+    assert len(of_step) == responses
 
 
 def check_draws(folder, names: list[str], steps: range, mode: str) -> None:

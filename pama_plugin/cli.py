@@ -146,7 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     soup.add_argument("--out", type=Path, required=True, help="folder for the folders of the soups")
     vectors = soup.add_mutually_exclusive_group()
     vectors.add_argument(
-        "--weights", nargs="+", metavar="W,W", help="weight vectors, in the order of the policies, which sum to 1"
+        "--weights",
+        nargs="+",
+        metavar="W,W",
+        help="weight vectors that sum to 1, in the order of the policies; --weights=-0.5,1.5 if the first is negative",
     )
     vectors.add_argument(
         "--points", type=int, default=5, metavar="N", help="weights with N values per pair of policies (default: 5)"

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pama_plugin.batch.keys import ALL, label
+from pama_plugin.batch.keys import ALL
 from pama_plugin.errors import ConfigError
 from pama_plugin.runs.rollouts import SETTINGS
 from pama_plugin.settings.preferences import simplex_grid
@@ -28,6 +28,9 @@ from pama_plugin.settings.preferences import simplex_grid
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MODEL, LOGS = "model", "logs"  # folders of a soup
+RECIPE, FLAGS = "soup.json", "flags.json"  # what it was made of, and evaluated with
+# Flags that differ between soups, or would evaluate another policy.
+SET_HERE = ("--actor.model_name_or_path", "--logger.tensorboard_dir", "--ckpt.load_enable")
 
 
 def make_soups(options: argparse.Namespace, flags: Sequence[str]) -> int:
@@ -39,8 +42,12 @@ def make_soups(options: argparse.Namespace, flags: Sequence[str]) -> int:
         raise ConfigError(f"at least two policies are needed, found {len(policies)}")
     if options.points < 2:
         raise ConfigError(f"--points must be at least 2, found {options.points}")
+    if missing := [str(policy) for policy in policies if not policy.is_dir()]:
+        raise ConfigError(f"a policy must be a folder, such as the --ckpt.output_dir of a run, found {missing[0]}")
     if flags and (policies[0] / ADAPTER_CONFIG).exists():
         raise ConfigError("adapters cannot be evaluated alone: leave out the flags, and merge each soup into its base")
+    if ours := [flag for flag in flags if flag.partition("=")[0] in SET_HERE]:
+        raise ConfigError(f"the flags of a run are without {', '.join(SET_HERE)}, which each soup has, found {ours[0]}")
     vectors = [_read_vector(text, len(policies)) for text in options.weights or ()]
     try:
         vectors = vectors or list(simplex_grid(len(policies), options.points))
@@ -48,21 +55,42 @@ def make_soups(options: argparse.Namespace, flags: Sequence[str]) -> int:
         raise ConfigError(f"--points: {error}") from None
     failed = []
     for weights in tqdm(vectors, desc="soups", disable=None):
-        folder = options.out / label(weights)
+        folder = options.out / _folder_of(weights)
+        made_of = {"policies": [str(policy.resolve()) for policy in policies], "weights": list(weights)}
+        _check_same(folder / RECIPE, made_of)
         if not (folder / MODEL).exists():
             interpolate(policies, weights, folder / MODEL)
-        if flags and not _read_means(folder):
-            command = [str(Path(sys.executable).with_name("pama")), "train", *flags, "--pama.evaluate_only"]
-            command += ["--actor.model_name_or_path", str(folder / MODEL)]
-            command += ["--logger.tensorboard_dir", str(folder / LOGS)]
-            with (folder / "run.log").open("w") as log:
-                if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
-                    failed.append(folder)
+            (folder / RECIPE).write_text(json.dumps(made_of) + "\n")
+        if flags:
+            _check_same(folder / FLAGS, list(flags))
+            if not _read_means(folder) and not _evaluate(folder, flags):
+                failed.append(folder)
     if flags:
         print(table_of_soups(options.out, policies, vectors))
     for folder in failed:
         print(f"failed: {folder / 'run.log'}")
     return 1 if failed else 0
+
+
+def _check_same(file: Path, content: Any) -> None:
+    """Refuse to go on with what was made of something else. Raises ``ConfigError``."""
+    if file.exists() and (found := json.loads(file.read_text())) != content:
+        raise ConfigError(
+            f"{file.parent} was made of other policies or flags: choose another --out; {file} has {found}"
+        )
+
+
+def _evaluate(folder: Path, flags: Sequence[str]) -> bool:
+    """Evaluate a soup; false if the run failed."""
+    (folder / FLAGS).write_text(json.dumps(list(flags)) + "\n")
+    command = [str(Path(sys.executable).with_name("pama")), "train", *flags, "--pama.evaluate_only"]
+    command += ["--actor.model_name_or_path", str(folder / MODEL), "--logger.tensorboard_dir", str(folder / LOGS)]
+    with (folder / "run.log").open("w") as log:
+        return not subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def _folder_of(weights: Sequence[float]) -> str:
+    return "_".join(f"{weight:.6g}" for weight in weights)
 
 
 def _read_vector(text: str, policies: int) -> tuple[float, ...]:
@@ -96,15 +124,16 @@ def interpolate(policies: Sequence[Path], weights: Sequence[float], out: Path) -
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in policies[0].iterdir():
-        if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt"):
-            shutil.copy2(file, partial / file.name)
-    with ExitStack() as stack:
-        if all(adapters):
-            _mix_adapters(policies, weights, partial, stack)
-        else:
-            _mix_models(policies, weights, partial, stack)
-    partial.replace(out)
+    try:
+        for file in policies[0].iterdir():
+            if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt"):
+                shutil.copy2(file, partial / file.name)
+        with ExitStack() as stack:
+            mix = _mix_adapters if all(adapters) else _mix_models
+            mix(policies, weights, partial, stack)
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class Tensors:
@@ -152,13 +181,17 @@ def _mix(opened: Sequence[Tensors], weights: Sequence[float], key: str) -> Tenso
     total = torch.zeros(first.shape, dtype=torch.float32)
     for tensors, weight in zip(opened, weights):
         tensor = tensors[key]
-        if tensor.shape != first.shape:
+        if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
+            one, other = (f"{tuple(each.shape)} of {each.dtype}" for each in (first, tensor))
             raise ConfigError(
-                f"{key} must have one shape in all policies, found {tuple(first.shape)} in {opened[0].folder} and "
-                f"{tuple(tensor.shape)} in {tensors.folder}"
+                f"{key} must be the same kind of tensor in all policies, found {one} in {opened[0].folder} and {other} "
+                f"in {tensors.folder}"
             )
-        total += weight * tensor.float()
-    return total.to(first.dtype)
+        if first.is_floating_point():
+            total += weight * tensor.float()
+        elif not torch.equal(tensor, first):
+            raise ConfigError(f"{key} has {first.dtype}, which cannot be interpolated, and differs in {tensors.folder}")
+    return total.to(first.dtype) if first.is_floating_point() else first
 
 
 def _mix_adapters(policies: Sequence[Path], weights: Sequence[float], out: Path, stack: ExitStack) -> None:
@@ -209,7 +242,7 @@ def table_of_soups(out: Path, policies: Sequence[Path], vectors: Sequence[Sequen
     """One line per evaluated soup, written to ``soups.json`` too."""
     rows: list[dict[str, Any]] = []
     for weights in vectors:
-        if means := _read_means(out / label(tuple(weights))):
+        if means := _read_means(out / _folder_of(weights)):
             rewards = {name: {"mean": mean, "se": error} for name, (mean, error) in means.items()}
             rows.append({"weights": list(weights), "rewards": rewards})
     (out / "soups.json").write_text(json.dumps({"policies": [str(each) for each in policies], "soups": rows}) + "\n")

@@ -52,10 +52,15 @@ def sampled_rms(objectives: int, combine: Callable[[Tensor], Tensor]) -> float:
     >>> round(sampled_rms(2, lambda a_KN: a_KN.sum(0)), 2)  # √2
     1.41
     """
+    return math.sqrt(float(combine(_normal_draws(objectives)).square().mean()))
+
+
+@functools.lru_cache(maxsize=8)  # with preferences every step has many weight vectors
+def _normal_draws(objectives: int) -> Tensor:
     engine = torch.quasirandom.SobolEngine(objectives, scramble=True, seed=0)  # type: ignore[no-untyped-call]
     draws_NK = engine.draw(_DRAWS, dtype=torch.float64)
-    normal_KN = torch.special.ndtri(draws_NK.clamp(1e-12, 1 - 1e-12)).T.contiguous()
-    return math.sqrt(float(combine(normal_KN).square().mean()))
+    normal_NK: Tensor = torch.special.ndtri(draws_NK.clamp(1e-12, 1 - 1e-12))
+    return normal_NK.T.contiguous()
 
 
 def normal_gram(scale_K: Tensor, slope: float = 1.0) -> Tensor:

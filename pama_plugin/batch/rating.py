@@ -115,7 +115,7 @@ def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> floa
         return sum(objective.weight.end * metrics[f"eval_{ALL}/{objective.name}"] for objective in evaluated)
     if any(math.isnan(rise) for rise, _ in rises):
         return math.nan  # never better than another rating
-    if config.best == "hypervolume" and config.preferences is not None:
+    if config.preferences is not None:
         return _dominated_by_front(config, state, metrics, evaluated)
     if config.best == "hypervolume":
         return math.prod(max(0.0, 1 + rise) for rise, _ in rises)
@@ -133,10 +133,11 @@ def _dominated_by_front(
 
     scales = {each.name: state.objectives[each.name].first_evaluation for each in evaluated}
     units = {name: first for name, first in scales.items() if first is not None}
-    keys = [label(preference) for preference in config.evaluated_preferences]
     if not units:
         return 0.0
-    front = [
-        [(metrics[f"{AT_PREFERENCE}{key}/{name}"] - mean) / std for name, (mean, std) in units.items()] for key in keys
-    ]
-    return float(moocore.hypervolume(front, ref=[-1.0] * len(units), maximise=True))
+    front = []
+    for preference in config.evaluated_preferences:
+        found = [metrics.get(f"{AT_PREFERENCE}{label(preference)}/{name}", math.nan) for name in units]
+        point = [(value - mean) / std for value, (mean, std) in zip(found, units.values())]
+        front += [] if any(map(math.isnan, point)) else [point]  # with this one an objective has no reward
+    return float(moocore.hypervolume(front, ref=[-1.0] * len(units), maximise=True)) if front else math.nan

@@ -81,6 +81,7 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         print(_describe(args, config, plan, cluster), dump_config(config), sep="\n\n", end="")
         check_cluster(plan, cluster)
         sys.exit()
+    asked_to_resume = getattr(args, "ckpt.load_enable")
     config, resume = prepare_resume(
         args,
         config,
@@ -88,6 +89,11 @@ def install(args: argparse.Namespace) -> argparse.Namespace:
         allow_other_rule=allowed["other_rule"],
     )
 
+    if evaluate_only and asked_to_resume and resume is None:
+        place = getattr(args, "ckpt.path")
+        raise ConfigError(
+            f"--pama.evaluate_only with --ckpt.load_enable needs a whole checkpoint in {place}, found none"
+        )
     args.pama, args.pama_adapters, args.pama_terminal = config, adapters_of(vars(args)), sys.stdout.isatty()
     args.pama_evaluate_only = evaluate_only
     if scored_by_models := config.scored_in("ranks", "replicas"):

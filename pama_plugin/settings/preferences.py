@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 SOURCES = "dirichlet:ALPHA, grid:N or column:NAME"
 PROMPT = "prompt"  # the field of a template that stands for the user's text
 LARGEST_GRID = 1000  # points
+SMALLEST = 1e-3  # share that is not 0
 
 Weights = tuple[float, ...]
 
@@ -36,7 +37,7 @@ class Preferences(NamedTuple):
     column: str = ""
 
     def draw(self, number: int, seed: int, objectives: int) -> Weights:
-        """The weights of the prompt with this number in the run, for ``dirichlet`` and ``grid``.
+        """The weights of the prompt with this number in the run, from ``dirichlet`` or ``grid``.
 
         They depend on nothing but the arguments, so a run that is resumed goes on as one that was not.
 
@@ -44,6 +45,7 @@ class Preferences(NamedTuple):
         >>> sorted(draw(number, 42, 2) for number in range(3))
         [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
         """
+        assert self.source != "column"
         if self.source == "grid":
             grid = simplex_grid(objectives, self.points)
             order = random.Random(f"{seed} {number // len(grid)}").sample(range(len(grid)), len(grid))
@@ -52,7 +54,7 @@ class Preferences(NamedTuple):
         drawn: list[float] = []
         while not sum(drawn) > 0:  # all may be 0 up to rounding if alpha is small
             drawn = [generator.gammavariate(self.alpha, 1.0) for _ in range(objectives)]
-        return tuple(value / sum(drawn) for value in drawn)
+        return _normalise(drawn)
 
 
 @functools.cache
@@ -119,8 +121,14 @@ def read_weights(value: Any, names: Sequence[str]) -> Weights:
             f"must be {len(names)} numbers for {', '.join(names)}, or map these names to numbers, finite, at least 0 "
             f"and not all 0, found {found!r}"
         )
+    return _normalise(numbers)
+
+
+def _normalise(numbers: Sequence[float]) -> Weights:
+    """Shares that sum to 1; those below ``SMALLEST``, which no template writes, are 0."""
     total = math.fsum(numbers)
-    return tuple(number / total for number in numbers)
+    kept = [number if number >= SMALLEST * total else 0.0 for number in numbers]
+    return tuple(number / math.fsum(kept) for number in kept)
 
 
 def _is_weight(value: Any) -> bool:
@@ -211,6 +219,8 @@ def parse_template(text: str, names: Sequence[str]) -> Template:
     missing = [
         name for index, name in enumerate(names) if index not in {p.objective for p in pieces if isinstance(p, Field)}
     ]
+    if PROMPT in names:
+        raise ValueError(f"an objective cannot be named {PROMPT}, which is the field of the user's text")
     if missing or pieces.count(None) > 1:
         problem = f"no {{{'}, {'.join(missing)}}}" if missing else f"{{{PROMPT}}} more than once"
         raise ValueError(f"must have a field for every objective and at most one {{{PROMPT}}}, found {problem}")

@@ -28,6 +28,7 @@ from pama_plugin.settings.preferences import (
     Preferences,
     Template,
     default_template,
+    fill_slots,
     parse_preferences,
     parse_template,
     simplex_grid,
@@ -389,10 +390,9 @@ def _complete_preferences(settings: dict[str, Any]) -> dict[str, Any]:
     names = [objective.name for objective in settings["objectives"] if objective.role != "monitor"]
     chosen = {key: value for key, value in settings.items() if value is not None}
     return {
-        "best": "hypervolume",
         "preference_template": default_template(names),
         "eval_preferences": 5 if len(names) == 2 else 3,
-    } | {key: chosen[key] for key in ("best", "preference_template", "eval_preferences") if key in chosen}
+    } | {key: chosen[key] for key in ("preference_template", "eval_preferences") if key in chosen}
 
 
 def _check_preferences(config: PamaConfig) -> None:
@@ -409,12 +409,12 @@ def _check_preferences(config: PamaConfig) -> None:
         raise ValueError(f"{flag} needs a rule without constraints, found --loss {config.loss}: it sets the weights")
     if config.level == "batch":
         raise ValueError(f"{flag} needs --pama.level token or sequence, found batch: its c is the same for all prompts")
-    if config.best != "hypervolume":
+    if config.best not in (None, "hypervolume"):
         raise ValueError(
             f"--pama.best must be hypervolume with --pama.preferences, found {config.best}: an evaluation has a front"
         )
     try:
-        parse_template(str(config.preference_template), config.trained_names)
+        template = parse_template(str(config.preference_template), config.trained_names)
     except ValueError as error:
         raise ValueError(f"--pama.preference_template {error}, in {config.preference_template!r}") from None
     grids = {"preferences": config.preference_source.points if config.preference_source else 2}
@@ -423,10 +423,19 @@ def _check_preferences(config: PamaConfig) -> None:
             simplex_grid(count, points)
         except ValueError as error:
             raise ValueError(f"--pama.{name}: {error}") from None
+    texts = [fill_slots(template.with_slots(), template, each) for each in config.evaluated_preferences]
+    if len(set(texts)) < len(texts):
+        alike = next(text for text in texts if texts.count(text) > 1)
+        raise ValueError(
+            f"--pama.preference_template must write each of the {len(texts)} evaluated preferences in its own way, "
+            f"found {alike!r} for {texts.count(alike)} of them"
+        )
+    # All objectives agree on each response, and differ in how much, so that every rule gives it an advantage.
     generator = torch.Generator().manual_seed(0)
-    values_KB1 = torch.randn(count, 16, 1, generator=generator)
-    shares = ([(share, *[(1 - share) / (count - 1)] * (count - 1))] * 16 for share in (0.3, 0.7))
-    one, other = (config.rehearse(values_KB1, preferences).advantages for preferences in shares)
+    signs_B1 = torch.tensor([1.0, -1.0]).repeat(8).unsqueeze(-1)
+    values_KB1 = torch.rand(count, 16, 1, generator=generator).add(0.5) * signs_B1
+    for_one = (0.7, *[0.3 / (count - 1)] * (count - 1))
+    one, other = (config.rehearse(values_KB1, [each] * 16).advantages for each in (for_one, for_one[::-1]))
     if torch.allclose(one / one.norm(), other / other.norm(), atol=1e-4):
         raise ValueError(f"{flag} needs a rule that follows weights, found --loss {config.loss}")
 

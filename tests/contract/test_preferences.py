@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hosttools import as_reward_groups, give_value_heads, host_args, make_rollout, parse_host_flags
+from torch.nn.functional import pad
 
 from pama_plugin import aggregate
-from pama_plugin.errors import ConfigError
+from pama_plugin.errors import ConfigError, PamaError
 from pama_plugin.settings.load import load_config
 
 pytestmark = pytest.mark.contract
@@ -29,12 +30,12 @@ def config_of(*objectives: str, loss: str = "linear", **settings):
 
 
 def tokenizer_with(template: str):
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), chat_template=template
-    )
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template)
 
 
 def dataset_of(config, rows=ROWS, tokenizer=None, *flags: str):
@@ -171,17 +172,65 @@ def test_what_is_fine_is_not_refused(tmp_path) -> None:
     ("column", "bad", "message"),
     [
         ("weights", [1, 1], "--pama.preferences column:weights: .*must have the column weights, found prompt, w"),
-        ("w", [1, -1], "row 2 of --data.prompt_dataset: must be 2 numbers .*found .1, -1"),
-        ("w", [0, 0], "row 2 .*not all 0, found .0, 0"),
-        ("w", [1], "row 2 .*must be 2 numbers"),
-        ("w", [1, None], "row 2 .*must be 2 numbers"),
-        ("w", [1, 1, 1], "row 2 .*must be 2 numbers"),
+        ("w", [1, -1], "prompts.jsonl, row 2: must be 2 numbers .*found .1, -1"),
+        ("w", [0, 0], "row 2: .*not all 0, found .0, 0"),
+        ("w", [1], "row 2: must be 2 numbers"),
+        ("w", [1, None], "row 2: must be 2 numbers"),
+        ("w", [1, 1, 1], "row 2: must be 2 numbers"),
     ],
 )
 def test_columns_that_are_not_weights_are_refused_with_the_row(column, bad, message, tmp_path) -> None:
     rows = [*ROWS[:2], {"prompt": "x", "w": bad}, *ROWS[2:]]
     with pytest.raises(ConfigError, match=message):
         check(tmp_path, config_of(preferences=f"column:{column}"), rows)
+
+
+def test_every_row_of_every_data_set_is_checked_before_ray_starts(tmp_path) -> None:
+    bad = [{"prompt": MESSAGES[2:3]}]
+    chat = ({"prompt": MESSAGES[1:2]}, {"prompt": MESSAGES[1:2]})
+    tokenizer_with(CHAT).save_pretrained(tmp_path / "policy")
+    flags = ["--actor.model_name_or_path", str(tmp_path / "policy"), "--data.apply_chat_template"]
+    with pytest.raises(ConfigError, match="--data.prompt_dataset .*prompts.jsonl: row 2: .*a user's message of text"):
+        check(tmp_path, config_of(), [*chat, *bad], *flags)
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*chat, *bad]))
+    with pytest.raises(ConfigError, match="--eval.dataset .*held_out.jsonl: row 2: "):
+        check(tmp_path, config_of(), chat, *flags, "--eval.dataset", str(tmp_path / "held_out.jsonl"))
+    system = [{"prompt": [{"role": "system", "content": None}, *MESSAGES[1:2]]}]
+    with pytest.raises(ConfigError, match="row 2: the system message must be a text, found None"):
+        check(tmp_path, config_of(preference_template=SYSTEM), [*chat, *system], *flags)
+    with pytest.raises(ConfigError, match="row 1: .*the preference once"):
+        check(tmp_path, config_of(), [{"prompt": "fine"}, {"prompt": "a \ue0f0 b"}])
+
+
+def test_a_prompt_whose_preference_would_be_cut_off_is_refused(tmp_path) -> None:
+    tokenizer_with(CHAT).save_pretrained(tmp_path / "policy")
+    flags = ["--actor.model_name_or_path", str(tmp_path / "policy"), "--rollout.max_new_tokens", "8"]
+    rows = [{"prompt": "a"}, {"prompt": "a " * 40}]
+    assert check(tmp_path, config_of(), rows, *flags, "--data.max_len", "2000") == []
+    with pytest.raises(ConfigError, match=r"row 1: .*at most 12 tokens \(--data.max_len minus"):
+        check(tmp_path, config_of(), rows, *flags, "--data.max_len", "20")
+
+
+def test_an_evaluation_needs_moocore(tmp_path, monkeypatch) -> None:
+    from pama_plugin.host.preflight import preferences
+
+    (tmp_path / "held_out.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    monkeypatch.setattr(preferences, "find_spec", lambda _: None)
+    assert check(tmp_path, config_of(), ROWS) == []
+    with pytest.raises(ConfigError, match=r"needs pip install 'pama_plugin\[report\]'"):
+        check(tmp_path, config_of(), ROWS, "--eval.dataset", str(tmp_path / "held_out.jsonl"))
+
+
+def test_a_prompt_without_weights_in_its_column_ends_the_run() -> None:
+    """Where the data sets could not be read before Ray started; nothing is drawn in their place."""
+    from pama_plugin.host.actors.dataset import NumberedDraw, PromptsWithPreferences
+
+    for column, message in (("weigths", "found None, for the prompt 'Question 0"), ("w", "not all 0, found .0, 0")):
+        config = config_of(preferences=f"column:{column}")
+        rows = [{"prompt": "Question 0?", "w": [0, 0]}]
+        loader = PromptsWithPreferences(loader_of(config, rows), config.template, NumberedDraw(config, 42))
+        with pytest.raises(PamaError, match=f"--pama.preferences column:{column}: .*{message}"):
+            list(loader)
 
 
 def test_a_chat_template_that_drops_the_preference_is_refused(tmp_path) -> None:
@@ -239,20 +288,34 @@ def test_rewards_of_the_rollout_judge_the_prompt_without_the_preference(tmp_path
 
 
 def test_reward_models_read_the_prompt_without_the_preference() -> None:
+    from openrlhf.trainer.ppo_utils.experience import Experience
+
     from pama_plugin.host.actors.collector import without_preferences
     from pama_plugin.host.actors.conversations import Conversations
 
     samples = make_rollout(3, seed=1)
+    responses = []
     for sample in samples:
         sample.prompts = [conditioned("Why")]
-    from openrlhf.trainer.ppo_utils.experience import Experience
-
+        responses.append(sample.sequences[0][int(sample.action_mask[0].nonzero()[0]) + 1 :])
+        before = torch.tensor([ord(letter) for letter in sample.prompts[0]])
+        sample.sequences = torch.cat([before, responses[-1]]).unsqueeze(0)
+        sample.attention_mask = torch.ones_like(sample.sequences)
+        sample.action_mask = (torch.arange(1, sample.sequences.shape[1]) >= len(before)).long().unsqueeze(0)
     batch = Experience.concat_experiences(samples, 0)
     stripped = without_preferences(batch, Tokenizer())
-    for row, sample in enumerate(samples):
-        response = sample.sequences[0][int(sample.action_mask[0].nonzero()[0]) + 1 :].tolist()
+    for row, response in enumerate(responses):
         tokens = stripped.sequences[row][stripped.attention_mask[row].bool()].tolist()
-        assert tokens == [ord(letter) for letter in "Why"] + response
+        assert tokens == [ord(letter) for letter in "Why"] + response.tolist()
+    for sample in samples:  # an agent wrote something before the prompt
+        text = sample.prompts[0]
+        sample.sequences, sample.attention_mask = (
+            pad(each, (1, 0), value=1) for each in (sample.sequences, sample.attention_mask)
+        )
+        sample.action_mask, tokenizer = pad(sample.action_mask, (1, 0)), Tokenizer()
+        tokenizer.decode = lambda tokens, text=text: f"tools: {text}"
+        (stripped,) = without_preferences(sample, tokenizer).sequences
+        assert "".join(map(chr, stripped[: len("tools: Why")].tolist())) == "tools: Why"
 
     args = host_args()
     read = Conversations(SimpleNamespace(args=args), SimpleNamespace(all_special_tokens=[], decode=lambda *_, **__: ""))
@@ -365,7 +428,7 @@ def test_held_out_prompts_are_answered_with_every_preference(groups) -> None:
     maker = MultiObjectiveExperienceMaker(
         None, None, as_reward_groups(config, {}), None, None, strategy, SimpleNamespace(pad_token_id=0)
     )
-    rows = [{"prompt": text, "datasource": source} for text, source in (("a", "x"), ("b", "y"), ("a", "x"))]
+    rows = [{"prompt": text, "datasource": source} for text, source in (("a", "x"), ("b", "y"), ("a", "z"))]
     stock = SamplesGenerator(strategy, loader_of(config), loader_of(config, rows), Tokenizer(), None)
     generator = ScoredSamplesGenerator(stock, maker.collector)
     size = 2
@@ -394,9 +457,10 @@ def test_held_out_prompts_are_answered_with_every_preference(groups) -> None:
     assert len(rows) == len(found) and rows[0]["weights"] == {"helpful": 2.0, "terse": 0.0}
     assert metrics["eval_preference/0.5_0.5/helpful"] == pytest.approx(0.5 + 1 / 3 + 0.05)
     assert metrics["eval_x/helpful"] == pytest.approx(0.55) and metrics["eval_y/helpful"] == pytest.approx(1.55)
+    assert metrics["eval_z/helpful"] == pytest.approx(0.55), "the same text in another data set"
     assert metrics["eval_follows/helpful"] == pytest.approx(1) and metrics["eval_follows/terse"] == pytest.approx(1)
     assert metrics["eval_all/helpful_std"] == pytest.approx(1 / math.sqrt(3)), "over prompts, not over preferences"
-    assert {source for (source,), *_ in generator.eval_dataloader} == {"x", "y"}
+    assert {source for (source,), *_ in generator.eval_dataloader} == {"x", "y", "z"}
     weighted = [
         2 * sum(w * float(found[i].info[f"reward/{n}"]) for n, w in zip(config.names, found[i].prompts[0].preference))
         for i in (0, 5)

@@ -90,7 +90,7 @@ def test_a_run_that_ends_at_the_front_lets_both_halves_end(size, last, empty, mo
     batches = [[1], [], [2], [3], [4], [], [5]] if empty else [[1], [2], [3], [4], [5]]
 
     class Generator:
-        ended = False
+        ended, draw = False, mock.Mock()
 
         def generate_samples(self):
             if self.ended:
@@ -170,7 +170,7 @@ def test_partial_rollouts_go_on_while_weights_are_sent(partial, monkeypatch) -> 
     monkeypatch.setattr(host.BasePPOTrainer, "broadcast_to_vllm", lambda self: order.append("weights"))
     half(
         trainer_async.GenerateSamplesActor,
-        samples_generator=SimpleNamespace(generate_samples=generate, batches=0),
+        samples_generator=SimpleNamespace(generate_samples=generate, batches=0, draw=mock.Mock()),
         prompts_dataloader=mock.MagicMock(),
         eval_dataloader=None,
         generate_kwargs={},

@@ -6,6 +6,8 @@ import statistics
 import pytest
 import torch
 
+from pama_plugin import aggregate, available_rules
+from pama_plugin.aggregation import get_rule
 from pama_plugin.batch.metrics import describe_preferences, spearman
 from pama_plugin.batch.rating import rate, summarise_front
 from pama_plugin.batch.state import RunState
@@ -152,9 +154,46 @@ def test_objectives_that_preferences_cannot_weigh_are_refused() -> None:
         config_of("a=builtin:length", "b=builtin:length,role=constraint,threshold=1", loss="lagrangian")
 
 
+FOLLOWS = sorted(set(available_rules()) - {"pareto_rank", "gram:imtl_g", "lagrangian"})
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 5, 8])
+@pytest.mark.parametrize("loss", FOLLOWS)
+def test_every_rule_that_follows_weights_is_accepted_however_many_objectives(loss, objectives) -> None:
+    config_of(*(f"o{index}=builtin:length" for index in range(objectives)), loss=loss, eval_preferences="2")
+
+
+@pytest.mark.parametrize("loss", FOLLOWS)
+def test_small_preferences_give_no_large_advantages(loss) -> None:
+    """Most of these weights are below 1e-6, the smallest that float32 has."""
+    generator = torch.Generator().manual_seed(0)
+    for objectives in (2, 3):
+        logs_KB = torch.rand(objectives, 12, generator=generator, dtype=torch.float64) * -37
+        advantages_KB1 = torch.randn(objectives, 24, 1, generator=generator)
+        context = {"rewards_KB": advantages_KB1.squeeze(-1)} if "rewards_KB" in get_rule(loss).parameters else {}
+        weights_KB = (10**logs_KB).repeat_interleave(2, 1)
+        groups_B = torch.arange(24) // 2
+        result = aggregate(loss, advantages_KB1, torch.ones(24, 1), weights=weights_KB, groups_B=groups_B, **context)
+        assert result.advantages.abs().max() < 30
+
+
+def test_a_drawn_preference_is_written_or_0() -> None:
+    for text in ("dirichlet:0.01", "dirichlet:0.1"):
+        drawn = [parse_preferences(text).draw(number, 1, 3) for number in range(500)]
+        assert all(weight == 0 or weight >= 1e-3 for weights in drawn for weight in weights)
+    assert read_weights([1e-5, 1.0], ["a", "b"]) == (0.0, 1.0)
+
+
+def test_a_template_that_writes_two_preferences_alike_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"each of the 5 evaluated preferences in its own way, found '. . ' for 2"):
+        config_of(preference_template="{helpful:.0f} {terse:.0f} {prompt}")
+    with pytest.raises(ConfigError, match="an objective cannot be named prompt"):
+        config_of("prompt=builtin:length", "terse=builtin:length")
+
+
 def test_the_settings_are_complete_and_survive_yaml(tmp_path) -> None:
     config = config_of()
-    assert (config.best, config.eval_preferences) == ("hypervolume", 5)
+    assert (config.best, config.eval_preferences) == (None, 5)
     assert config.preference_template == "[helpful {helpful}, terse {terse}]\n{prompt}"
     (tmp_path / "run.yaml").write_text(dump_config(config))
     assert load_config(None, [], str(tmp_path / "run.yaml"), None, None, default_level="token") == config
@@ -221,6 +260,10 @@ def test_the_rating_is_the_volume_that_the_front_dominates() -> None:
     assert rate(config, state, first | spread) == pytest.approx(1)
     better = evaluation(config, [(3.0, 0.0), (1.0, 0.0), (1.0, 1.0)])  # (1, 0), (0, 0), (0, 1)
     assert rate(config, state, first | better) == pytest.approx(3)
+    without = {key: value for key, value in better.items() if not key.startswith("eval_preference/1_0/terse")}
+    assert rate(config, state, first | without) == pytest.approx(2), "where an objective has no reward"
+    nothing = {key: value for key, value in better.items() if "/terse" not in key}
+    assert math.isnan(rate(config, state, first | nothing))
 
 
 def run_of(tmp_path, name: str, last: list[tuple[float, float]], follows: float = 1.0):
@@ -242,14 +285,14 @@ def test_a_report_has_the_front_of_one_policy(tmp_path) -> None:
     pytest.importorskip("moocore")
     from matplotlib import pyplot
 
-    from pama_plugin.runs.report.preferences import draw_steering, read_steering, steering_table
+    from pama_plugin.runs.report.preferences import draw_steering, read_steering, steering_tables
 
     follows = read_steering(run_of(tmp_path, "follows", [(4.0, 1.0), (3.0, 2.0), (1.0, 3.0)]))
     ignores = read_steering(run_of(tmp_path, "ignores", [(2.0, 2.0)] * 3, follows=0.0))
     assert follows.names == ("helpful", "terse") and follows.steps == (1, 5)
     assert follows.weights_LK.tolist() == [[1, 0], [0.5, 0.5], [0, 1]]
     assert follows.means_2LK.tolist() == [[[1, 1]] * 3, [[4, 1], [3, 2], [1, 3]]]
-    grid = steering_table([follows, ignores])
+    (grid,) = steering_tables([follows, ignores])
     assert grid.columns == ["run", "weights of helpful, terse", "helpful", "terse", "hypervolume"]
     assert grid.rows[1] == ["follows", "0.5, 0.5", "3.000 ± 0.250", "2.000 ± 0.250", "–"]
     assert grid.rows[3] == ["follows", "follows its weight", "1.00", "1.00", "0 → 2"], "above (1, 1): the square (3, 2)"
@@ -257,6 +300,21 @@ def test_a_report_has_the_front_of_one_policy(tmp_path) -> None:
     figure = draw_steering([follows, ignores])
     assert [axes.get_title() for axes in figure.axes if axes.get_title()] == ["follows", "ignores"]
     pyplot.close(figure)
+
+
+def test_runs_with_other_objectives_have_tables_of_their_own(tmp_path) -> None:
+    pytest.importorskip("moocore")
+    from pama_plugin.runs.report.preferences import read_steering, steering_tables
+
+    run = run_of(tmp_path, "a", [(4.0, 1.0), (3.0, 2.0), (1.0, 3.0)])
+    first = read_steering(run)
+    turned = first._replace(run="b", names=("terse", "helpful"))
+    one, other = steering_tables([first, turned])
+    assert one.columns[2:4] == ["helpful", "terse"] and other.columns[2:4] == ["terse", "helpful"]
+    assert {row[0] for row in one.rows} == {"a"} and {row[0] for row in other.rows} == {"b"}
+    partly = {tag: series for tag, series in run.scalars.items() if "1_0/helpful" not in tag}
+    grid = steering_tables([read_steering(type(run)(**vars(run) | {"scalars": partly}))])[0]
+    assert grid.rows[0][2] == "nan" and grid.rows[3][-1] == "0 → 2", "above (1, 1): the rectangle to (3, 2)"
 
 
 def test_a_run_without_preferences_has_no_such_front(tmp_path) -> None:

@@ -12,7 +12,7 @@ from pama_plugin.aggregation import Aggregation
 from pama_plugin.batch.rollouts import choose_responses, describe_responses, step_line
 from pama_plugin.batch.table import RewardTable
 from pama_plugin.cli import main
-from pama_plugin.runs.rollouts import FILE, read_rollouts
+from pama_plugin.runs.rollouts import EVALUATION_FILE, FILE, read_rollouts
 from pama_plugin.settings.load import load_config
 
 CONFIG = load_config(
@@ -178,3 +178,37 @@ def test_a_folder_without_a_log(tmp_path, capsys) -> None:
     assert show(tmp_path) == 2 and f"{FILE}, line 1: Field required" in capsys.readouterr().err
     (tmp_path / FILE).write_text("")
     assert show(tmp_path) == 2 and "no response was logged yet" in capsys.readouterr().err
+
+
+def test_the_responses_of_evaluations_are_in_a_file_of_their_own(logged, capsys) -> None:
+    assert show(logged, "--evaluation") == 2 and f"no {EVALUATION_FILE} in" in capsys.readouterr().err
+    held_out = [row(step, 0, f"held out {step}", a=1.0) for step in (0, 4)]
+    (logged / "new" / EVALUATION_FILE).write_text("".join(json.dumps(each) + "\n" for each in held_out))
+    assert show(logged, "--evaluation") == 0
+    shown = capsys.readouterr().out
+    assert "held out 4" in shown and "held out 0" not in shown and "logged steps: 0, 4" in shown
+
+
+def test_the_table_of_an_evaluation() -> None:
+    from pama_plugin.batch.rollouts import evaluation_table
+    from pama_plugin.settings.load import load_config
+
+    objectives = ["a=builtin:length", "b=builtin:length", "seen=builtin:length,role=monitor"]
+    config = load_config("linear", objectives, None, None, None, default_level="token")
+    metrics = {"eval_all/a": 1.25, "eval_all/a_se": 0.125, "eval_all/b": -3.0, "eval_all/b_se": float("nan")}
+    assert evaluation_table(config, 7, metrics).splitlines() == [
+        "PAMA evaluation after step 7",
+        "  data sets  a            b   seen",
+        "  all        1.25 ± 0.12  -3  –",
+    ]
+    config = load_config(
+        "linear", objectives, None, None, None, preferences="grid:3", eval_preferences=2, default_level="token"
+    )
+    metrics = {f"eval_preference/{place}/{name}": 1.0 for place in ("1_0", "0_1") for name in ("a", "b")}
+    assert evaluation_table(config, 7, metrics | {"eval_follows/a": 1.0}).splitlines() == [
+        "PAMA evaluation after step 7",
+        "  weights of a, b               a     b  seen",
+        "  1, 0                          1     1  –",
+        "  0, 1                          1     1  –",
+        "  rank correlation with weight  1.00  –  –",
+    ]

@@ -1,6 +1,7 @@
 """``pama soup``: the weights between policies, of whole models, several files and LoRA adapters."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -110,12 +111,14 @@ def test_policies_that_do_not_fit_are_refused(tmp_path) -> None:
     one = save(tmp_path / "one", policy(1))
     wide = save(tmp_path / "wide", {key: tensor.repeat(2, 1) for key, tensor in policy(1).items()})
     fewer = save(tmp_path / "fewer", dict(list(policy(1).items())[:2]))
+    half = save(tmp_path / "half", policy(1, torch.bfloat16))
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"no")
     adapter = save_adapter(tmp_path / "adapter", 1, 2, 8)
     for other, message in (
-        (wide, r"a.weight must have one shape .*\(3, 4\) in .*one and \(6, 4\)"),
+        (wide, r"a.weight must be the same kind .*\(3, 4\) of torch.float32 in .*one and \(6, 4\)"),
+        (half, r"a.weight must be the same kind .*torch.float32 in .*one and .*torch.bfloat16"),
         (fewer, "the same tensors, found c.weight in only one of"),
         (tmp_path / "empty", "empty has no model.safetensors .*: pama soup reads policies in safetensors"),
         (tmp_path / "broken", "cannot read the policy in .*broken"),
@@ -123,7 +126,18 @@ def test_policies_that_do_not_fit_are_refused(tmp_path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             interpolate([one, other], (0.5, 0.5), tmp_path / "soup")
-        assert not (tmp_path / "soup").exists()
+        assert not list(tmp_path.glob("soup*"))
+
+
+def test_integers_are_kept_if_all_have_the_same(tmp_path) -> None:
+    """A sum of 0.9 and 0.1 times an integer may be a little below it, and would be cut off."""
+    ids = torch.arange(512)
+    folders = [save(tmp_path / name, policy(seed) | {"ids": ids}) for seed, name in enumerate(("one", "other"))]
+    interpolate(folders, (0.9, 0.1), tmp_path / "soup")
+    assert torch.equal(load(tmp_path / "soup")["ids"], ids)
+    other = save(tmp_path / "third", policy(1) | {"ids": ids + 1})
+    with pytest.raises(ConfigError, match="ids has torch.int64, which cannot be interpolated, and differs in .*third"):
+        interpolate([folders[0], other], (0.9, 0.1), tmp_path / "another")
 
 
 def run(*arguments: str) -> int:
@@ -132,7 +146,7 @@ def run(*arguments: str) -> int:
     return ended.value.code
 
 
-def test_the_command_makes_a_folder_per_weight_vector_and_none_twice(tmp_path) -> None:
+def test_the_command_makes_a_folder_per_weight_vector_and_none_twice(tmp_path, capsys) -> None:
     folders = [str(save(tmp_path / name, policy(seed))) for seed, name in enumerate(("one", "other"))]
     out = tmp_path / "soups"
     assert run(*folders, "--out", str(out), "--points", "3") == 0
@@ -140,8 +154,11 @@ def test_the_command_makes_a_folder_per_weight_vector_and_none_twice(tmp_path) -
     before = (out / "1_0" / "model" / "model.safetensors").stat().st_mtime_ns
     assert run(*folders, "--out", str(out), "--points", "2") == 0
     assert (out / "1_0" / "model" / "model.safetensors").stat().st_mtime_ns == before
-    assert run(*folders, "--out", str(out), "--weights", "1.5,-0.5") == 0
-    assert (out / "1.5_-0.5" / "model" / "config.json").exists()
+    assert run(*folders, "--out", str(out), "--weights", "1.5,-0.5", "0.12345,0.87655") == 0
+    assert run(*folders, "--out", str(out), "--weights=-0.5,1.5") == 0
+    assert {"1.5_-0.5", "-0.5_1.5", "0.12345_0.87655"} <= {path.name for path in out.iterdir()}
+    assert run(*folders[::-1], "--out", str(out), "--points", "2") == 2
+    assert "made of other policies or flags" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -153,12 +170,16 @@ def test_the_command_makes_a_folder_per_weight_vector_and_none_twice(tmp_path) -
         (["one", "other", "--weights", "a,b"], "found 'a,b'"),
         (["one", "other", "--points", "1"], "--points must be at least 2, found 1"),
         (["one", "other", "--points", "5000"], "--points: 5000 points"),
+        (["one", "none"], "a policy must be a folder, .*found .*none"),
+        (["one", "other", "--", "--ckpt.load_enable"], "without .*--ckpt.load_enable, .*found --ckpt.load_enable"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, tmp_path, capsys) -> None:
-    assert run(*arguments, "--out", str(tmp_path / "out")) == 2
-    import re
-
+    for name in ("one", "other"):
+        save(tmp_path / name, policy(1))
+    places = [str(tmp_path / word) if word in ("one", "other", "none") else word for word in arguments]
+    at = places.index("--") if "--" in places else len(places)
+    assert run(*places[:at], "--out", str(tmp_path / "out"), *places[at:]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 

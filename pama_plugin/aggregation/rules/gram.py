@@ -87,23 +87,27 @@ def mix_by_gram(
     """
     scale_KP, which_B = distinct(scale_KB)
     factor_K = torch.ones_like(scale_KP[:, 0]) if factor_K is None else factor_K
-    first_K = (factor_K * scale_KP[:, 0] if scale_KP.shape[1] == 1 else factor_K).to(scale_KB.dtype)
+    same = scale_KP.shape[1] == 1
+    first_K = (factor_K * scale_KP[:, 0] if same else factor_K).to(advantages_KBA.dtype)
     gram_KK = gram_matrix(advantages_KBA, mask_BA, present_KB, first_K, slope).cpu()
     c_KP = torch.zeros(scale_KP.shape, dtype=torch.float64)
     unit_rms_B = torch.zeros(present_KB.shape[1], dtype=torch.float64, device=mask_BA.device)
-    for index, scale_K in enumerate(scale_KP.cpu().T):
+    for index, scale_K in enumerate(scale_KP.double().cpu().T):
         if not (kept_K := scale_K > 0).any():
             continue  # these responses have weights for inactive objectives only
-        own_KK = gram_KK if scale_KP.shape[1] == 1 else gram_KK * torch.outer(scale_K, scale_K)
+        own_KK = gram_KK if same else gram_KK * torch.outer(scale_K, scale_K)
         c_KP[kept_K, index] = weigh(own_KK[kept_K][:, kept_K])
-        normal_KK = normal_gram(scale_K[kept_K].double(), slope)
+        normal_KK = normal_gram(scale_K[kept_K], slope)
         with_scale_B = (which_B == index).expand_as(unit_rms_B)
         unit_rms_B[with_scale_B] = size_of_mix(weigh(normal_KK), normal_KK, present_KB[kept_K][:, with_scale_B])
-    c_KB, balanced_KB = c_KP.to(mask_BA.device)[:, which_B], (scale_KB * factor_K.unsqueeze(-1)).to(scale_KB.dtype)
+    c_KB = c_KP.to(mask_BA.device)[:, which_B]
+    # One factor where scales differ, because a scale may be far too large for the type, and its c far too small.
+    factors_KB = c_KB if same else c_KB * scale_KB.double() * factor_K.unsqueeze(-1)
+    in_matrix_K1 = (first_K if same else torch.ones_like(first_K)).unsqueeze(-1)
     combined_BA = torch.empty_like(advantages_KBA[0])
     for rows in blocks(advantages_KBA):
-        a_KbA = scaled(rows, advantages_KBA, mask_BA, present_KB, balanced_KB, slope)
-        combined_BA[rows] = a_KbA.mul_(at(rows, c_KB.to(a_KbA.dtype))).sum(0)
+        a_KbA = scaled(rows, advantages_KBA, mask_BA, present_KB, in_matrix_K1, slope)
+        combined_BA[rows] = a_KbA.mul_(at(rows, factors_KB.to(a_KbA.dtype))).sum(0)
     return combined_BA, c_KB, unit_rms_B
 
 

@@ -40,13 +40,15 @@ def min_norm(
     [0.58, 0.41, -0.78, -0.21]
     """
     weighted_KB = active_K.unsqueeze(-1) & (weights_KB > 0)
+    if weights_KB.shape[1] > 1:
+        weights_KB = weights_KB.double()  # the largest over the smallest may be too large for float32
     mean_B = weights_KB[active_K].sum(0) / weighted_KB.sum(0).clamp(min=1)
     scale_KB = torch.where(weighted_KB, mean_B / weights_KB, 0)
     combined_BA, c_KB, unit_rms_B = mix_by_gram(
         advantages_KBA, mask_BA, present_KB, scale_KB, 0.0 if noon else 1.0, min_norm_point
     )
     c_K = c_KB[:, (c_KB > 0).any(0)].mean(1)
-    return Combination(combined_BA, c_K.to(weights_KB.dtype), unit_rms=unit_rms_B)
+    return Combination(combined_BA, c_K.to(advantages_KBA.dtype), unit_rms=unit_rms_B)
 
 
 def min_norm_point(gram_KK: Tensor) -> Tensor:

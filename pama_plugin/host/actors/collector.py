@@ -248,8 +248,11 @@ def without_preferences(samples: Experience, tokenizer: Tokenizer) -> Experience
     ):
         actions = action_A.nonzero()
         first = int(actions[0]) + 1 if len(actions) else len(tokens_S)  # the mask starts at the second token
-        before = torch.tensor(tokenizer(plain(prompt), add_special_tokens=False)["input_ids"])
-        rows.append(torch.cat([before, tokens_S[first:][attention_S[first:].bool()]]))
+        before, text = tokens_S[:first][attention_S[:first].bool()], plain(prompt)
+        if before.tolist() != tokenizer(prompt, add_special_tokens=False)["input_ids"]:  # of an agent
+            text = tokenizer.decode(before).replace(prompt, text, 1)
+        plain_S = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=tokens_S.dtype)
+        rows.append(torch.cat([plain_S, tokens_S[first:][attention_S[first:].bool()]]))
     sequences = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return HostExperience(sequences=sequences, attention_mask=attention_mask)

@@ -6,6 +6,7 @@ from typing import Any
 from openrlhf.datasets import PromptDataset
 from openrlhf.trainer import ppo_trainer
 
+from pama_plugin.errors import PamaError
 from pama_plugin.host.actors.prompts import Prompt, with_columns
 from pama_plugin.host.preflight.preferences import text_with_slots
 from pama_plugin.host.protocols import Strategy
@@ -35,8 +36,7 @@ class PromptsWithColumns(PromptDataset):
                     data.input_template,
                     data.apply_chat_template,
                 )
-                if source.column in row:  # held-out prompts need none
-                    prompt.given = read_weights(row[source.column], config.trained_names)
+                prompt.given, prompt.row = row.get(source.column), number
             prompts.append(prompt)
         self.prompts = prompts
 
@@ -51,7 +51,9 @@ class PromptsWithPreferences:
         for columns in self.loader:
             for source, prompt, label, images in zip(*columns):
                 for preference in self.choose(prompt):
-                    yield [source], [prompt.with_preference(self.template, preference)], [label], [images]
+                    conditioned = prompt.with_preference(self.template, preference)
+                    conditioned.source = str(source)
+                    yield [source], [conditioned], [label], [images]
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -67,7 +69,14 @@ class NumberedDraw:
     def __call__(self, prompt: Prompt) -> list[Weights]:
         self.number += 1
         assert (source := self.config.preference_source) is not None
-        return [prompt.given or source.draw(self.number - 1, self.seed, len(self.config.trained))]
+        if source.source != "column":
+            return [source.draw(self.number - 1, self.seed, len(self.config.trained))]
+        try:
+            return [read_weights(prompt.given, self.config.trained_names)]
+        except ValueError as error:  # of a data set that could not be read before Ray started
+            raise PamaError(
+                f"--pama.preferences {self.config.preferences}: {error}, for the prompt {prompt[:200]!r}"
+            ) from None
 
 
 def read_columns(strategy: Strategy) -> None:

@@ -1,6 +1,5 @@
 """Evaluation per objective: all rewards of every held-out response."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from pama_plugin.batch.rating import summarise, summarise_front
 from pama_plugin.batch.rollouts import Row, choose_responses, describe_rewards
 from pama_plugin.host.actors.collector import RewardCollector
 from pama_plugin.host.actors.dataset import NumberedDraw, PromptsWithPreferences
-from pama_plugin.host.actors.prompts import columns_of, plain, preference_of
+from pama_plugin.host.actors.prompts import columns_of, plain, preference_of, whole
 from pama_plugin.host.actors.rollout_log import add_texts
 from pama_plugin.host.protocols import Experience
 from pama_plugin.settings.names import DATASOURCE
@@ -86,6 +85,8 @@ class ScoredSamplesGenerator(SamplesGenerator):
         prompts = [sample.prompts[0] for sample in samples]
         if DATASOURCE in config.columns:  # the same text may be in several data sets
             of_responses = [str(columns_of(prompt)[DATASOURCE]) for prompt in prompts]
+        elif config.preferences is not None:
+            of_responses = [whole(prompt).source for prompt in prompts]
         else:
             of_responses = [datasets.get(prompt, "unknown") for prompt in prompts]  # as in OpenRLHF's metrics
         self.metrics = summarise(rewards, applies, of_responses, size * max(len(config.evaluated_preferences), 1))
@@ -111,12 +112,6 @@ def in_order_of_preferences(
     OpenRLHF returns prompts in the order in which vLLM finished.
     """
     places = {preference: place for place, preference in enumerate(preferences)}
-    prompts: dict[str, int] = {}
-    seen: Counter[str] = Counter()  # the same prompt may be in the data set several times
-    keys = []
-    for sample in samples[::size]:
-        prompt = sample.prompts[0]
-        keys.append((prompts.setdefault(plain(prompt), len(prompts)), seen[prompt], places[preference_of(prompt)]))
-        seen[prompt] += 1
-    order = sorted(range(len(keys)), key=keys.__getitem__)
+    prompts = [whole(sample.prompts[0]) for sample in samples[::size]]
+    order = sorted(range(len(prompts)), key=lambda group: (prompts[group].row, places[prompts[group].preference]))
     return [sample for group in order for sample in samples[group * size : (group + 1) * size]]

@@ -19,14 +19,18 @@ class Prompt(str):
         slots: the text with slots for a preference, if it is to have one.
         plain: the text without a preference, which rewards judge.
         preference: weights that are written in the text.
-        given: weights that the data set has for it.
+        given: what the data set has in the column of preferences.
+        row: its number in the data set.
+        source: the data set, or part of it, as OpenRLHF names it in evaluations.
     """
 
     columns: Mapping[str, Any]
     slots: str | None = None
     plain: str | None = None
     preference: Weights = ()
-    given: Weights = ()
+    given: Any = None
+    row: int = 0
+    source: str = ""
 
     def as_text(self, text: str) -> "Prompt":
         """Another text with all that this one carries."""
@@ -38,7 +42,7 @@ class Prompt(str):
         """The text with the preference in its slots."""
         assert self.slots is not None
         prompt = with_columns(fill_slots(self.slots, template, preference), self.columns)
-        prompt.plain, prompt.preference = str(self), preference
+        prompt.plain, prompt.preference, prompt.row = str(self), preference, self.row
         return prompt
 
 

@@ -67,8 +67,7 @@ class ObjectiveExecutor(AgentExecutorBase):
         actions = [token for start, end in turns for token in tokens[start:end]]
         query = hf_tokenizer.decode(tokens, skip_special_tokens=False)
         if self.config.preferences is not None:  # rewards judge the response, not how well it fits the preference
-            first = turns[0][0] if turns else len(tokens)
-            query = plain(output["prompt"]) + hf_tokenizer.decode(tokens[first:], skip_special_tokens=False)
+            query = _without_preference(query, output["prompt"], tokens, turns, hf_tokenizer)
         response = Response(
             query=query,
             prompt=plain(output["prompt"]),
@@ -171,6 +170,14 @@ class ObjectiveExecutor(AgentExecutorBase):
                 "objective %s: %d responses without a reward in this engine so far (%s); last reason: %s",
                 *(names, count, objectives[0].on_failure, problem),
             )
+
+
+def _without_preference(query: str, prompt: str, tokens: list[int], turns: Any, hf_tokenizer: Any) -> str:
+    """The query with the prompt as it is without its preference; an agent may have added texts around it."""
+    if prompt in query:
+        return query.replace(prompt, plain(prompt), 1)
+    first = turns[0][0] if turns else len(tokens)  # the tokenizer does not return the text that it was given
+    return plain(prompt) + str(hf_tokenizer.decode(tokens[first:], skip_special_tokens=False))
 
 
 def _load(source: Source) -> Scorer:

@@ -15,6 +15,13 @@ from pama_plugin.host.protocols import Experience, Tokenizer
 logger = logging.getLogger(__name__)
 
 
+def log_folder(args: Any) -> Path:
+    """Where a run writes its settings and texts: beside its TensorBoard logs if it has any."""
+    if args.logger.tensorboard_dir:
+        return Path(args.logger.tensorboard_dir) / args.logger.wandb.run_name  # as OpenRLHF's logger
+    return Path(args.ckpt.output_dir)
+
+
 def add_texts(
     rows: Sequence[Row], chosen: Sequence[int], experiences: Sequence[Experience], tokenizer: Tokenizer
 ) -> None:

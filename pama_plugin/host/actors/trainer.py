@@ -5,7 +5,6 @@ and what it shows and decides), logs and checkpoints. ``PPOTrainer`` at the end 
 asynchronous one is in ``trainer_async``.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -37,7 +36,7 @@ from pama_plugin.host.actors.evaluation import ScoredSamplesGenerator
 from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
 from pama_plugin.host.actors.handshake import report, shake_hands
 from pama_plugin.host.actors.probe import probe_pairs
-from pama_plugin.host.actors.rollout_log import RolloutLog
+from pama_plugin.host.actors.rollout_log import RolloutLog, log_folder
 from pama_plugin.host.preflight.resume import STATE
 from pama_plugin.host.protocols import Strategy
 from pama_plugin.runs.rollouts import EVALUATION_FILE, FILE, SETTINGS
@@ -78,9 +77,7 @@ class MultiObjectiveTrainer(Host):
         self.best_eval_metric_key = self.best_eval_metric_key or BEST
         if self.wandb_logger:  # OpenRLHF's config has one text of all our settings: runs could not be grouped by rule
             self.wandb_logger.handle.config.update({"pama": as_settings(self.config)}, allow_val_change=True)
-        folder = Path(self.args.ckpt.output_dir)
-        if self.tensorboard_logger:
-            folder = Path(self.tensorboard_logger.writer.log_dir)
+        folder = log_folder(self.args)
         self.settings_file = folder / SETTINGS
         trackers = self.wandb_logger, self.tensorboard_logger
         self.rollout_log = RolloutLog(folder / FILE, "pama/rollouts", *trackers)
@@ -96,7 +93,8 @@ class MultiObjectiveTrainer(Host):
         print(self.shake_hands(), flush=True)
         try:
             self.settings_file.parent.mkdir(parents=True, exist_ok=True)
-            self.settings_file.write_text(dump_config(self.config))
+            if not (self.args.pama_evaluate_only and self.settings_file.exists()):  # those of the trained run
+                self.settings_file.write_text(dump_config(self.config))
         except OSError as error:
             logger.warning("PAMA: cannot write %s: %s", self.settings_file, error.strerror)
         if self.config.probe != "off":
@@ -121,10 +119,6 @@ class MultiObjectiveTrainer(Host):
             f"nothing was trained: an optimizer step takes {needed} responses (--train.batch_size), the run had "
             f"{responses}{filtered}"
         )
-
-    def log_folder(self) -> Path:
-        """Where this run writes its settings and texts."""
-        return self.settings_file.parent
 
     def shake_hands(self) -> str:
         def reports(group: Any) -> list[Any]:

@@ -1,16 +1,16 @@
 """OpenRLHF's asynchronous training: a generator actor and a trainer actor, with a queue between them."""
 
-from pathlib import Path
 from typing import Any
 
 import ray
 from openrlhf.trainer import ppo_trainer_async
 
+from pama_plugin.batch.rollouts import evaluation_table
 from pama_plugin.errors import RewardError
 from pama_plugin.host.actors.dataset import read_columns
 from pama_plugin.host.actors.evaluation import ScoredSamplesGenerator
 from pama_plugin.host.actors.experience import MultiObjectiveExperienceMaker
-from pama_plugin.host.actors.rollout_log import RolloutLog
+from pama_plugin.host.actors.rollout_log import RolloutLog, log_folder
 from pama_plugin.host.actors.trainer import MultiObjectiveTrainer, reachable_position
 from pama_plugin.host.protocols import Strategy
 from pama_plugin.runs.rollouts import EVALUATION_FILE
@@ -87,7 +87,7 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
         read_columns(strategy)
         super().__init__(pretrain, strategy, *args, **kwargs)
 
-    def begin(self, strategy: Strategy, reward_model_group: Any, steps_done: int, log_folder: Path) -> None:
+    def begin(self, strategy: Strategy, reward_model_group: Any, steps_done: int) -> None:
         tokenizer = self.samples_generator.tokenizer
         engines = self.samples_generator.vllm_engines
         parts = (None, None, reward_model_group, None, None, strategy, tokenizer)
@@ -96,7 +96,7 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
         self.eval_dataloader = self.samples_generator.eval_dataloader  # by its prompts OpenRLHF knows the data sets
         self.rollout_slots = WatchedSlots(self.rollout_slots, self.samples_generator)
         self.steps_done = steps_done
-        self.evaluation_log = RolloutLog(log_folder / EVALUATION_FILE, "pama/evaluation", None, None)
+        self.evaluation_log = RolloutLog(log_folder(strategy.args) / EVALUATION_FILE, "pama/evaluation", None, None)
 
     def fit(self, episode: int, total_consumed_prompts: int) -> None:
         """Run as OpenRLHF does; a ``RewardError`` names the step that its rollout was for."""
@@ -114,6 +114,7 @@ class GenerateSamplesActor(ppo_trainer_async.GenerateSamplesActor.__ray_metadata
         logs: dict[str, float] = super()._run_eval()
         metrics, rows = self.samples_generator.pop(self._last_eval_step)
         self.evaluation_log.write(rows)
+        print(evaluation_table(self.samples_generator.collector.config, self._last_eval_step, metrics), flush=True)
         return logs | metrics
 
 
@@ -128,8 +129,5 @@ class PPOTrainerAsync(ppo_trainer_async.PPOTrainerAsync.__ray_metadata__.modifie
 
     def fit(self) -> None:
         states = ray.get(self.trainer_actor.init_checkpoint_states.remote())
-        folder = ray.get(self.trainer_actor.log_folder.remote())
-        ray.get(
-            self.generator_actor.begin.remote(self.strategy, self.reward_model_group, states["global_step"], folder)
-        )
+        ray.get(self.generator_actor.begin.remote(self.strategy, self.reward_model_group, states["global_step"]))
         super().fit()

@@ -8,6 +8,7 @@ from pama_plugin.aggregation import get_rule
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.preflight.tokenizers import check_vocabularies
 from pama_plugin.host.preflight.weights import check_code, check_value_head
+from pama_plugin.settings.preferences import simplex_grid
 from pama_plugin.settings.run import WEIGHTED_SUM, PamaConfig
 
 # The flags of OpenRLHF's single reward, which objectives replace.
@@ -170,8 +171,14 @@ def _choose_filter(args: argparse.Namespace, config: PamaConfig) -> PamaConfig:
     always = [objective for objective in rated if not (objective.when or objective.abstain)]
     ranges = {objective.name: objective.range for objective in always if objective.range is not None}
     if len(ranges) == len(rated):
-        low = config.rate({name: bounds.low for name, bounds in ranges.items()}, 0)
-        high = config.rate({name: bounds.high for name, bounds in ranges.items()}, 0)
+        corners = simplex_grid(len(config.trained), 2) if config.preferences is not None else [()]
+        low, high = (
+            extreme(
+                config.rate({name: getattr(bounds, end) for name, bounds in ranges.items()}, 0, each)
+                for each in corners
+            )
+            for extreme, end in ((min, "low"), (max, "high"))
+        )
         if high <= smallest or low >= largest:
             raise ConfigError(
                 f"{between} must contain rewards between {low:g} and {high:g}, as range= says of "

@@ -1,15 +1,15 @@
 """The texts of prompts with room for a preference, and the checks of data sets before Ray starts."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from huggingface_hub.errors import LocalEntryNotFoundError
-from openrlhf.datasets.prompts_dataset import preprocess_data
 
 from pama_plugin.errors import ConfigError
 from pama_plugin.host.preflight.tokenizers import POLICY, NeedsItsOwnCode, load, read_tokenizer
-from pama_plugin.settings.preferences import CLOSE, OPEN, Template, read_weights
+from pama_plugin.settings.preferences import CLOSE, OPEN, Template, fill_slots, read_weights
 from pama_plugin.settings.run import PamaConfig
 
 
@@ -22,35 +22,67 @@ def check_preferences(args: argparse.Namespace, config: PamaConfig, read: Mappin
         read: flag → rows of each of its data sets.
 
     Returns:
-        A warning if the policy's chat template cannot be read here.
+        A warning if the policy's tokenizer cannot be read here.
 
     Raises:
-        ConfigError: names the flag, the requirement and the row.
+        ConfigError: names the flag, the data set, the row and the requirement.
     """
+    if getattr(args, "eval.dataset") and find_spec("moocore") is None:
+        raise ConfigError(
+            "--pama.preferences with --eval.dataset needs pip install 'pama_plugin[report]', for the hypervolume; "
+            "found no moocore"
+        )
+    flag = f"--pama.preferences {config.preferences}"
     column = config.preference_source.column if config.preference_source else ""
-    for rows in read["data.prompt_dataset"] if column else []:
-        flag = f"--pama.preferences {config.preferences}"
+    for place, rows in _named(args, read, ["data.prompt_dataset"] if column else []):
         if column not in rows.column_names:
-            raise ConfigError(
-                f"{flag}: --data.prompt_dataset must have the column {column}, found {', '.join(rows.column_names)}"
-            )
+            raise ConfigError(f"{flag}: {place} must have the column {column}, found {', '.join(rows.column_names)}")
         for number, value in enumerate(rows[column]):
             try:
                 read_weights(value, config.trained_names)
             except ValueError as error:
-                raise ConfigError(f"{flag}: row {number} of --data.prompt_dataset: {error}") from None
-    key, template, chat = (
+                raise ConfigError(f"{flag}: {place}, row {number}: {error}") from None
+    key, around, chat = (
         getattr(args, f"data.{name}") for name in ("input_key", "input_template", "apply_chat_template")
     )
-    tokenizer = None
-    if chat:
+    tokenizer, policy = None, getattr(args, POLICY.removeprefix("--"))
+    if policy is not None:
         try:
-            tokenizer = load(read_tokenizer, POLICY, getattr(args, POLICY.removeprefix("--")))
+            tokenizer = load(read_tokenizer, POLICY, policy)
         except (LocalEntryNotFoundError, NeedsItsOwnCode) as error:
-            return [f"not checked whether the chat template keeps preferences: {error}"]
-    for rows in [rows for data_sets in read.values() for rows in data_sets if len(rows)]:
-        text_with_slots(config.template, rows[0], 0, tokenizer, key, template, chat)
+            return [f"not checked whether every prompt has room for its preference: {error}"]
+    longest = getattr(args, "data.max_len") - (getattr(args, "rollout.max_new_tokens") or 1)
+    for place, rows in _named(args, read, list(read)):
+        seen: set[str] = set()
+        for number, row in enumerate(rows):
+            content = row[key]
+            # The chat template, which takes most time, is asked once for each shape of a conversation.
+            shape = "" if isinstance(content, str) else str([message.get("role") for message in content])
+            simple = len(str(content)) < longest and OPEN not in str(content)  # a token has a character or more
+            try:
+                if shape in seen and simple:
+                    _place(config.template, content, number, chat)
+                    continue
+                text = text_with_slots(config.template, row, number, tokenizer, key, around, chat)
+            except ConfigError as error:
+                raise ConfigError(f"{place}: {error}") from error
+            seen.add(shape)
+            if tokenizer is None:
+                continue
+            written = fill_slots(text, config.template, config.evaluated_preferences[0])
+            if (tokens := len(tokenizer(written, add_special_tokens=False)["input_ids"])) > longest:
+                raise ConfigError(
+                    f"{place}, row {number}: a prompt with its preference must have at most {longest} tokens "
+                    "(--data.max_len minus --rollout.max_new_tokens), because OpenRLHF cuts off its beginning, found "
+                    f"{tokens}"
+                )
     return []
+
+
+def _named(args: argparse.Namespace, read: Mapping[str, list[Any]], flags: list[str]) -> Iterator[tuple[str, Any]]:
+    """Each data set of these flags, with the words for it in an error."""
+    for flag in flags:
+        yield from zip((f"--{flag} {name}" for name in getattr(args, flag).split(",")), read[flag])
 
 
 def text_with_slots(
@@ -74,6 +106,8 @@ def text_with_slots(
     Raises:
         ConfigError: there is no place for the preference, or the chat template drops it.
     """
+    from openrlhf.datasets.prompts_dataset import preprocess_data  # late: imports the package datasets
+
     changed = dict(row) | {input_key: _place(template, row[input_key], number, chat)}
     apply = tokenizer.apply_chat_template if chat else None
     try:
@@ -103,6 +137,10 @@ def _place(template: Template, content: Any, number: int, chat: bool) -> Any:
     messages = [dict(message) for message in content]
     if template.is_system_message:
         if messages and messages[0].get("role") == "system":
+            if not isinstance(messages[0]["content"], str):
+                raise ConfigError(
+                    f"row {number}: the system message must be a text, found {messages[0]['content']!r:.100}"
+                )
             messages[0]["content"] = f"{messages[0]['content']}\n{template.with_slots()}"
             return messages
         return [{"role": "system", "content": template.with_slots()}, *messages]

@@ -13,7 +13,7 @@ from pama_plugin.runs.report.figures import draw_curves, draw_front, draw_paths
 from pama_plugin.runs.report.front import find_front
 from pama_plugin.runs.report.page import write_page
 from pama_plugin.runs.report.pareto import by_arm, starts
-from pama_plugin.runs.report.preferences import Steering, draw_steering, read_steering, steering_table
+from pama_plugin.runs.report.preferences import Steering, draw_steering, read_steering, steering_tables
 from pama_plugin.runs.report.tables import (
     arms_table,
     differences_table,
@@ -62,7 +62,7 @@ def report_runs(
         grids.append(differences_table(runs, names, baseline))
     steering = _steering(runs, missing)
     if steering:
-        grids.append(steering_table(steering))
+        grids += steering_tables(steering)
     grids = [without_empty_columns(grid) for grid in grids]
     figures = {"curves": draw_curves(runs)}
     if len(names) > 1 and (paths := draw_paths(runs, names)):

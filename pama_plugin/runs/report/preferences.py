@@ -60,7 +60,7 @@ def read_steering(run: Run) -> Steering | None:
         series = [run.scalars.get(f"{prefix}{label(each)}/{name}{end}", [(0, np.nan)]) for each in preferences]
         return [points[-1 if last else 0][1] for points in series]
 
-    steps = [step for step, _ in run.scalars[f"{prefix}{label(preferences[0])}/{names[0]}"]]
+    steps = sorted({step for tag, series in run.scalars.items() if tag.startswith(prefix) for step, _ in series})
     return Steering(
         run.name,
         names,
@@ -72,25 +72,30 @@ def read_steering(run: Run) -> Steering | None:
     )
 
 
-def steering_table(found: Sequence[Steering]) -> Grid:
+def steering_tables(found: Sequence[Steering]) -> list[Grid]:
+    """A table for all runs with the same objectives."""
+    return [
+        _table(names, [each for each in found if each.names == names])
+        for names in dict.fromkeys(each.names for each in found)
+    ]
+
+
+def _table(names: tuple[str, ...], found: Sequence[Steering]) -> Grid:
     """Run × preference: the mean rewards; below them the rank correlations and the hypervolume of the whole front.
 
     The reference point of the hypervolume is the lowest mean of each objective in any first evaluation, so that of
     several runs the same.
     """
-    names = found[0].names
-    reference = np.min([each.means_2LK[0].min(0) for each in found if each.names == names], axis=0)
+    reference = np.nanmin([np.nanmin(each.means_2LK[0], axis=0) for each in found], axis=0)
     rows = []
     for each in found:
         for weights, means, errors in zip(each.weights_LK, each.means_2LK[1], each.errors_LK):
             cells = [f"{m:.3f}" if np.isnan(e) else f"{m:.3f} ± {e:.3f}" for m, e in zip(means, errors)]
             rows.append([each.run, ", ".join(f"{weight:.3g}" for weight in weights), *cells, "–"])
         follows = ["–" if np.isnan(value) else f"{value:.2f}" for value in each.follows_K]
-        volume = "–"
-        if each.names == names:
-            first, last = (indicators(means, means, reference.tolist()).hypervolume for means in each.means_2LK)
-            volume = f"{first:.3g} → {last:.3g}"
-        rows.append([each.run, "follows its weight", *follows, volume])
+        fronts = [means[~np.isnan(means).any(1)] for means in each.means_2LK]
+        volumes = [indicators(front, front, reference.tolist()).hypervolume if len(front) else 0.0 for front in fronts]
+        rows.append([each.run, "follows its weight", *follows, " → ".join(f"{volume:.3g}" for volume in volumes)])
     return Grid(
         "preferences",
         ["run", f"weights of {', '.join(names)}", *names, "hypervolume"],
@@ -115,7 +120,8 @@ def draw_steering(found: Sequence[Steering]) -> Figure:
         first, last = each.means_2LK[..., [a, b]]
         shades = [colours(weight) for weight in each.weights_LK[:, a]]
         panel.plot(*first.T, "x", color="0.6", label=f"step {each.steps[0]}")
-        front = last[nondominated(last)]
+        known = last[~np.isnan(last).any(1)]
+        front = known[nondominated(known)] if len(known) else known
         panel.plot(*front[front[:, 0].argsort()].T, color="0.8", lw=0.9, zorder=0)
         panel.errorbar(*last.T, *each.errors_LK[:, [b, a]].T, fmt="none", ecolor="0.7", elinewidth=0.8)
         panel.scatter(*last.T, c=shades, s=36, zorder=2, label=f"step {each.steps[1]}")

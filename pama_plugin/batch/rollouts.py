@@ -117,7 +117,7 @@ def evaluation_table(config: PamaConfig, step: int, metrics: Mapping[str, float]
         rows.append(["rank correlation with weight", *("–" if rho is None else f"{rho:.2f}" for rho in follows)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n  ".join([f"PAMA evaluation after step {step}", *lines])
+    return "\n".join(f"PAMA evaluation, step {step}  {line}" for line in lines)
 
 
 def _with_error(mean: float, error: float | None) -> str:

@@ -185,7 +185,7 @@ MODES = (
 ROWS = re.findall(r"^\| (.+?) \| (CPU|refused)(.*?) \| `(.+?)::(.+?)` \|$", README, flags=re.MULTILINE)
 # Where a mode was run: whole runs, which only the end-to-end tests are, or the host's functions alone.
 RUN_ON = {", 1 rank": "tests/e2e/", ", 2 ranks": "tests/e2e/", ", functions": "tests/contract/"}
-RUN_ON |= dict.fromkeys((", 1 rank, by hand", ", 1 or 2 ranks, by hand"), "tests/e2e/")
+RUN_ON |= dict.fromkeys((", 1 rank, by hand", ", 2 ranks, by hand", ", 1 or 2 ranks, by hand"), "tests/e2e/")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -28,11 +28,12 @@ def test_adapters_are_trained_sent_saved_and_resumed_with_zero_3_on_two_ranks(ru
     nats = [step["pama/kl_response"] for step in run.steps]
     assert abs(nats[0]) < 1e-5 and max(map(abs, nats)) > 1e-3, "the reference is the policy with its adapters off"
 
-    resumed = run_host(*flags, "--ckpt.load_enable", "--data.max_samples", "40", steps=5)
-    assert resumed.status == 0, resumed.output[-5000:]
-    assert list(resumed.by_step) == [4, 5]
-    assert all(abs(step["vllm_kl"]) < 1e-3 for step in resumed.steps)
-    assert abs(resumed.by_step[4]["pama/kl_response"]) > 1e-3, "the adapters are those of the checkpoint"
+    if ALL_MODES:  # two minutes
+        resumed = run_host(*flags, "--ckpt.load_enable", "--data.max_samples", "40", steps=5)
+        assert resumed.status == 0, resumed.output[-5000:]
+        assert list(resumed.by_step) == [4, 5]
+        assert all(abs(step["vllm_kl"]) < 1e-3 for step in resumed.steps)
+        assert abs(resumed.by_step[4]["pama/kl_response"]) > 1e-3, "the adapters are those of the checkpoint"
 
     assert (tmp_path / "model" / "adapter_config.json").is_file()
     combine = [sys.executable, "-m", "openrlhf.cli.lora_combiner", "--model_path", str(models / "policy")]

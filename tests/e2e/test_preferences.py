@@ -79,7 +79,7 @@ def only_evaluated(run_host, folder, flags: tuple[str, ...], responses: int) -> 
     run = run_host(*flags, "--ckpt.load_enable", "--pama.evaluate_only", "--data.max_samples", "24", steps=6)
     assert run.status == 0, run.output[-5000:]
     assert not run.by_step and not (folder / "model").exists()
-    assert "PAMA evaluation after step 6" in run.output and "rank correlation with weight" in run.output
+    assert "PAMA evaluation, step 6" in run.output and "rank correlation with weight" in run.output
     of_step = [each for each in read_rollouts(folder / "logs", EVALUATION_FILE) if each.step == 6]
     assert len(of_step) == responses
 

@@ -197,18 +197,16 @@ def test_the_table_of_an_evaluation() -> None:
     config = load_config("linear", objectives, None, None, None, default_level="token")
     metrics = {"eval_all/a": 1.25, "eval_all/a_se": 0.125, "eval_all/b": -3.0, "eval_all/b_se": float("nan")}
     assert evaluation_table(config, 7, metrics).splitlines() == [
-        "PAMA evaluation after step 7",
-        "  data sets  a            b   seen",
-        "  all        1.25 ± 0.12  -3  –",
+        "PAMA evaluation, step 7  data sets  a            b   seen",
+        "PAMA evaluation, step 7  all        1.25 ± 0.12  -3  –",
     ]
     config = load_config(
         "linear", objectives, None, None, None, preferences="grid:3", eval_preferences=2, default_level="token"
     )
     metrics = {f"eval_preference/{place}/{name}": 1.0 for place in ("1_0", "0_1") for name in ("a", "b")}
     assert evaluation_table(config, 7, metrics | {"eval_follows/a": 1.0}).splitlines() == [
-        "PAMA evaluation after step 7",
-        "  weights of a, b               a     b  seen",
-        "  1, 0                          1     1  –",
-        "  0, 1                          1     1  –",
-        "  rank correlation with weight  1.00  –  –",
+        "PAMA evaluation, step 7  weights of a, b               a     b  seen",
+        "PAMA evaluation, step 7  1, 0                          1     1  –",
+        "PAMA evaluation, step 7  0, 1                          1     1  –",
+        "PAMA evaluation, step 7  rank correlation with weight  1.00  –  –",
     ]

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
 from collections import Counter
 
 import pytest
+import torch
 from hosttools import ALL_MODES, evaluations
+from safetensors.torch import load_file, save_file
 
 from pama_plugin.runs.rollouts import EVALUATION_FILE, read_rollouts
 from pama_plugin.settings.preferences import parse_preferences, simplex_grid
@@ -100,3 +103,37 @@ def check_draws(folder, names: list[str], steps: range, mode: str) -> None:
         for each in rollouts:
             shares = ", ".join(f"{name} {each.weights[name] / len(names):.2f}" for name in names)
             assert json.dumps(each.prompt).startswith(json.dumps(f"[{shares}]\n")[:-1])
+
+
+@BY_HAND
+def test_soups_of_two_policies_are_evaluated_by_the_host(environment, ray_address, models, tmp_path) -> None:
+    """Of the policy with itself, moved by 0 and by as much as changes what it writes."""
+    other = tmp_path / "other"
+    shutil.copytree(models / "policy", other)
+    tensors = load_file(other / "model.safetensors")
+    moved = {key: tensor + 0.5 * tensor.std() * torch.randn_like(tensor) for key, tensor in tensors.items()}
+    save_file(moved, other / "model.safetensors", metadata={"format": "pt"})
+    flags = f"""
+        --loss linear --pama.objective length=builtin:length --pama.objective helpful=rm:{models}/helpful
+        --eval.dataset {models}/held_out.jsonl --eval.n_samples_per_prompt 2 --data.input_key prompt
+        --data.prompt_dataset {models}/prompts.jsonl --data.max_len 64
+        --rollout.max_new_tokens 12 --rollout.batch_size 4 --pama.probe off
+        --rollout.micro_batch_size 4 --train.micro_batch_size 4 --train.batch_size 4 --actor.num_gpus_per_node 1
+        --ref.num_gpus_per_node 1 --reward.num_gpus_per_node 1 --vllm.num_engines 1 --vllm.enforce_eager
+        --vllm.sync_backend gloo --vllm.gpu_memory_utilization 0.1 --ds.attn_implementation eager --ds.zero_stage 2
+        --ds.param_dtype fp32 --algo.advantage.estimator reinforce --ckpt.output_dir {tmp_path}/unused
+    """.split()
+    command = ["pama", "soup", str(models / "policy"), str(other), "--out", str(tmp_path / "soups"), "--points", "2"]
+    finished = subprocess.run(
+        [*command, "--", *flags],
+        env=environment | {"RAY_ADDRESS": ray_address},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    log = "\n".join(file.read_text()[-3000:] for file in (tmp_path / "soups").glob("*/run.log"))
+    assert finished.returncode == 0, finished.stdout + finished.stderr + log
+    soups = json.loads((tmp_path / "soups" / "soups.json").read_text())["soups"]
+    assert [soup["weights"] for soup in soups] == [[1, 0], [0, 1]]
+    first, last = (soup["rewards"]["helpful"]["mean"] for soup in soups)
+    assert first != last and not (tmp_path / "unused").exists()

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from pama_plugin.host.hook import HOST_COMMAND
@@ -19,7 +20,28 @@ from pama_plugin.host.hook import HOST_COMMAND
 ROOT = Path(__file__).parents[1]
 
 
-ALL_MODES = "PAMA_ALL_MODES" in os.environ  # runs that CI has no time for
+ALL_MODES = "PAMA_ALL_MODES" in os.environ
+
+
+def by_hand(duration: str) -> pytest.MarkDecorator:
+    """A mark for runs that CI has no time for, where another run in CI shows the same parts at work."""
+    return pytest.mark.skipif(not ALL_MODES, reason=f"takes {duration}; run with PAMA_ALL_MODES=1")
+
+
+# Modes in which prompts of a kind of their own are run: the first one in CI, the others by hand.
+ROLLOUT_MODES = {
+    "value heads": "--algo.advantage.estimator gae --critic.save_value_network --ds.value_head_prefix score",
+    "asynchronous": "--algo.advantage.estimator reinforce_baseline --train.async_enable --train.async_queue_size 1",
+    "partial rollouts": "--algo.advantage.estimator group_norm --train.async_enable --train.partial_rollout_enable",
+    "dynamic filtering": "--algo.advantage.estimator rloo --algo.dynamic_filtering_enable --pama.filter_by sum "
+    "--algo.dynamic_filtering_range -99 99",
+}
+
+
+def rollout_modes(duration: str) -> list[Any]:
+    """The names of ``ROLLOUT_MODES`` for parametrize; ``duration`` is that of those by hand."""
+    first, *others = ROLLOUT_MODES
+    return [first, *(pytest.param(mode, marks=by_hand(duration)) for mode in others)]
 
 
 class _Parsed(Exception):

@@ -18,6 +18,7 @@ COSINE = f"{GRADIENT}cosine/"
 CRITIC_LOSS, REWARD_TIMING = "critic_loss/", "timing/reward/"
 # Of evaluations; OpenRLHF adds the prefix ``eval/``.
 ALL = "all"  # name of the union of all datasets
+OVER_ALL = f"eval_{ALL}/"
 AT_PREFERENCE, FOLLOWED = "eval_preference/", "eval_follows/"
 
 

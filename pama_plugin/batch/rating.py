@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from pama_plugin.batch.keys import ALL, AT_PREFERENCE, FOLLOWED, label
+from pama_plugin.batch.keys import ALL, AT_PREFERENCE, FOLLOWED, OVER_ALL, label
 from pama_plugin.batch.metrics import spearman
 from pama_plugin.batch.state import RunState
 from pama_plugin.settings.objective import Objective
@@ -100,9 +100,9 @@ def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> floa
     ``hypervolume`` are NaN.
     """
     rises: list[tuple[float, float]] = []  # of each objective that has a unit, and its weight
-    evaluated = [objective for objective in config.trained if f"eval_{ALL}/{objective.name}" in metrics]
+    evaluated = [objective for objective in config.trained if f"{OVER_ALL}{objective.name}" in metrics]
     for objective in evaluated:
-        mean, std = metrics[f"eval_{ALL}/{objective.name}"], metrics[f"eval_{ALL}/{objective.name}_std"]
+        mean, std = metrics[f"{OVER_ALL}{objective.name}"], metrics[f"{OVER_ALL}{objective.name}_std"]
         measured = state.objectives[objective.name]
         if measured.first_evaluation is None and std > 0:
             measured.first_evaluation = (mean, std)
@@ -112,7 +112,7 @@ def rate(config: PamaConfig, state: RunState, metrics: dict[str, float]) -> floa
         elif std != 0:  # NaN: with a single prompt there never is a standard deviation
             rises.append((math.nan, objective.weight.end))
     if config.best == "weighted":
-        return sum(objective.weight.end * metrics[f"eval_{ALL}/{objective.name}"] for objective in evaluated)
+        return sum(objective.weight.end * metrics[f"{OVER_ALL}{objective.name}"] for objective in evaluated)
     if any(math.isnan(rise) for rise, _ in rises):
         return math.nan  # never better than another rating
     if config.preferences is not None:

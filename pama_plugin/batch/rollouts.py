@@ -16,6 +16,7 @@ from pama_plugin.batch.keys import (
     CONFLICT,
     FOLLOWED,
     KL,
+    OVER_ALL,
     REFERENCE_NLL,
     REWARD,
     label,
@@ -66,7 +67,7 @@ def describe_responses(
         steps_done: number of steps before this one.
         preferences: of each response, if prompts have them.
     """
-    weights_KB = config.weights_with(preferences, steps_done).reshape(len(config.trained), -1)
+    weights_KB = config.weights_with(preferences, steps_done)
     coefficients = dict(zip(config.trained_names, map(_number, result.coefficients.tolist())))
     advantages_B = (result.advantages * mask_BA).sum(1) / mask_BA.sum(1)
     rows = describe_rewards(config, table, chosen, weights_KB)
@@ -105,7 +106,7 @@ def _number(value: float) -> float | None:
 
 def evaluation_table(config: PamaConfig, step: int, metrics: Mapping[str, float]) -> str:
     """Mean ± standard error of every objective on held-out prompts, with each preference if prompts have them."""
-    places = {"all": f"eval_{ALL}/"}
+    places = {ALL: OVER_ALL}
     if config.preferences is not None:
         places = {label(each): f"{AT_PREFERENCE}{label(each)}/" for each in config.evaluated_preferences}
     rows = [["weights of " + ", ".join(config.trained_names) if config.preferences else "data sets", *config.names]]

@@ -163,24 +163,28 @@ class Template(NamedTuple):
         """
         parts = []
         for number, piece in enumerate(self.pieces):
-            slot = f"{OPEN}{number}{CLOSE}" if isinstance(piece, Field) else piece
-            parts.append(text if slot is None else slot)
+            part = _slot(number) if isinstance(piece, Field) else piece
+            parts.append(text if part is None else part)
         return "".join(parts)
 
     @property
     def slots(self) -> list[str]:
-        return [f"{OPEN}{number}{CLOSE}" for number, piece in enumerate(self.pieces) if isinstance(piece, Field)]
+        return [_slot(number) for number, piece in enumerate(self.pieces) if isinstance(piece, Field)]
 
 
 # Characters for private use, which chat templates pass on and texts do not have.
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 
 
+def _slot(number: int) -> str:
+    return f"{OPEN}{number}{CLOSE}"
+
+
 def fill_slots(text: str, template: Template, weights: Weights) -> str:
     """The text with weights in its slots."""
     for number, piece in enumerate(template.pieces):
         if isinstance(piece, Field):
-            text = text.replace(f"{OPEN}{number}{CLOSE}", format(weights[piece.objective], piece.form))
+            text = text.replace(_slot(number), format(weights[piece.objective], piece.form))
     return text
 
 

@@ -1,28 +1,20 @@
 """``PamaConfig``: the settings of a run, validated once, before Ray starts, then frozen. ``load`` makes it.
 
-The module contains, in this order: ``PamaConfig`` with its validators, its properties and its one call of a rule
-(``combine``, before a run through ``rehearse``); and the checks that call the rule before a run.
+The fields, each with the checks of its own, are in ``fields``. This module contains, in this order: ``PamaConfig``,
+with the checks of settings together, its properties and its one call of a rule (``combine``, before a run through
+``rehearse``); and the checks that call the rule before a run.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import model_validator
 
-from pama_plugin.aggregation import LEVELS, RESCALES, Aggregation, aggregate, available_rules, check_options, get_rule
-from pama_plugin.settings.names import BEST_RULES, PROBE_MODES, STOCK
+from pama_plugin.aggregation import Aggregation, aggregate, available_rules, check_options, get_rule
+from pama_plugin.settings.fields import RunFields, StopAtFront
+from pama_plugin.settings.names import STOCK
 from pama_plugin.settings.objective import Objective
 from pama_plugin.settings.preferences import (
     Preferences,
@@ -35,143 +27,19 @@ from pama_plugin.settings.preferences import (
 )
 from pama_plugin.settings.source import Source, group_by_source
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "level": LEVELS,
-    "rescale": RESCALES,
-    "best": BEST_RULES,
-    "probe": PROBE_MODES,
-}
-
 # The value of --pama.filter_by that stands for the sum of rewards times weights.
 WEIGHTED_SUM = "sum"
-
-# Share of its usual spread below which an objective is inactive. Whitening then amplifies its noise twentyfold. For
-# comparison: if one of 64 rewards of 0 or 1 differs, they spread over a quarter of the most, if one of 1,600, over 5 %.
-INACTIVE_BELOW = 0.05
 
 # Number of objectives from which pama warns: independent objectives agree on a share of 2^(1−K), 3 % for six.
 MANY_OBJECTIVES = 6
 
 
-class StopAtFront(BaseModel):
-    """End the run once fewer than ``share`` of the tokens had an advantage in each of the last ``steps`` steps.
-
-    >>> StopAtFront.model_validate("0.1:3")
-    StopAtFront(share=0.1, steps=3)
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    share: float = Field(gt=0, le=1)
-    steps: int = Field(default=5, ge=1)  # the share of one batch is noisy
-
-    @model_validator(mode="before")
-    @classmethod
-    def _parse(cls, value: Any) -> Any:
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
-            share, colon, steps = str(value).partition(":")
-            return {"share": share, "steps": steps} if colon else {"share": share}
-        return value
-
-
-class PamaConfig(BaseModel):
+class PamaConfig(RunFields):
     """The settings of a run: the objectives, the rule that combines them, and its options.
 
     Raises:
         ValidationError: a setting is invalid. The message names the flag, the requirement and the value.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    loss: str
-    objectives: tuple[Objective, ...]
-    level: Literal["token", "sequence", "batch"] = "token"
-    rescale: Literal["auto", "none", "unit"] = "auto"
-    noon: bool | None = None  # None becomes the default of the rule, if the rule has Noon
-    whiten: bool = False
-    inactive_below: float = INACTIVE_BELOW
-    options: dict[str, Any] = {}
-    best: Literal["min", "weighted", "hypervolume"] | None = None
-    probe: Literal["off", "warn", "strict"] = "warn"
-    probe_gradients: int | None = None
-    stop_at_front: StopAtFront | None = None
-    filter_by: str | None = None
-    log_rollouts: int | Literal["all"] = 8
-    stop_at_kl: float | None = None
-    preferences: str | None = None
-    preference_template: str | None = None
-    eval_preferences: int | None = None
-
-    @field_validator(*CHOICES, mode="before")
-    @classmethod
-    def _is_a_choice(cls, value: Any, info: ValidationInfo) -> Any:
-        choices = CHOICES[str(info.field_name)]
-        if value is not None and value not in choices:
-            raise ValueError(f"--pama.{info.field_name} must be one of {', '.join(choices)}, found {value!r}")
-        return value
-
-    @field_validator("noon", "whiten", mode="before")
-    @classmethod
-    def _is_true_or_false(cls, value: Any) -> Any:
-        if not isinstance(value, bool | None):
-            raise ValueError("must be true or false")
-        return value
-
-    @field_validator("probe_gradients", mode="before")
-    @classmethod
-    def _is_a_number_of_steps(cls, every: Any) -> Any:
-        if every is not None and not (str(every).isdecimal() and int(every) > 0):
-            raise ValueError(f"--pama.probe_gradients must be a whole number of steps, at least 1, found {every!r}")
-        return every
-
-    @field_validator("log_rollouts", mode="before")
-    @classmethod
-    def _is_a_number_of_responses(cls, count: Any) -> Any:
-        if count != "all" and (isinstance(count, bool) or not str(count).isdecimal()):
-            raise ValueError(f"--pama.log_rollouts must be a number of responses per step, or all, found {count!r}")
-        return count if count == "all" else int(count)
-
-    @field_validator("inactive_below", mode="before")
-    @classmethod
-    def _is_a_share(cls, share: Any) -> Any:
-        with suppress(TypeError, ValueError):
-            if not isinstance(share, bool) and 0 <= float(share) < 1:
-                return share
-        raise ValueError(f"--pama.inactive_below must be a share, 0 or more and below 1, found {share!r}")
-
-    @field_validator("stop_at_kl", mode="before")
-    @classmethod
-    def _is_a_distance(cls, nats: Any) -> Any:
-        with suppress(TypeError, ValueError):
-            if nats is None or not isinstance(nats, bool) and 0 < float(nats) < math.inf:
-                return nats
-        raise ValueError(f"--pama.stop_at_kl must be a positive number of nats per response, found {nats!r}")
-
-    @field_validator("preferences")
-    @classmethod
-    def _are_preferences(cls, text: str | None) -> str | None:
-        try:
-            return text if text is None else parse_preferences(text) and text
-        except ValueError as error:
-            raise ValueError(f"--pama.preferences {error}") from None
-
-    @field_validator("eval_preferences", mode="before")
-    @classmethod
-    def _is_a_number_of_points(cls, points: Any) -> Any:
-        if points is not None and not (str(points).isdecimal() and int(points) > 1):
-            raise ValueError(f"--pama.eval_preferences must be a number of points, at least 2, found {points!r}")
-        return points
-
-    @field_validator("stop_at_front", mode="before")
-    @classmethod
-    def _is_a_share_and_steps(cls, stop: Any) -> Any:
-        try:
-            return stop if stop is None else StopAtFront.model_validate(stop)
-        except ValidationError:
-            raise ValueError(
-                "--pama.stop_at_front must be SHARE[:STEPS] with 0 < SHARE ≤ 1 and a whole number STEPS, at least 1, "
-                f"found {stop!r}"
-            ) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -268,22 +136,20 @@ class PamaConfig(BaseModel):
         applying = [objective.name for objective in self.filtered_by if objective.name in rewards]
         return sum(float(weights[name]) * rewards[name] for name in applying)
 
-    def weights_at(self, steps_done: int) -> tuple[float, ...]:
-        """The weights of the trained objectives for the next step, after ``steps_done`` steps."""
-        return tuple(objective.weight.at(steps_done) for objective in self.trained)
+    def weights_at(self, steps_done: int | None) -> tuple[float, ...]:
+        """The weights of the trained objectives for the next step, after ``steps_done`` steps; None: the final ones."""
+        weights = [objective.weight for objective in self.trained]
+        return tuple(each.end if steps_done is None else each.at(steps_done) for each in weights)
 
-    def final_weights(self, preferences: Sequence[Sequence[float]] = ()) -> torch.Tensor:
-        """``weights_with`` at the end of all schedules; (K, 1) without preferences."""
-        ends_K = torch.tensor([objective.weight.end for objective in self.trained], dtype=torch.float64)
-        return _times_preferences(ends_K, preferences) if preferences else ends_K.unsqueeze(-1)
-
-    def weights_with(self, preferences: Sequence[Sequence[float]], steps_done: int) -> torch.Tensor:
-        """(K, B) the weights of the trained objectives for responses with these preferences; (K,) without preferences.
+    def weights_with(self, preferences: Sequence[Sequence[float]], steps_done: int | None) -> torch.Tensor:
+        """(K, B) ``weights_at`` for responses with these preferences; (K, 1) without preferences.
 
         A preference multiplies the weight of the objective by K times its share, so that equal shares change nothing.
         """
-        weights_K = torch.tensor(self.weights_at(steps_done), dtype=torch.float64)
-        return _times_preferences(weights_K, preferences) if preferences else weights_K
+        weights_K1 = torch.tensor(self.weights_at(steps_done), dtype=torch.float64).unsqueeze(-1)
+        if not preferences:
+            return weights_K1
+        return weights_K1 * torch.tensor(preferences, dtype=torch.float64).T * len(weights_K1)
 
     @property
     def preference_source(self) -> Preferences | None:
@@ -327,6 +193,7 @@ class PamaConfig(BaseModel):
         """Call the rule with the settings of the run and the context that it uses, in training and at start."""
         context: dict[str, Any] = {"rewards_KB": rewards_KB, "violations_K": violations, "memory_K": memory}
         context["log_ratio_BA"] = log_ratio_BA
+        weights_KB = self.weights_with(preferences, steps_done)
         return aggregate(
             self.loss,
             values_KBA,
@@ -334,7 +201,7 @@ class PamaConfig(BaseModel):
             level=self.level,
             rescale=self.rescale,
             noon=self.noon,
-            weights=self.weights_with(preferences, steps_done),
+            weights=weights_KB if preferences else weights_KB.squeeze(-1),
             whiten=self.whiten,
             active=active,
             present_KB=present_KB,
@@ -369,10 +236,6 @@ class PamaConfig(BaseModel):
     def columns(self) -> tuple[str, ...]:
         """The columns of the data set that objectives need."""
         return tuple(dict.fromkeys(name for objective in self.objectives for name in objective.columns))
-
-
-def _times_preferences(weights_K: torch.Tensor, preferences: Sequence[Sequence[float]]) -> torch.Tensor:
-    return weights_K.unsqueeze(-1) * torch.tensor(preferences, dtype=torch.float64).T * len(weights_K)
 
 
 def _rehearse(config: PamaConfig) -> None:

@@ -19,7 +19,7 @@ from pama_plugin.settings.load import load_config
 pytestmark = pytest.mark.contract
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPES = sorted(path.name for path in EXAMPLES.glob("*.sh") if path.name not in ("quickstart.sh", "steerable.sh"))
+RECIPES = sorted(path.name for path in EXAMPLES.glob("*.sh") if path.name != "quickstart.sh")
 
 PLANS = {
     ("one_gpu.sh", "1x1"): """

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from hosttools import ALL_MODES
+from hosttools import ALL_MODES, by_hand
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]
@@ -70,7 +70,7 @@ MODES = {
 
 
 # The two ranks above show the same parts at work.
-@pytest.mark.skipif(not ALL_MODES, reason="half an hour; with PAMA_ALL_MODES=1 and PYTHONPATH=.venv/bitsandbytes")
+@by_hand("half an hour, and PYTHONPATH=.venv/bitsandbytes")
 @pytest.mark.parametrize("mode", MODES)
 def test_adapters_in_other_modes(mode, run_host, models) -> None:
     mode_flags, most = MODES[mode]

@@ -7,22 +7,12 @@ from typing import Any
 
 import pytest
 from faultserver import FaultServer, judgement
-from hosttools import ALL_MODES, evaluations
+from hosttools import ALL_MODES, ROLLOUT_MODES, evaluations, rollout_modes
 from tiny import make_prompts
 
 from pama_plugin.runs.rollouts import Rollout, read_rollouts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]
-
-MODES = {
-    "value heads": "--algo.advantage.estimator gae --critic.save_value_network --ds.value_head_prefix score",
-    "asynchronous": "--algo.advantage.estimator reinforce_baseline --train.async_enable --train.async_queue_size 1",
-    "partial rollouts": "--algo.advantage.estimator group_norm --train.async_enable --train.partial_rollout_enable",
-    "dynamic filtering": "--algo.advantage.estimator rloo --algo.dynamic_filtering_enable --pama.filter_by sum "
-    "--algo.dynamic_filtering_range -99 99",
-}
-# The run with value heads shows the same parts at work.
-BY_HAND = pytest.mark.skipif(not ALL_MODES, reason="ten minutes; run with PAMA_ALL_MODES=1")
 
 GRADE = """
 async def grade(queries, prompts, labels, answer):
@@ -41,7 +31,7 @@ def rate(body: dict) -> dict:
     return judgement(json.dumps({"tone": message["content"].count("e")}))
 
 
-@pytest.mark.parametrize("mode", [pytest.param(mode, marks=() if mode == "value heads" else BY_HAND) for mode in MODES])
+@pytest.mark.parametrize("mode", rollout_modes("ten minutes"))
 def test_objectives_that_apply_to_one_of_two_tasks(mode, run_host, models, tmp_path) -> None:
     calls = tmp_path / "calls"
     (tmp_path / "grade.py").write_text(GRADE.format(log=str(calls)))
@@ -63,7 +53,7 @@ def test_objectives_that_apply_to_one_of_two_tasks(mode, run_host, models, tmp_p
         if mode == "dynamic filtering":  # of what is scored in the rollout
             objectives["helpful"] += ",role=monitor"
         flags = (
-            *MODES[mode].split(),
+            *ROLLOUT_MODES[mode].split(),
             *"--rollout.n_samples_per_prompt 4 --train.batch_size 16 --ckpt.save_steps 2 --pama.probe off".split(),
             *f"--data.prompt_dataset {tmp_path}/prompts.jsonl --eval.dataset {tmp_path}/held_out.jsonl".split(),
             *"--eval.steps 2 --eval.n_samples_per_prompt 2 --pama.log_rollouts all --algo.kl.init_coef 0".split(),

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hosttools import ALL_MODES, evaluations
+from hosttools import ALL_MODES, ROLLOUT_MODES, by_hand, evaluations, rollout_modes
 from safetensors.torch import load_file, save_file
 
 from pama_plugin.runs.rollouts import EVALUATION_FILE, read_rollouts
@@ -15,14 +15,6 @@ from pama_plugin.settings.preferences import parse_preferences, simplex_grid
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(700)]
 
-MODES = {
-    "value heads": "--algo.advantage.estimator gae --critic.save_value_network --ds.value_head_prefix score",
-    "asynchronous": "--algo.advantage.estimator reinforce_baseline --train.async_enable --train.async_queue_size 1",
-    "partial rollouts": "--algo.advantage.estimator group_norm --train.async_enable --train.partial_rollout_enable",
-    "dynamic filtering": "--algo.advantage.estimator rloo --algo.dynamic_filtering_enable --pama.filter_by sum "
-    "--algo.dynamic_filtering_range -99 99",
-}
-BY_HAND = pytest.mark.skipif(not ALL_MODES, reason="eight minutes; run with PAMA_ALL_MODES=1")
 SEED = 11
 
 VOWELS = """
@@ -32,7 +24,7 @@ def vowels(queries, prompts, labels):
 """
 
 
-@pytest.mark.parametrize("mode", [pytest.param(mode, marks=() if mode == "value heads" else BY_HAND) for mode in MODES])
+@pytest.mark.parametrize("mode", rollout_modes("eight minutes"))
 def test_one_policy_for_every_preference(mode, run_host, models, tmp_path) -> None:
     (tmp_path / "vowels.py").write_text(VOWELS)
     objectives = {
@@ -48,7 +40,7 @@ def test_one_policy_for_every_preference(mode, run_host, models, tmp_path) -> No
         }
     trained = [name for name, spec in objectives.items() if "monitor" not in spec]
     flags = (
-        *MODES[mode].split(),
+        *ROLLOUT_MODES[mode].split(),
         *f"--loss linear --pama.preferences dirichlet:0.5 --pama.eval_preferences 3 --train.seed {SEED}".split(),
         *"--rollout.n_samples_per_prompt 4 --train.batch_size 16 --ckpt.save_steps 2 --pama.probe off".split(),
         *f"--eval.dataset {models}/held_out.jsonl --eval.steps 2 --eval.n_samples_per_prompt 2".split(),
@@ -57,6 +49,7 @@ def test_one_policy_for_every_preference(mode, run_host, models, tmp_path) -> No
     )
     run = run_host(*flags, "--data.max_samples", "16", steps=4)
     assert run.status == 0, run.output[-5000:]
+    assert "PAMA evaluation, step" in run.output and "rank correlation with weight" in run.output
     check_draws(tmp_path, trained, range(1, 5), mode)
     for step in run.steps:
         assert sum(step[f"pama/preference/{name}"] for name in trained) == pytest.approx(1, rel=1e-3)
@@ -105,7 +98,7 @@ def check_draws(folder, names: list[str], steps: range, mode: str) -> None:
             assert json.dumps(each.prompt).startswith(json.dumps(f"[{shares}]\n")[:-1])
 
 
-@BY_HAND
+@by_hand("three minutes")  # the unit tests have the same command, with a stand-in for the host
 def test_soups_of_two_policies_are_evaluated_by_the_host(environment, ray_address, models, tmp_path) -> None:
     """Of the policy with itself, moved by 0 and by as much as changes what it writes."""
     other = tmp_path / "other"

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hosttools import ALL_MODES
+from hosttools import by_hand
 
 from pama_plugin import __version__
 from pama_plugin.runs.rollouts import read_rollouts
@@ -20,7 +20,7 @@ GROUPS = [
 ]
 ADAPTERS = "--ds.lora.rank 4 --ds.lora.alpha 8 --actor.adam.lr 3e-2".split()
 # Rewards do not see the policy's adapters: the run without them, and those of ``test_lora``, show both halves.
-BY_HAND = pytest.mark.skipif(not ALL_MODES, reason="two minutes; run with PAMA_ALL_MODES=1")
+BY_HAND = by_hand("two minutes")
 WITHOUT_REFERENCE = ["--algo.kl.init_coef", "0"]  # a process less to start, where it adds nothing
 
 AGENT = """

@@ -206,7 +206,7 @@ def test_the_settings_are_complete_and_survive_yaml(tmp_path) -> None:
 def test_a_preference_multiplies_the_weight_and_equal_shares_change_nothing() -> None:
     config = config_of("a=builtin:length,weight=2", "b=builtin:length", "c=builtin:length")
     assert config.weights_with([(1 / 3, 1 / 3, 1 / 3), (1.0, 0.0, 0.0)], 0).T.tolist() == [[2, 1, 1], [6, 0, 0]]
-    assert config.weights_with([], 0).tolist() == [2, 1, 1]
+    assert config.weights_with([], 0).tolist() == [[2], [1], [1]]
     summed = config_of(*OBJECTIVES, filter_by="sum")
     assert summed.rate({"helpful": 1.0, "terse": 10.0}, 0, (0.75, 0.25)) == 1.5 + 5
 

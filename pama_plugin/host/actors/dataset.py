@@ -19,16 +19,18 @@ class PromptsWithColumns(PromptDataset):
     """Made where OpenRLHF makes its own; rows, order and texts are OpenRLHF's."""
 
     prompts: list[str]
+    datasources: list[Any]
 
     def __init__(self, dataset: Any, tokenizer: Any, strategy: Strategy, *args: Any, **kwargs: Any) -> None:
         super().__init__(dataset, tokenizer, strategy, *args, **kwargs)
-        config, data = strategy.args.pama, strategy.args.data
+        config, data, source = strategy.args.pama, strategy.args.data, strategy.args.pama.preference_source
+        template = config.template if source is not None else None
         prompts: list[str] = []
         for number, (text, row) in enumerate(zip(self.prompts, dataset, strict=True)):
             prompt = with_columns(text, {name: column_of(row, name) for name in config.columns})
-            if (source := config.preference_source) is not None:
+            if template is not None:
                 prompt.slots = text_with_slots(
-                    config.template,
+                    template,
                     row,
                     number,
                     tokenizer,
@@ -36,7 +38,7 @@ class PromptsWithColumns(PromptDataset):
                     data.input_template,
                     data.apply_chat_template,
                 )
-                prompt.given, prompt.row = row.get(source.column), number
+                prompt.given, prompt.row, prompt.source = row.get(source.column), number, str(self.datasources[number])
             prompts.append(prompt)
         self.prompts = prompts
 
@@ -51,9 +53,7 @@ class PromptsWithPreferences:
         for columns in self.loader:
             for source, prompt, label, images in zip(*columns):
                 for preference in self.choose(prompt):
-                    conditioned = prompt.with_preference(self.template, preference)
-                    conditioned.source = str(source)
-                    yield [source], [conditioned], [label], [images]
+                    yield [source], [prompt.with_preference(self.template, preference)], [label], [images]
 
     def __len__(self) -> int:
         return len(self.loader)

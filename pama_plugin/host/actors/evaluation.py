@@ -74,7 +74,7 @@ class ScoredSamplesGenerator(SamplesGenerator):
         applies = {name: table.applies_to(name) for name in table.names}
         applying = [applies[objective.name] for objective in trained]
         preferences = [preference_of(sample.prompts[0]) for sample in samples] if config.preferences is not None else []
-        weights = config.final_weights(preferences)
+        weights = config.weights_with(preferences, None)
         weighted = torch.stack([rewards[objective.name] for objective in trained]) * weights.float()
         totals = weighted.masked_fill(~torch.stack(applying), 0).sum(0)  # NaN where a reward is missing
         for sample, total in zip(samples, totals):

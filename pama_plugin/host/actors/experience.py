@@ -1,4 +1,9 @@
-"""OpenRLHF's experience maker for K rewards per response: one estimator run each, one combined advantage per token."""
+"""OpenRLHF's experience maker for K rewards per response: one estimator run each, one combined advantage per token.
+
+The methods of ``MultiObjectiveExperienceMaker`` are in the order of a step: the two calls of the trainer, what they log
+of the responses, the runs of the estimator (``_estimate``), which objectives are active, and the gradient probe. Below
+it are functions of one micro-batch.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -97,7 +102,7 @@ class MultiObjectiveExperienceMaker(RemoteExperienceMaker):
         """
         config, state, table = self.config, self.state, self.table
         preferences = self._preferences(experiences)
-        weights_KB = config.weights_with(preferences, self.steps_done).reshape(len(config.trained), -1)
+        weights_KB = config.weights_with(preferences, self.steps_done)
         shaped_KB, present_KB = shape_trained(config.trained, table, state, by_group=self.estimator.by_group)
         runs = [
             self._estimate(rewards_B, present_B, experiences, _value_of(head))

@@ -41,8 +41,8 @@ class Prompt(str):
     def with_preference(self, template: Template, preference: Weights) -> "Prompt":
         """The text with the preference in its slots."""
         assert self.slots is not None
-        prompt = with_columns(fill_slots(self.slots, template, preference), self.columns)
-        prompt.plain, prompt.preference, prompt.row = str(self), preference, self.row
+        prompt = self.as_text(fill_slots(self.slots, template, preference))
+        prompt.slots, prompt.plain, prompt.preference = None, str(self), preference
         return prompt
 
 

@@ -40,8 +40,8 @@ from pama_plugin.host.actors.rollout_log import RolloutLog, log_folder
 from pama_plugin.host.preflight.resume import STATE
 from pama_plugin.host.protocols import Strategy
 from pama_plugin.runs.rollouts import EVALUATION_FILE, FILE, SETTINGS
+from pama_plugin.settings.fields import StopAtFront
 from pama_plugin.settings.load import as_settings, dump_config
-from pama_plugin.settings.run import StopAtFront
 
 if TYPE_CHECKING:
     from pama_plugin.host.protocols import Trainer as Host

@@ -45,7 +45,7 @@ def check_preferences(args: argparse.Namespace, config: PamaConfig, read: Mappin
     key, around, chat = (
         getattr(args, f"data.{name}") for name in ("input_key", "input_template", "apply_chat_template")
     )
-    tokenizer, policy = None, getattr(args, POLICY.removeprefix("--"))
+    template, tokenizer, policy = config.template, None, getattr(args, POLICY.removeprefix("--"))
     if policy is not None:
         try:
             tokenizer = load(read_tokenizer, POLICY, policy)
@@ -61,15 +61,15 @@ def check_preferences(args: argparse.Namespace, config: PamaConfig, read: Mappin
             simple = len(str(content)) < longest and OPEN not in str(content)  # a token has a character or more
             try:
                 if shape in seen and simple:
-                    _place(config.template, content, number, chat)
+                    _place(template, content, number, chat)
                     continue
-                text = text_with_slots(config.template, row, number, tokenizer, key, around, chat)
+                text = text_with_slots(template, row, number, tokenizer, key, around, chat)
             except ConfigError as error:
                 raise ConfigError(f"{place}: {error}") from error
             seen.add(shape)
             if tokenizer is None:
                 continue
-            written = fill_slots(text, config.template, config.evaluated_preferences[0])
+            written = fill_slots(text, template, config.evaluated_preferences[0])
             if (tokens := len(tokenizer(written, add_special_tokens=False)["input_ids"])) > longest:
                 raise ConfigError(
                     f"{place}, row {number}: a prompt with its preference must have at most {longest} tokens "

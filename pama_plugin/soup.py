@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pama_plugin.batch.keys import ALL
+from pama_plugin.batch.keys import OVER_ALL
 from pama_plugin.errors import ConfigError
 from pama_plugin.runs.rollouts import SETTINGS
 from pama_plugin.settings.preferences import simplex_grid
@@ -234,7 +234,7 @@ def _read_means(folder: Path) -> dict[str, tuple[float, float]]:
         return {}
     names = load_config(None, [], str(settings[-1]), None, None, default_level="token").names
     metrics = read_evaluation(folder / LOGS)
-    keys = {name: f"eval_{ALL}/{name}" for name in names}
+    keys = {name: f"{OVER_ALL}{name}" for name in names}
     return {name: (metrics[key], metrics.get(f"{key}_se", math.nan)) for name, key in keys.items() if key in metrics}
 
 

@@ -19,7 +19,6 @@ from pama_plugin.host.hook import HOST_COMMAND
 
 ROOT = Path(__file__).parents[1]
 
-
 ALL_MODES = "PAMA_ALL_MODES" in os.environ
 
 
@@ -28,7 +27,7 @@ def by_hand(duration: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not ALL_MODES, reason=f"takes {duration}; run with PAMA_ALL_MODES=1")
 
 
-# Modes in which prompts of a kind of their own are run: the first one in CI, the others by hand.
+# Ways to make rollouts, for tests of what prompts carry through them: the first one in CI, the others by hand.
 ROLLOUT_MODES = {
     "value heads": "--algo.advantage.estimator gae --critic.save_value_network --ds.value_head_prefix score",
     "asynchronous": "--algo.advantage.estimator reinforce_baseline --train.async_enable --train.async_queue_size 1",

@@ -10,7 +10,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def make_soups(options: argparse.Namespace, flags: Sequence[str]) -> int:
             if not _read_means(folder) and not _evaluate(folder, flags):
                 failed.append(folder)
     if flags:
-        print(table_of_soups(options.out, policies, vectors))
+        write_table(options.out, policies, vectors)
     for folder in failed:
         print(f"failed: {folder / 'run.log'}")
     return 1 if failed else 0
@@ -238,22 +238,21 @@ def _read_means(folder: Path) -> dict[str, tuple[float, float]]:
     return {name: (metrics[key], metrics.get(f"{key}_se", math.nan)) for name, key in keys.items() if key in metrics}
 
 
-def table_of_soups(out: Path, policies: Sequence[Path], vectors: Sequence[Sequence[float]]) -> str:
-    """One line per evaluated soup, written to ``soups.json`` too."""
+def write_table(out: Path, policies: Sequence[Path], vectors: Sequence[Sequence[float]]) -> None:
+    """Print the evaluated soups and write them to ``soups.json``."""
+    from rich.console import Console
+    from rich.table import Table
+
     rows: list[dict[str, Any]] = []
     for weights in vectors:
         if means := _read_means(out / _folder_of(weights)):
             rewards = {name: {"mean": mean, "se": error} for name, (mean, error) in means.items()}
             rows.append({"weights": list(weights), "rewards": rewards})
     (out / "soups.json").write_text(json.dumps({"policies": [str(each) for each in policies], "soups": rows}) + "\n")
-    return "\n".join(_lines(rows))
-
-
-def _lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     names = list(dict.fromkeys(name for row in rows for name in row["rewards"]))
-    yield "  ".join(["weights".ljust(24), *(name.ljust(18) for name in names)]).rstrip()
+    table = Table("weights", *names, padding=(0, 0))
     for row in rows:
         cells = [row["rewards"].get(name) for name in names]
         texts = ["–" if cell is None else f"{cell['mean']:.4g} ± {cell['se']:.2g}" for cell in cells]
-        shown = ", ".join(f"{weight:.3g}" for weight in row["weights"])
-        yield "  ".join([shown.ljust(24), *(text.ljust(18) for text in texts)]).rstrip()
+        table.add_row(", ".join(f"{weight:.3g}" for weight in row["weights"]), *texts)
+    Console(emoji=False).print(table)

@@ -309,13 +309,13 @@ def _first_line(error: Exception) -> str:
 
 def _print_table(results: dict[str, list[Outcome]], seconds: dict[str, float]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     partial = any(
         outcome.problem is None and math.isnan(outcome.reward) for each in results.values() for outcome in each
     )
     headings = ("mean", "std", "min", "max", *(["applies to"] if partial else []), "no reward", "seconds")
-    table = Table("objective", *headings, padding=(0, 0))
+    table = Table(Column("objective", overflow="fold"), *headings, padding=(0, 0))
     for name, outcomes in results.items():
         rewards = [outcome.reward for outcome in outcomes if not math.isnan(outcome.reward)]
         numbers = [f"{measure(rewards):.4g}" if rewards else "–" for measure in (fmean, pstdev, min, max)]

@@ -241,7 +241,7 @@ def _read_means(folder: Path) -> dict[str, tuple[float, float]]:
 def write_table(out: Path, policies: Sequence[Path], vectors: Sequence[Sequence[float]]) -> None:
     """Print the evaluated soups and write them to ``soups.json``."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     rows: list[dict[str, Any]] = []
     for weights in vectors:
@@ -250,7 +250,7 @@ def write_table(out: Path, policies: Sequence[Path], vectors: Sequence[Sequence[
             rows.append({"weights": list(weights), "rewards": rewards})
     (out / "soups.json").write_text(json.dumps({"policies": [str(each) for each in policies], "soups": rows}) + "\n")
     names = list(dict.fromkeys(name for row in rows for name in row["rewards"]))
-    table = Table("weights", *names, padding=(0, 0))
+    table = Table("weights", *(Column(name, overflow="fold") for name in names), padding=(0, 0))
     for row in rows:
         cells = [row["rewards"].get(name) for name in names]
         texts = ["–" if cell is None else f"{cell['mean']:.4g} ± {cell['se']:.2g}" for cell in cells]

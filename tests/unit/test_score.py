@@ -47,6 +47,14 @@ def test_every_line_gets_its_rewards_and_keeps_the_rest(file, capsys) -> None:
     assert "1 of 3" in output and "polite: 1 × ValueError: impolite" in output and "5.5" in output
 
 
+def test_no_name_is_cut_in_a_log_of_80_columns(file, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "an_objective_with_a_name_that_says_all_of_it"
+    assert run(file, "--pama.objective", f"{name}=builtin:length,unit=words")[0] == 0
+    output = capsys.readouterr().out
+    assert "0 of 3" in output and "…" not in output
+
+
 def test_settings_from_a_file_and_the_exit_code_of_an_objective_without_rewards(file, capsys) -> None:
     (file.parent / "run.yaml").write_text(
         "loss: linear\nobjectives: {dead: {kind: http, location: 'http://127.0.0.1:9/get_reward', retries: 0}}"

@@ -221,3 +221,14 @@ def test_each_soup_is_evaluated_with_the_flags_of_a_run(tmp_path, monkeypatch, c
         "weights": [1, 0],
         "rewards": {"a": {"mean": 1, "se": pytest.approx(0.1)}, "b": pytest.approx({"mean": 0, "se": 0.2})},
     }
+
+
+def test_no_name_is_cut_in_a_log_of_80_columns(tmp_path, monkeypatch, capsys) -> None:
+    from pama_plugin import soup
+
+    names = [f"objective_number_{number}" for number in range(6)]
+    monkeypatch.setattr(soup, "_read_means", lambda folder: dict.fromkeys(names, (-12.345, 0.01)))
+    monkeypatch.setenv("COLUMNS", "80")
+    soup.write_table(tmp_path, [tmp_path, tmp_path], [(1, 0), (0, 1)])
+    output = capsys.readouterr().out
+    assert "-12.35" in output and "…" not in output
